@@ -1,0 +1,39 @@
+"""The `turboquant` command; its subcommands come from the installed packages."""
+
+from importlib.metadata import entry_points
+from typing import Annotated
+
+import typer
+
+from turboquant_core import __version__
+
+COMMANDS_GROUP = "turboquant.commands"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="KV-cache compression for LLM inference. Subcommands come with turboquant-hf.",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"turboquant-core {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def turboquant(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """KV-cache compression for LLM inference. Subcommands come with turboquant-hf."""
+
+
+def main() -> None:
+    """Run the command line with the subcommands of every installed package."""
+    for entry_point in entry_points(group=COMMANDS_GROUP):
+        app.command(entry_point.name)(entry_point.load())
+    app()

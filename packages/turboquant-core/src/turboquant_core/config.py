@@ -1,0 +1,97 @@
+"""What to store: the policy that a cache is built from."""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from turboquant_core._checks import check_head_dim
+from turboquant_core.scale import ScaleRule, check_scale_rule
+from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
+
+CACHE_BITS = (2, *OUTLIER_BITS, 3, 4, 5, 6, 8)
+
+PRESETS = MappingProxyType(
+    {
+        "tq4": (4, 4),
+        "tq3.5": (3.5, 3.5),
+        "tq3": (3, 3),
+        "tq2.5": (2.5, 2.5),
+        "tq2": (2, 2),
+        "k6v4": (6, 4),
+        "k8v4": (8, 4),
+    }
+)
+"""Preset name to (key_bits, value_bits)."""
+
+
+@dataclass(frozen=True)
+class TurboQuantConfig:
+    """How the keys and values of one head are stored.
+
+    Args:
+        head_dim: Dimension of keys and values, a multiple of 8 from 32 to 512.
+        key_bits: Bits per key coordinate: 2, 2.5, 3, 3.5, 4, 5, 6 or 8.
+        value_bits: The same for values.
+        key_scale: Stored scale of keys: "norm", "unbiased" or "least_squares".
+        value_scale: The same for values.
+        center_keys: Subtract a fixed per-channel mean before keys are quantised. Softmax does not see it, and models
+            with large key biases need it.
+    """
+
+    head_dim: int
+    key_bits: float = 4
+    value_bits: float = 4
+    key_scale: ScaleRule = "norm"
+    value_scale: ScaleRule = "norm"
+    center_keys: bool = True
+
+    def __post_init__(self) -> None:
+        check_head_dim(self.head_dim)
+        for name in ("key_bits", "value_bits"):
+            check_cache_bits(name, getattr(self, name))
+            VectorFormat(self.head_dim, getattr(self, name))
+        check_scale_rule(self.key_scale)
+        check_scale_rule(self.value_scale)
+
+    @classmethod
+    def preset(cls, name: str, head_dim: int, **overrides: Any) -> "TurboQuantConfig":
+        """The named preset for a head_dim, with fields replaced by keyword.
+
+        Raises:
+            ValueError: If there is no such preset.
+        """
+        key_bits, value_bits = preset_bits(name)
+        return cls(head_dim, **{"key_bits": key_bits, "value_bits": value_bits, **overrides})
+
+    @property
+    def key_format(self) -> VectorFormat:
+        """The bytes of one stored key."""
+        return VectorFormat(self.head_dim, self.key_bits)
+
+    @property
+    def value_format(self) -> VectorFormat:
+        """The bytes of one stored value."""
+        return VectorFormat(self.head_dim, self.value_bits)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token's key and value for one KV head."""
+        return self.key_format.nbytes + self.value_format.nbytes
+
+
+def preset_bits(name: str) -> tuple[float, float]:
+    """(key_bits, value_bits) of a preset.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def check_cache_bits(name: str, bits: float) -> None:
+    """Raise ValueError when no cache stores that many bits."""
+    if bits not in CACHE_BITS:
+        known = ", ".join(str(known) for known in CACHE_BITS)
+        raise ValueError(f"{name} is {bits}; it must be one of {known}")

@@ -1,0 +1,98 @@
+"""TurboQuant for least mean square error (paper, Algorithm 1)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from turboquant_core._checks import check_bits, check_head_dim
+from turboquant_core.codebook import lloyd_max_codebook
+from turboquant_core.packing import pack, unpack
+from turboquant_core.quantized import QuantizedTensor
+from turboquant_core.rotation import Rotation
+from turboquant_core.scale import (
+    ScaleRule,
+    check_scale_rule,
+    corrected_scale,
+    decode_scale,
+    encode_scale,
+)
+
+
+@dataclass(frozen=True)
+class MSEQuantizer:
+    """Rotate, take the nearest Lloyd-Max centroid of every coordinate, pack, keep one scale (paper, Algorithm 1).
+
+    With s = ‖x‖ and y = Πx / s, code_j is the index of the centroid nearest to y_j, and x̂ = t Πᵀ c[code], where the
+    stored scale t follows `scale` (see `turboquant_core.scale.corrected_scale`).
+
+    A zero vector comes back as zero. A vector with NaN or inf in it, or longer than 4.29e9, comes back with no finite
+    coordinate: it is carried, never turned into a plausible vector. Lengths under 3.6e-15 become zero.
+
+    Args:
+        head_dim: Dimension of the vectors, a multiple of 8 from 8 to 512.
+        bits: Bits per coordinate, 1 to 8.
+        scale: What the stored scale is: "norm", "unbiased" or "least_squares".
+        seed: The rotation's; 0 is the format's own.
+    """
+
+    head_dim: int
+    bits: int
+    scale: ScaleRule = "norm"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_head_dim(self.head_dim)
+        check_bits(self.bits)
+        check_scale_rule(self.scale)
+
+    @property
+    def rotation(self) -> Rotation:
+        """The rotation Π."""
+        return Rotation(self.head_dim, self.seed)
+
+    def quantize(self, x: torch.Tensor) -> QuantizedTensor:
+        """Quantise floating-point vectors x [..., head_dim]; arithmetic is float32 (float64 for float64 input).
+
+        Raises:
+            ValueError: If the last dimension is not `head_dim`, or x is not floating point.
+        """
+        norm, unit = split_norm(x, self.head_dim)
+        unit = self.rotation.rotate(unit)
+        centroids, boundaries = _tables(self.head_dim, self.bits, unit.device, unit.dtype)
+        codes = torch.bucketize(unit, boundaries, out_int32=True)
+        scale = corrected_scale(norm, unit, centroids[codes], self.scale)
+        return QuantizedTensor(pack(codes, self.bits, check=False), encode_scale(scale))
+
+    def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The vectors x̂ [..., head_dim] in the given type."""
+        return self.rotation.unrotate(self.dequantize_rotated(q)).to(dtype)
+
+    def dequantize_rotated(self, q: QuantizedTensor) -> torch.Tensor:
+        """Πx̂, float32 [..., head_dim]: what attention on codes multiplies with a rotated query."""
+        codes = unpack(q.codes, self.bits, self.head_dim)
+        centroids, _ = _tables(self.head_dim, self.bits, codes.device, torch.float32)
+        return centroids[codes.int()] * decode_scale(q.scales)
+
+
+def split_norm(x: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths [..., 1] and unit vectors [..., head_dim] of x, in float32 or wider; a zero vector stays zero.
+
+    Raises:
+        ValueError: If the last dimension is not `head_dim`, or x is not floating point.
+    """
+    if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != head_dim:
+        raise ValueError(
+            f"got {x.dtype} {list(x.shape)}; this quantiser takes floating-point [..., {head_dim}]"
+        )
+    x = x if x.dtype == torch.float64 else x.float()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm, torch.where(norm == 0, x, x / norm)
+
+
+@lru_cache(maxsize=None)
+def _tables(
+    head_dim: int, bits: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codebook = lloyd_max_codebook(head_dim, bits)
+    return codebook.centroids.to(device, dtype), codebook.boundaries.to(device, dtype)

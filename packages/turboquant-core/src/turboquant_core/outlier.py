@@ -1,0 +1,100 @@
+"""Fractional bits: a few channels of every vector coded finer than the rest (paper, Section 4.3)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from turboquant_core.mse import MSEQuantizer
+from turboquant_core.quantized import QuantizedTensor
+from turboquant_core.scale import ScaleRule, check_scale_rule
+from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
+
+
+@dataclass(frozen=True, eq=False)
+class OutlierQuantizer:
+    """2.5 or 3.5 bits: the quarter of channels with most energy at two bits more, each set with a rotation of its own.
+
+    `QuantizedTensor.codes` holds the outliers' codes and then the others'; `scales` holds one scale for each set.
+
+    Args:
+        bits: 2.5 (a quarter at 4 bits, the rest at 2) or 3.5 (5 and 3).
+        channel_order: int64 [..., head_dim]: for each group of vectors (for example a KV head) its channels, outliers
+            first. Leading dimensions broadcast against those of the quantised vectors.
+        scale: What the stored scales are, as in `MSEQuantizer`.
+    """
+
+    bits: float
+    channel_order: torch.Tensor
+    scale: ScaleRule = "norm"
+
+    def __post_init__(self) -> None:
+        if self.bits not in OUTLIER_BITS:
+            known = ", ".join(str(bits) for bits in OUTLIER_BITS)
+            raise ValueError(f"bits is {self.bits}; outlier channels serve {known}")
+        check_scale_rule(self.scale)
+        VectorFormat(self.head_dim, self.bits)
+
+    @classmethod
+    def calibrate(
+        cls, x: torch.Tensor, bits: float, *, dim: int = -2, scale: ScaleRule = "norm"
+    ) -> "OutlierQuantizer":
+        """Choose the outlier channels from the energy of sample vectors x [..., head_dim], summed over `dim`."""
+        energy = x.float().square().sum(dim, keepdim=True)
+        return cls(bits, energy.argsort(dim=-1, descending=True, stable=True), scale)
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension of the vectors."""
+        return self.channel_order.shape[-1]
+
+    @property
+    def format(self) -> VectorFormat:
+        """The bytes of one vector."""
+        return VectorFormat(self.head_dim, self.bits)
+
+    def quantize(self, x: torch.Tensor) -> QuantizedTensor:
+        """Quantise floating-point vectors x [..., head_dim].
+
+        Raises:
+            ValueError: If the last dimension is not `head_dim`, or x is not floating point.
+        """
+        if x.ndim == 0 or x.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"got {list(x.shape)}; this quantiser takes floating-point [..., {self.head_dim}]"
+            )
+        ordered = x.gather(-1, self.channel_order.expand_as(x))
+        sizes = [group.num_channels for group in self.format.groups]
+        parts = [
+            quantizer.quantize(part)
+            for quantizer, part in zip(self._quantizers, ordered.split(sizes, dim=-1), strict=True)
+        ]
+        return QuantizedTensor.cat(parts, dim=-1)
+
+    def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The vectors x̂ [..., head_dim] in the given type.
+
+        Raises:
+            ValueError: If the code bytes or scales are not those of this format.
+        """
+        if (q.codes.shape[-1], q.scales.shape[-1]) != (self.format.code_bytes, self.format.num_scales):
+            raise ValueError(
+                f"got {q.codes.shape[-1]} code bytes and {q.scales.shape[-1]} scales; {self.bits}-bit vectors of "
+                f"head_dim {self.head_dim} have {self.format.code_bytes} and {self.format.num_scales}"
+            )
+        codes = q.codes.split([group.code_bytes for group in self.format.groups], dim=-1)
+        scales = q.scales.split(1, dim=-1)
+        ordered = torch.cat(
+            [
+                quantizer.dequantize(QuantizedTensor(*part), dtype)
+                for quantizer, *part in zip(self._quantizers, codes, scales, strict=True)
+            ],
+            dim=-1,
+        )
+        channel_order = self.channel_order.expand_as(ordered)
+        return torch.empty_like(ordered).scatter(-1, channel_order, ordered)
+
+    @property
+    def _quantizers(self) -> list[MSEQuantizer]:
+        return [
+            MSEQuantizer(group.num_channels, group.bits, self.scale) for group in self.format.groups
+        ]

@@ -1,0 +1,77 @@
+"""How many bytes one stored vector takes, and which channels get which bits."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from turboquant_core._checks import check_bits, check_head_dim
+from turboquant_core.packing import packed_bytes
+from turboquant_core.scale import SCALE_BYTES
+
+# The paper's fractional widths (Section 4.3): a quarter of the channels, the outliers, get two bits more than the rest.
+OUTLIER_BITS = {2.5: (4, 2), 3.5: (5, 3)}
+OUTLIER_SHARE = 4
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are rotated, scaled and coded together."""
+
+    num_channels: int
+    bits: int
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the group's packed codes."""
+        return packed_bytes(self.num_channels, self.bits)
+
+
+@dataclass(frozen=True)
+class VectorFormat:
+    """The storage of one vector: the code bytes of each group, in order, and one scale for each group.
+
+    Args:
+        head_dim: Channels of the vector, a multiple of 8 (of 32 for fractional bits).
+        bits: 1 to 8, or 2.5 or 3.5 for two groups, outlier channels first.
+    """
+
+    head_dim: int
+    bits: float
+
+    def __post_init__(self) -> None:
+        check_head_dim(self.head_dim)
+        if self.bits not in OUTLIER_BITS:
+            check_bits(self.bits)
+        elif self.head_dim % (8 * OUTLIER_SHARE):
+            raise ValueError(
+                f"head_dim is {self.head_dim}; {self.bits} bits split it into quarters of whole bytes, so it must be a "
+                f"multiple of {8 * OUTLIER_SHARE}. Use whole bits here."
+            )
+
+    @cached_property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """One group, or for fractional bits the outlier channels and the rest."""
+        if self.bits in OUTLIER_BITS:
+            high, low = OUTLIER_BITS[self.bits]
+            outliers = self.head_dim // OUTLIER_SHARE
+            return ChannelGroup(outliers, high), ChannelGroup(self.head_dim - outliers, low)
+        return (ChannelGroup(self.head_dim, int(self.bits)),)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of packed codes."""
+        return sum(group.code_bytes for group in self.groups)
+
+    @property
+    def num_scales(self) -> int:
+        """Stored scales, two bytes each."""
+        return len(self.groups)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of scales."""
+        return self.num_scales * SCALE_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole vector."""
+        return self.code_bytes + self.scale_bytes
