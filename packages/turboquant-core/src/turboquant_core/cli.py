@@ -35,5 +35,10 @@ def turboquant(
 def main() -> None:
     """Run the command line with the subcommands of every installed package."""
     for entry_point in entry_points(group=COMMANDS_GROUP):
-        app.command(entry_point.name)(entry_point.load())
+        try:
+            command = entry_point.load()
+        except ImportError as error:
+            typer.echo(f"{entry_point.name} is not available: {entry_point.value}: {error}", err=True)
+        else:
+            app.command(entry_point.name)(command)
     app()

@@ -6,7 +6,7 @@ density is a fixed table, so nothing is learnt from data.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ class Codebook:
     mse: float
 
 
-@lru_cache(maxsize=None)
+@cache
 def lloyd_max_codebook(head_dim: int, bits: int) -> Codebook:
     """The optimal fixed codebook for unit vectors of dimension `head_dim` (paper, Eq. 4).
 
@@ -74,9 +74,7 @@ class _SphereCoordinate:
 
     def __init__(self, head_dim: int) -> None:
         self.head_dim = head_dim
-        self._log_norm = (
-            gammaln(head_dim / 2) - gammaln((head_dim - 1) / 2) - 0.5 * np.log(np.pi)
-        )
+        self._log_norm = gammaln(head_dim / 2) - gammaln((head_dim - 1) / 2) - 0.5 * np.log(np.pi)
 
     def density(self, x: _Float64Array) -> _Float64Array:
         return np.asarray(np.exp(self._log_norm + (self.head_dim - 3) / 2 * np.log1p(-(x**2))))

@@ -63,8 +63,8 @@ class KVCacheLayout:
             raise ValueError(f"block_size is {self.block_size}; a page has at least one token")
         if self.key_scales.offset % SCALE_DTYPE.itemsize or self.head_bytes % SCALE_DTYPE.itemsize:
             raise ValueError(
-                f"block_size is {self.block_size}; with {self.config.key_bits}/{self.config.value_bits} bits at head_dim "
-                f"{self.config.head_dim} an odd one puts scales on odd addresses. Use an even block_size."
+                f"block_size is {self.block_size}; with {self.config.key_bits}/{self.config.value_bits} bits at "
+                f"head_dim {self.config.head_dim} an odd one puts scales on odd addresses. Use an even block_size."
             )
 
     @property
@@ -134,8 +134,8 @@ class KVCacheLayout:
         return pages[..., plane.offset : self._end(plane)]
 
     def _codes(self, pages: torch.Tensor, plane: Plane, fmt: VectorFormat) -> torch.Tensor:
-        return self._plane(pages, plane).unflatten(-1, (self.block_size, fmt.code_bytes))
+        return torch.unflatten(self._plane(pages, plane), -1, (self.block_size, fmt.code_bytes))
 
     def _scales(self, pages: torch.Tensor, plane: Plane, fmt: VectorFormat) -> torch.Tensor:
         stored = self._plane(pages, plane).view(SCALE_DTYPE)
-        return stored.unflatten(-1, (self.block_size, fmt.num_scales))
+        return torch.unflatten(stored, -1, (self.block_size, fmt.num_scales))

@@ -1,7 +1,7 @@
 """TurboQuant for least mean square error (paper, Algorithm 1)."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -82,17 +82,13 @@ def split_norm(x: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tens
         ValueError: If the last dimension is not `head_dim`, or x is not floating point.
     """
     if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != head_dim:
-        raise ValueError(
-            f"got {x.dtype} {list(x.shape)}; this quantiser takes floating-point [..., {head_dim}]"
-        )
+        raise ValueError(f"got {x.dtype} {list(x.shape)}; this quantiser takes floating-point [..., {head_dim}]")
     x = x if x.dtype == torch.float64 else x.float()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm, torch.where(norm == 0, x, x / norm)
 
 
-@lru_cache(maxsize=None)
-def _tables(
-    head_dim: int, bits: int, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+@cache
+def _tables(head_dim: int, bits: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     codebook = lloyd_max_codebook(head_dim, bits)
     return codebook.centroids.to(device, dtype), codebook.boundaries.to(device, dtype)

@@ -35,9 +35,7 @@ class OutlierQuantizer:
         VectorFormat(self.head_dim, self.bits)
 
     @classmethod
-    def calibrate(
-        cls, x: torch.Tensor, bits: float, *, dim: int = -2, scale: ScaleRule = "norm"
-    ) -> "OutlierQuantizer":
+    def calibrate(cls, x: torch.Tensor, bits: float, *, dim: int = -2, scale: ScaleRule = "norm") -> "OutlierQuantizer":
         """Choose the outlier channels from the energy of sample vectors x [..., head_dim], summed over `dim`."""
         energy = x.float().square().sum(dim, keepdim=True)
         return cls(bits, energy.argsort(dim=-1, descending=True, stable=True), scale)
@@ -59,14 +57,12 @@ class OutlierQuantizer:
             ValueError: If the last dimension is not `head_dim`, or x is not floating point.
         """
         if x.ndim == 0 or x.shape[-1] != self.head_dim:
-            raise ValueError(
-                f"got {list(x.shape)}; this quantiser takes floating-point [..., {self.head_dim}]"
-            )
+            raise ValueError(f"got {list(x.shape)}; this quantiser takes floating-point [..., {self.head_dim}]")
         ordered = x.gather(-1, self.channel_order.expand_as(x))
         sizes = [group.num_channels for group in self.format.groups]
         parts = [
             quantizer.quantize(part)
-            for quantizer, part in zip(self._quantizers, ordered.split(sizes, dim=-1), strict=True)
+            for quantizer, part in zip(self._quantizers, ordered.split_with_sizes(sizes, dim=-1), strict=True)
         ]
         return QuantizedTensor.cat(parts, dim=-1)
 
@@ -76,13 +72,16 @@ class OutlierQuantizer:
         Raises:
             ValueError: If the code bytes or scales are not those of this format.
         """
-        if (q.codes.shape[-1], q.scales.shape[-1]) != (self.format.code_bytes, self.format.num_scales):
+        if (q.codes.shape[-1], q.scales.shape[-1]) != (
+            self.format.code_bytes,
+            self.format.num_scales,
+        ):
             raise ValueError(
                 f"got {q.codes.shape[-1]} code bytes and {q.scales.shape[-1]} scales; {self.bits}-bit vectors of "
                 f"head_dim {self.head_dim} have {self.format.code_bytes} and {self.format.num_scales}"
             )
-        codes = q.codes.split([group.code_bytes for group in self.format.groups], dim=-1)
-        scales = q.scales.split(1, dim=-1)
+        codes = q.codes.split_with_sizes([group.code_bytes for group in self.format.groups], dim=-1)
+        scales = q.scales.split_with_sizes([1] * self.format.num_scales, dim=-1)
         ordered = torch.cat(
             [
                 quantizer.dequantize(QuantizedTensor(*part), dtype)
@@ -95,6 +94,4 @@ class OutlierQuantizer:
 
     @property
     def _quantizers(self) -> list[MSEQuantizer]:
-        return [
-            MSEQuantizer(group.num_channels, group.bits, self.scale) for group in self.format.groups
-        ]
+        return [MSEQuantizer(group.num_channels, group.bits, self.scale) for group in self.format.groups]

@@ -1,9 +1,10 @@
 """Codes of 1 to 8 bits in bytes, with no padding: 3 bits are 3 bits.
 
-A code of b bits is split into planes whose widths are powers of two (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1), low
-bits first. In the plane of width w, byte j holds coordinate j + i * n in bits [i*w, (i+1)*w), where n = head_dim * w / 8 is
-the plane's size in bytes. So every byte unpacks by shifts alone, byte j of a 4-bit plane holds coordinates j and j + d/2,
-and a kernel that unpacks one field of a plane gets a contiguous range of coordinates without shuffling.
+A code of b bits is split into planes whose widths are powers of two, low bits in the widest plane, which comes first
+(3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2, 7 = 4 + 2 + 1). In the plane of width w, byte j holds coordinate j + i * n in bits
+[i*w, (i+1)*w), where n = num_channels * w / 8 is the plane's size in bytes. So every byte unpacks by shifts alone
+(byte j of a 4-bit plane holds coordinates j and j + d/2), and a kernel that unpacks one field of a plane gets a
+contiguous range of coordinates without shuffling.
 """
 
 from dataclasses import dataclass
@@ -77,9 +78,7 @@ def pack(codes: torch.Tensor, bits: int, *, check: bool = True) -> torch.Tensor:
     if check and codes.numel():
         low, high = codes.aminmax()
         if low < 0 or high >= 2**bits:
-            raise ValueError(
-                f"codes run from {int(low)} to {int(high)}; {bits} bits hold 0 to {2**bits - 1}"
-            )
+            raise ValueError(f"codes run from {int(low)} to {int(high)}; {bits} bits hold 0 to {2**bits - 1}")
     codes = codes.to(torch.uint8)
     packed = [_pack_plane(codes, plane) for plane in planes]
     return packed[0] if len(packed) == 1 else torch.cat(packed, dim=-1)
@@ -106,7 +105,7 @@ def unpack(packed: torch.Tensor, bits: int, num_channels: int) -> torch.Tensor:
 
 def _pack_plane(codes: torch.Tensor, plane: BitPlane) -> torch.Tensor:
     field = (codes >> plane.shift) & ((1 << plane.width) - 1)
-    field = field.unflatten(-1, (plane.codes_per_byte, plane.num_bytes))
+    field = torch.unflatten(field, -1, (plane.codes_per_byte, plane.num_bytes))
     packed = field[..., 0, :].clone()
     for i in range(1, plane.codes_per_byte):
         packed |= field[..., i, :] << (i * plane.width)
@@ -116,7 +115,5 @@ def _pack_plane(codes: torch.Tensor, plane: BitPlane) -> torch.Tensor:
 def _unpack_plane(packed: torch.Tensor, plane: BitPlane) -> torch.Tensor:
     stored = packed[..., plane.offset : plane.offset + plane.num_bytes]
     mask = (1 << plane.width) - 1
-    fields = [
-        ((stored >> (i * plane.width)) & mask) << plane.shift for i in range(plane.codes_per_byte)
-    ]
+    fields = [((stored >> (i * plane.width)) & mask) << plane.shift for i in range(plane.codes_per_byte)]
     return torch.cat(fields, dim=-1)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -109,7 +109,7 @@ class ProdQuantizer:
         return self._base.dequantize(base), signs, residual_norm
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sketch(head_dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     normal = random_normal(f"sketch/{head_dim}/{seed}", (head_dim, head_dim))
     return torch.from_numpy(normal).to(device, dtype)

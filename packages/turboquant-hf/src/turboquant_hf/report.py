@@ -1,0 +1,167 @@
+"""How much memory a cache takes, measured from its storage."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from turboquant_core.quantized import storage_nbytes
+from turboquant_hf.layer import TurboQuantLayer
+
+UNCOMPRESSED_ITEMSIZE = 2
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What one layer keeps.
+
+    Attributes:
+        index: Layer index.
+        kind: "turboquant" with its bits, or the class of a layer that is left as it is.
+        num_tokens: Tokens held, over all sequences.
+        token_nbytes: Allocated bytes that grow with tokens: codes and scales, or native keys and values.
+        fixed_nbytes: Allocated bytes that do not: means and channel orders.
+        bf16_nbytes: Bytes that the same keys and values take in bfloat16.
+    """
+
+    index: int
+    kind: str
+    num_tokens: int
+    token_nbytes: int
+    fixed_nbytes: int
+    bf16_nbytes: int
+
+    @property
+    def compression(self) -> float:
+        """bfloat16 bytes over allocated bytes; nan when nothing is held."""
+        return _ratio(self.bf16_nbytes, self.token_nbytes + self.fixed_nbytes)
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Memory of every layer; prints as a table, in a terminal with rich and in a notebook."""
+
+    layers: tuple[LayerMemory, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of the whole cache."""
+        return sum(layer.token_nbytes + layer.fixed_nbytes for layer in self.layers)
+
+    @property
+    def bf16_nbytes(self) -> int:
+        """Bytes of the same keys and values in bfloat16."""
+        return sum(layer.bf16_nbytes for layer in self.layers)
+
+    @property
+    def compression(self) -> float:
+        """bfloat16 bytes over allocated bytes; nan when the cache is empty."""
+        return _ratio(self.bf16_nbytes, self.nbytes)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Allocated bytes for each token held, over all layers; nan when the cache is empty."""
+        return _ratio(self.nbytes, max((layer.num_tokens for layer in self.layers), default=0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        data = {
+            "nbytes": self.nbytes,
+            "bf16_nbytes": self.bf16_nbytes,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+        if self.nbytes:  # JSON has no nan
+            data |= {"compression": self.compression, "bytes_per_token": self.bytes_per_token}
+        return data
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title="KV cache, allocated bytes")
+        for name in ("layer", "kind", "tokens", "codes and scales", "fixed", "bf16", "compression"):
+            table.add_column(name, justify="left" if name == "kind" else "right")
+        for layer in self.layers:
+            table.add_row(
+                str(layer.index),
+                layer.kind,
+                f"{layer.num_tokens:,}",
+                f"{layer.token_nbytes:,}",
+                f"{layer.fixed_nbytes:,}",
+                f"{layer.bf16_nbytes:,}",
+                _times(layer.compression),
+            )
+        table.add_section()
+        table.add_row("all", "", "", f"{self.nbytes:,}", "", f"{self.bf16_nbytes:,}", _times(self.compression))
+        yield table
+
+    def __str__(self) -> str:
+        return self._recorded().export_text()
+
+    def _repr_html_(self) -> str:
+        return self._recorded().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    def _recorded(self) -> Console:
+        console = Console(record=True, file=StringIO(), width=110)
+        console.print(self)
+        return console
+
+
+def memory_report(layers: Sequence[object]) -> MemoryReport:
+    """Measure the layers of any transformers cache."""
+    return MemoryReport(tuple(_measure(index, layer) for index, layer in enumerate(layers)))
+
+
+def layer_tensors(layer: object) -> list[torch.Tensor]:
+    """Every tensor that a layer keeps."""
+    if isinstance(layer, TurboQuantLayer):
+        return layer.tensors()
+    return list(_find_tensors(vars(layer).values()))
+
+
+def _find_tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            yield from _find_tensors(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _find_tensors(value)
+
+
+def _measure(index: int, layer: object) -> LayerMemory:
+    allocated = storage_nbytes(layer_tensors(layer))
+    if not isinstance(layer, TurboQuantLayer):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        held = [states for states in (keys, values) if states is not None and states.ndim == 4]
+        return LayerMemory(
+            index=index,
+            kind=type(layer).__name__,
+            num_tokens=held[0].shape[0] * held[0].shape[2] if held else 0,
+            token_nbytes=allocated,
+            fixed_nbytes=0,
+            bf16_nbytes=UNCOMPRESSED_ITEMSIZE * sum(states.numel() for states in held),
+        )
+    if not layer.is_initialized:
+        return LayerMemory(index, "turboquant, empty", 0, 0, 0, 0)
+    config = layer.config
+    num_tokens = layer.batch_size * layer.get_seq_length()
+    token_nbytes = layer.quantized_keys.token_nbytes + layer.quantized_values.token_nbytes
+    return LayerMemory(
+        index=index,
+        kind=f"turboquant {config.key_bits}/{config.value_bits} bits",
+        num_tokens=num_tokens,
+        token_nbytes=token_nbytes,
+        fixed_nbytes=allocated - token_nbytes,
+        bf16_nbytes=2 * UNCOMPRESSED_ITEMSIZE * num_tokens * layer.num_kv_heads * config.head_dim,
+    )
+
+
+def _ratio(numerator: int, denominator: int) -> float:
+    return numerator / denominator if denominator else math.nan
+
+
+def _times(ratio: float) -> str:
+    return "" if math.isnan(ratio) else f"{ratio:.2f}x"
