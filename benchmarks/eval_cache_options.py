@@ -14,15 +14,15 @@ from turboquant_hf.scoring import score_caches
 
 SCALES = (
     ("norm", "norm"),
+    ("norm", "least_squares"),
     ("unbiased", "norm"),
     ("least_squares", "norm"),
-    ("unbiased", "least_squares"),
     ("least_squares", "least_squares"),
 )
 
 
 def options() -> dict[str, dict[str, Any]]:
-    """Every variant scored, by name: the arguments of TurboQuantCache."""
+    """Every variant scored, by name: the arguments of TurboQuantCache. A preset's name alone is its default."""
     variants: dict[str, dict[str, Any]] = {
         f"{preset}, key scale {key_scale}, value scale {value_scale}": {
             "preset": preset,
@@ -34,7 +34,7 @@ def options() -> dict[str, dict[str, Any]]:
     }
     for preset in ("tq4", "tq3.5", "tq3", "tq2.5", "tq2", "k6v4", "k8v4"):
         variants[preset] = {"preset": preset}
-    for preset in ("tq4", "tq3", "k6v4"):
+    for preset in ("tq4", "tq3", "tq2", "k6v4"):
         variants[f"{preset}, not centred"] = {"preset": preset, "center_keys": False}
     return variants
 

@@ -15,9 +15,7 @@ def run_python() -> Callable[[str], str]:
     """Runs code in a fresh interpreter and returns what it printed."""
 
     def run(code: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

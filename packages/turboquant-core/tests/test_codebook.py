@@ -72,9 +72,7 @@ def test_boundaries_send_every_value_to_the_nearest_centroid(head_dim, bits):
     codebook = lloyd_max_codebook(head_dim, bits)
     centroids, boundaries = codebook.centroids.numpy(), codebook.boundaries.numpy()
     assert len(centroids) == 2**bits
-    np.testing.assert_allclose(
-        boundaries - centroids[:-1], centroids[1:] - boundaries, rtol=0, atol=1e-16
-    )
+    np.testing.assert_allclose(boundaries - centroids[:-1], centroids[1:] - boundaries, rtol=0, atol=1e-16)
     x = np.linspace(-1, 1, 5001) + 1e-7
     nearest = np.abs(x[:, None] - centroids).argmin(1)
     np.testing.assert_array_equal(np.searchsorted(boundaries, x), nearest)
@@ -96,8 +94,7 @@ def test_codebooks_are_symmetric_ascending_float32_values(head_dim, bits):
 def test_mse_is_the_integral_of_the_squared_error(head_dim, bits):
     codebook = lloyd_max_codebook(head_dim, bits)
     error = sum(
-        integrate(head_dim, lambda x, c=c: (x - c) ** 2, low, high)
-        for c, low, high in positive_cells(codebook)
+        integrate(head_dim, lambda x, c=c: (x - c) ** 2, low, high) for c, low, high in positive_cells(codebook)
     )
     assert codebook.mse == pytest.approx(2 * head_dim * error, rel=1e-6)
 

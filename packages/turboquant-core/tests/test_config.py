@@ -30,14 +30,12 @@ def test_there_are_no_other_presets_and_nobody_can_add_one():
 
 
 def test_fields_of_a_preset_can_be_replaced():
-    config = TurboQuantConfig.preset(
-        "tq3", 64, value_bits=2, key_scale="unbiased", center_keys=False
-    )
-    assert config == TurboQuantConfig(64, 3, 2, "unbiased", "norm", False)
+    config = TurboQuantConfig.preset("tq3", 64, value_bits=2, key_scale="norm", center_keys=False)
+    assert config == TurboQuantConfig(64, 3, 2, "norm", "least_squares", False)
 
 
 def test_defaults_are_four_bits_with_centred_keys():
-    assert TurboQuantConfig(128) == TurboQuantConfig(128, 4, 4, "norm", "norm", True)
+    assert TurboQuantConfig(128) == TurboQuantConfig(128, 4, 4, "unbiased", "least_squares", True)
 
 
 @pytest.mark.parametrize(

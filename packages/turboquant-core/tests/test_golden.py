@@ -14,9 +14,7 @@ from turboquant_core import (
     unpack,
 )
 
-GOLDEN = [
-    json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("golden/*.json"))
-]
+GOLDEN = [json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("golden/*.json"))]
 CASES = [
     pytest.param(
         golden,
@@ -55,11 +53,7 @@ def stored(case):
 
 
 def test_the_golden_vectors_cover_the_format():
-    covered = {
-        (golden["head_dim"], case["quantizer"], case["bits"])
-        for golden in GOLDEN
-        for case in golden["cases"]
-    }
+    covered = {(golden["head_dim"], case["quantizer"], case["bits"]) for golden in GOLDEN for case in golden["cases"]}
     for head_dim in (64, 80, 128, 256):
         assert {(head_dim, "mse", bits) for bits in (1, 2, 3, 4, 5, 6, 8)} <= covered
     for head_dim in (64, 128):
@@ -99,9 +93,7 @@ def test_decoding_the_golden_bytes_gives_the_golden_values(golden, case, device)
     q = stored(case).map(lambda t: t.to(device))
     decoded = quantizer_of(golden, case, device).dequantize(q).cpu()
     expected = torch.tensor(case["decoded"])
-    torch.testing.assert_close(
-        decoded[:, :: golden["decoded_step"]], expected, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(decoded[:, :: golden["decoded_step"]], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("golden", "case"), CASES)

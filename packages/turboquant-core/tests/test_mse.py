@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from turboquant_core import MSEQuantizer, lloyd_max_codebook, unpack
+from turboquant_core import MSEQuantizer, QuantizedTensor, lloyd_max_codebook, unpack
 from turboquant_core.testing import INPUT_KINDS, gaussian
 
 HEAD_DIMS = [64, 80, 96, 128, 256]
@@ -25,7 +25,7 @@ def error_ratio(quantizer, x):
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_gaussian_error_is_the_codebooks(head_dim, bits):
     # Much of the error of fine codes lies in rare outer cells, which takes more draws to see.
-    num_values = 6_000_000 if bits == 8 else 800_000
+    num_values = 8_000_000 if bits == 8 else 3_000_000
     x = gaussian(num_values // head_dim, head_dim, seed=1)
     assert error_ratio(MSEQuantizer(head_dim, bits), x) == pytest.approx(1, abs=0.01)
 
@@ -157,3 +157,17 @@ def test_a_head_dim_out_of_range_is_named_with_the_limits(head_dim):
 def test_bits_out_of_range_are_named_with_the_limits(bits):
     with pytest.raises(ValueError, match=rf"bits is {bits}; .* 1 to 8"):
         MSEQuantizer(64, bits)
+
+
+@pytest.mark.parametrize("bits", [4.0, 2.5])
+def test_bits_that_are_no_integer_are_refused(bits):
+    with pytest.raises(ValueError, match=rf"bits is {bits}; codes have 1 to 8 whole bits"):
+        MSEQuantizer(64, bits)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 64), (1,)])
+def test_scales_of_another_shape_are_refused(shape):
+    quantizer = MSEQuantizer(64, 4)
+    codes = quantizer.quantize(torch.ones(2, 64)).codes
+    with pytest.raises(ValueError, match="scales are "):
+        quantizer.dequantize(QuantizedTensor(codes, torch.ones(shape, dtype=torch.float16)))

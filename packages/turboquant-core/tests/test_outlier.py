@@ -46,9 +46,7 @@ def test_channels_of_equal_energy_keep_their_order():
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("bits", "plain_bits"), [(2.5, 2), (3.5, 3)])
-def test_half_a_bit_more_saves_most_of_the_error_of_vectors_with_outliers(
-    head_dim, bits, plain_bits
-):
+def test_half_a_bit_more_saves_most_of_the_error_of_vectors_with_outliers(head_dim, bits, plain_bits):
     x, _ = with_outlier_channels(500, head_dim, seed=3)
     plain = relative_error(MSEQuantizer(head_dim, plain_bits), x)
     assert relative_error(OutlierQuantizer.calibrate(x, bits), x) < 0.15 * plain
@@ -164,3 +162,14 @@ def test_stored_vectors_of_another_format_are_refused():
     for q in (finer, one_scale):
         with pytest.raises(ValueError, match=r"2.5-bit vectors of head_dim 64 have 20 and 2"):
             quantizer.dequantize(q)
+
+
+@pytest.mark.parametrize("order", [torch.zeros(64, dtype=torch.int64), torch.arange(1, 65)], ids=["repeats", "range"])
+def test_an_order_that_is_no_permutation_is_refused(order):
+    with pytest.raises(ValueError, match="channel_order must name each of the 64 channels once"):
+        OutlierQuantizer(2.5, order)
+
+
+def test_calibration_on_a_single_vector_is_refused():
+    with pytest.raises(ValueError, match=r"got \[64\]; calibration takes sample vectors"):
+        OutlierQuantizer.calibrate(torch.ones(64), 2.5)

@@ -112,9 +112,7 @@ def test_unpack_leaves_its_input_alone():
 def test_a_code_that_needs_more_bits_is_refused(bits):
     codes = torch.zeros(2, 16, dtype=torch.int32)
     codes[1, 3] = 2**bits
-    with pytest.raises(
-        ValueError, match=rf"from 0 to {2**bits}; {bits} bits hold 0 to {2**bits - 1}$"
-    ):
+    with pytest.raises(ValueError, match=rf"from 0 to {2**bits}; {bits} bits hold 0 to {2**bits - 1}$"):
         pack(codes, bits)
 
 
@@ -149,3 +147,9 @@ def test_bits_out_of_range_are_named_with_the_limits(bits):
 def test_unpack_refuses_other_sizes_and_types(packed):
     with pytest.raises(ValueError, match=r"64 codes of 4 bits are torch.uint8 \[..., 32\]"):
         unpack(packed, 4, 64)
+
+
+@pytest.mark.parametrize("codes", [torch.zeros(8), torch.tensor(1)], ids=["float", "scalar"])
+def test_codes_that_are_no_rows_of_integers_are_refused(codes):
+    with pytest.raises(ValueError, match="pack takes integers"):
+        pack(codes, 4)

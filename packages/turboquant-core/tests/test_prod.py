@@ -149,9 +149,7 @@ def test_input_and_output_types(given, asked):
     assert (decoded.double() - x.double()).square().mean() < 0.1
 
 
-@pytest.mark.parametrize(
-    "x", [torch.zeros(3, 63), torch.zeros(3, 64, dtype=torch.int32)], ids=["size", "type"]
-)
+@pytest.mark.parametrize("x", [torch.zeros(3, 63), torch.zeros(3, 64, dtype=torch.int32)], ids=["size", "type"])
 def test_other_inputs_are_refused(x):
     with pytest.raises(ValueError, match=r"this quantiser takes floating-point \[..., 64\]"):
         ProdQuantizer(64, 4).quantize(x)

@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import hadamard
 
 from turboquant_core import Rotation
+from turboquant_core._seeded import random_normal, random_signs
 from turboquant_core.testing import gaussian
 
 HEAD_DIMS = [8, 24, 64, 80, 96, 112, 128, 160, 192, 256, 512]
@@ -87,6 +89,24 @@ def test_the_matrix_of_a_power_of_two_is_exact(head_dim):
     assert sum(a * b for a, b in zip(integers[0], integers[3], strict=True)) == 0
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_a_power_of_two_alternates_signs_and_hadamard_six_times(head_dim):
+    expected = np.eye(head_dim)
+    for i in range(6):
+        signs = random_signs(f"rotation/hadamard/{head_dim}/3/{i}", head_dim)
+        expected = hadamard(head_dim) / head_dim**0.5 @ np.diag(signs) @ expected
+    np.testing.assert_allclose(Rotation(head_dim, 3).matrix.numpy(), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("head_dim", [24, 80, 96])
+def test_other_sizes_are_the_orthogonal_factor_of_a_gaussian_matrix(head_dim):
+    gaussian_matrix = random_normal(f"rotation/qr/{head_dim}/3", (head_dim, head_dim))
+    factor = Rotation(head_dim, 3).matrix.numpy().T @ gaussian_matrix
+    np.testing.assert_allclose(np.tril(factor, -1), 0, rtol=0, atol=1e-12)
+    # The factorisation is unique once the diagonal is positive.
+    assert (np.diag(factor) > 0).all()
+
+
 DIGEST = """
 import hashlib
 from turboquant_core import Rotation
@@ -109,7 +129,5 @@ def test_the_matrix_is_computed_once():
 
 @pytest.mark.parametrize("head_dim", [0, 4, 60, 81, 520])
 def test_a_head_dim_out_of_range_is_named_with_the_limits(head_dim):
-    with pytest.raises(
-        ValueError, match=rf"head_dim is {head_dim}; .* multiple of 8 from 8 to 512"
-    ):
+    with pytest.raises(ValueError, match=rf"head_dim is {head_dim}; .* multiple of 8 from 8 to 512"):
         Rotation(head_dim)

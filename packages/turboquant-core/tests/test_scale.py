@@ -61,9 +61,7 @@ def test_least_squares_has_the_smallest_error(bits):
 @pytest.mark.parametrize(("bits", "gain"), [(2, 0.0135), (3, 0.0267), (4, 0.0350)])
 def test_least_squares_gains_what_was_measured_apart_from_this_package(bits, gain):
     x = gaussian(20000, 64, seed=5)
-    norm, fitted = (
-        relative_error(x, reconstruct(x, bits, rule)) for rule in ("norm", "least_squares")
-    )
+    norm, fitted = (relative_error(x, reconstruct(x, bits, rule)) for rule in ("norm", "least_squares"))
     assert 1 - fitted / norm == pytest.approx(gain, abs=0.002)
 
 
@@ -90,9 +88,7 @@ def test_stored_scales_keep_eleven_bits_of_their_root(exponent):
     scales = (1 + 2 * torch.rand(1000, 1, generator=generator, dtype=torch.float64)) * 10**exponent
     stored = encode_scale(scales)
     assert stored.dtype == torch.float16
-    torch.testing.assert_close(
-        decode_scale(stored, torch.float64), scales, rtol=STORED_PRECISION, atol=0
-    )
+    torch.testing.assert_close(decode_scale(stored, torch.float64), scales, rtol=STORED_PRECISION, atol=0)
 
 
 def test_the_range_of_stored_scales_has_ends():
@@ -139,9 +135,7 @@ def test_a_zero_vector_comes_back_as_zero(rule, bits):
 @every_rule
 @pytest.mark.parametrize("bits", [1, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_vector_with_nan_or_inf_has_no_finite_coordinate_and_its_neighbours_do_not_notice(
-    rule, bits, bad
-):
+def test_a_vector_with_nan_or_inf_has_no_finite_coordinate_and_its_neighbours_do_not_notice(rule, bits, bad):
     x = gaussian(5, 64, seed=12)
     quantizer = MSEQuantizer(64, bits, rule)
     clean = quantizer.dequantize(quantizer.quantize(x))

@@ -22,8 +22,8 @@ def check_bits(bits: float) -> int:
     """Return `bits` when codes of that width exist.
 
     Raises:
-        ValueError: If it is not a whole number from 1 to 8.
+        ValueError: If it is no int from 1 to 8.
     """
-    if bits not in range(MIN_BITS, MAX_BITS + 1):
+    if not isinstance(bits, int) or bits not in range(MIN_BITS, MAX_BITS + 1):
         raise ValueError(f"bits is {bits}; codes have {MIN_BITS} to {MAX_BITS} whole bits")
-    return int(bits)
+    return bits

@@ -27,7 +27,8 @@ class MSEQuantizer:
     stored scale t follows `scale` (see `turboquant_core.scale.corrected_scale`).
 
     A zero vector comes back as zero. A vector with NaN or inf in it, or longer than 4.29e9, comes back with no finite
-    coordinate: it is carried, never turned into a plausible vector. Lengths under 3.6e-15 become zero.
+    coordinate: it is carried, never turned into a plausible vector. Lengths under 4e-9 lose precision, and under 9e-16
+    they become zero.
 
     Args:
         head_dim: Dimension of the vectors, a multiple of 8 from 8 to 512.
@@ -65,11 +66,17 @@ class MSEQuantizer:
         return QuantizedTensor(pack(codes, self.bits, check=False), encode_scale(scale))
 
     def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The vectors x̂ [..., head_dim] in the given type."""
+        """The vectors x̂ [..., head_dim] in the given type.
+
+        Raises:
+            ValueError: If codes or scales are not those of this quantiser.
+        """
         return self.rotation.unrotate(self.dequantize_rotated(q)).to(dtype)
 
     def dequantize_rotated(self, q: QuantizedTensor) -> torch.Tensor:
         """Πx̂, float32 [..., head_dim]: what attention on codes multiplies with a rotated query."""
+        if q.scales.shape != (*q.shape, 1):
+            raise ValueError(f"scales are {list(q.scales.shape)}; codes {list(q.codes.shape)} have {[*q.shape, 1]}")
         codes = unpack(q.codes, self.bits, self.head_dim)
         centroids, _ = _tables(self.head_dim, self.bits, codes.device, torch.float32)
         return centroids[codes.int()] * decode_scale(q.scales)

@@ -33,10 +33,19 @@ class OutlierQuantizer:
             raise ValueError(f"bits is {self.bits}; outlier channels serve {known}")
         check_scale_rule(self.scale)
         VectorFormat(self.head_dim, self.bits)
+        channels = torch.arange(self.head_dim, device=self.channel_order.device)
+        if not torch.equal(self.channel_order.sort(-1).values, channels.expand_as(self.channel_order)):
+            raise ValueError(f"channel_order must name each of the {self.head_dim} channels once")
 
     @classmethod
     def calibrate(cls, x: torch.Tensor, bits: float, *, dim: int = -2, scale: ScaleRule = "norm") -> "OutlierQuantizer":
-        """Choose the outlier channels from the energy of sample vectors x [..., head_dim], summed over `dim`."""
+        """Choose the outlier channels from the energy of sample vectors x [..., head_dim], summed over `dim`.
+
+        Raises:
+            ValueError: If x is a single vector.
+        """
+        if x.ndim < 2:
+            raise ValueError(f"got {list(x.shape)}; calibration takes sample vectors [..., num_samples, head_dim]")
         energy = x.float().square().sum(dim, keepdim=True)
         return cls(bits, energy.argsort(dim=-1, descending=True, stable=True), scale)
 
@@ -54,17 +63,18 @@ class OutlierQuantizer:
         """Quantise floating-point vectors x [..., head_dim].
 
         Raises:
-            ValueError: If the last dimension is not `head_dim`, or x is not floating point.
+            ValueError: If the shape does not fit `channel_order`, or x is not floating point.
         """
-        if x.ndim == 0 or x.shape[-1] != self.head_dim:
-            raise ValueError(f"got {list(x.shape)}; this quantiser takes floating-point [..., {self.head_dim}]")
-        ordered = x.gather(-1, self.channel_order.expand_as(x))
+        ordered = x.gather(-1, self._order_for(x.shape))
         sizes = [group.num_channels for group in self.format.groups]
         parts = [
             quantizer.quantize(part)
             for quantizer, part in zip(self._quantizers, ordered.split_with_sizes(sizes, dim=-1), strict=True)
         ]
-        return QuantizedTensor.cat(parts, dim=-1)
+        q = QuantizedTensor.cat(parts, dim=-1)
+        # A vector with NaN or inf in one part is not to come back half plausible.
+        carried = q.scales.isfinite().all(-1, keepdim=True)
+        return QuantizedTensor(q.codes, torch.where(carried, q.scales, torch.nan))
 
     def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The vectors x̂ [..., head_dim] in the given type.
@@ -89,8 +99,16 @@ class OutlierQuantizer:
             ],
             dim=-1,
         )
-        channel_order = self.channel_order.expand_as(ordered)
-        return torch.empty_like(ordered).scatter(-1, channel_order, ordered)
+        return torch.empty_like(ordered).scatter(-1, self._order_for(ordered.shape), ordered)
+
+    def _order_for(self, shape: torch.Size) -> torch.Tensor:
+        try:
+            return self.channel_order.expand(shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"got {list(shape)}; this quantiser takes floating-point [..., {self.head_dim}] that its channel order "
+                f"{list(self.channel_order.shape)} expands to"
+            ) from error
 
     @property
     def _quantizers(self) -> list[MSEQuantizer]:

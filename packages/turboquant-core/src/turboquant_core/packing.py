@@ -72,12 +72,14 @@ def pack(codes: torch.Tensor, bits: int, *, check: bool = True) -> torch.Tensor:
         check: Look at the codes' range first, which waits for the device. False where it is known.
 
     Raises:
-        ValueError: If `bits` or the last dimension does not fit, or a code needs more bits than it has.
+        ValueError: If `bits`, type or shape does not fit, or a code needs more bits than it has.
     """
+    if codes.ndim == 0 or codes.is_floating_point():
+        raise ValueError(f"codes are {codes.dtype} {list(codes.shape)}; pack takes integers [..., num_channels]")
     planes = bit_planes(codes.shape[-1], bits)
     if check and codes.numel():
         low, high = codes.aminmax()
-        if low < 0 or high >= 2**bits:
+        if int(low) < 0 or int(high) >= 2**bits:
             raise ValueError(f"codes run from {int(low)} to {int(high)}; {bits} bits hold 0 to {2**bits - 1}")
     codes = codes.to(torch.uint8)
     packed = [_pack_plane(codes, plane) for plane in planes]

@@ -48,4 +48,4 @@ class QuantizedTensor:
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Allocated bytes behind the tensors, each storage counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum({(s.device, s.data_ptr()): s.nbytes() for s in storages}.values())

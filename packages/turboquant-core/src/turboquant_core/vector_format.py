@@ -40,7 +40,7 @@ class VectorFormat:
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
         if self.bits not in OUTLIER_BITS:
-            check_bits(self.bits)
+            check_bits(int(self.bits) if self.bits == int(self.bits) else self.bits)
         elif self.head_dim % (8 * OUTLIER_SHARE):
             raise ValueError(
                 f"head_dim is {self.head_dim}; {self.bits} bits split it into quarters of whole bytes, so it must be a "

@@ -137,13 +137,9 @@ def make(head_dim):
                 "scale": rule,
                 "codes": [codes.tolist() for codes, _, _, _ in results],
                 "packed": [packed.tobytes().hex() for _, packed, _, _ in results],
-                "scales": [
-                    [f"{scale.view(np.uint16):04x}" for scale in scales]
-                    for _, _, scales, _ in results
-                ],
+                "scales": [[f"{scale.view(np.uint16):04x}" for scale in scales] for _, _, scales, _ in results],
                 "decoded": [
-                    [round(value, 7) for value in decoded[::DECODED_STEP].tolist()]
-                    for _, _, _, decoded in results
+                    [round(value, 7) for value in decoded[::DECODED_STEP].tolist()] for _, _, _, decoded in results
                 ],
             }
         )

@@ -1,10 +1,11 @@
 """The stored keys, or the stored values, of one layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from turboquant_core import MSEQuantizer, OutlierQuantizer, QuantizedTensor, VectorFormat
+from turboquant_core import MSEQuantizer, OutlierQuantizer, QuantizedTensor
 from turboquant_core.quantized import storage_nbytes
 from turboquant_core.scale import ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS
@@ -34,8 +35,7 @@ class QuantizedStates:
         """Forget all tokens, and what was taken from the first of them."""
         self._stored: QuantizedTensor | None = None
         self._mean: torch.Tensor | None = None
-        self._channel_order: torch.Tensor | None = None
-        self._head_dim = 0
+        self._quantizer: MSEQuantizer | OutlierQuantizer | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -54,20 +54,21 @@ class QuantizedStates:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is kept."""
-        kept = [self._mean, self._channel_order]
+        kept = [] if self._mean is None else [self._mean]
+        if isinstance(self._quantizer, OutlierQuantizer):
+            kept.append(self._quantizer.channel_order)
         if self._stored is not None:
             kept += [self._stored.codes, self._stored.scales]
-        return [tensor for tensor in kept if tensor is not None]
+        return kept
 
     def append(self, states: torch.Tensor) -> None:
         """Quantise and store states [batch_size, num_kv_heads, num_tokens, head_dim]."""
         if states.shape[TOKEN_DIM] == 0:
             return
-        if self._stored is None:
-            self._calibrate(states)
-        new = self._quantizer().quantize(self._shifted(states, -1))
-        parts = [new] if self._stored is None else [self._stored, new]
-        self._stored = QuantizedTensor.cat(parts, TOKEN_DIM) if len(parts) > 1 else new
+        if self._quantizer is None:
+            self._quantizer = self._calibrate(states)
+        new = self._quantizer.quantize(self._shifted(states, -1))
+        self._stored = new if self._stored is None else QuantizedTensor.cat([self._stored, new], TOKEN_DIM)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """All stored states, [batch_size, num_kv_heads, num_tokens, head_dim].
@@ -75,9 +76,9 @@ class QuantizedStates:
         Raises:
             RuntimeError: If nothing is stored.
         """
-        if self._stored is None:
+        if self._stored is None or self._quantizer is None:
             raise RuntimeError("there are no stored states to read")
-        return self._shifted(self._quantizer().dequantize(self._stored), +1).to(dtype)
+        return self._shifted(self._quantizer.dequantize(self._stored), +1).to(dtype)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens, and free the memory of the others."""
@@ -94,22 +95,15 @@ class QuantizedStates:
             self._stored = self._stored.map(function)
         if self._mean is not None:
             self._mean = function(self._mean)
-        if self._channel_order is not None:
-            self._channel_order = function(self._channel_order)
+        if isinstance(self._quantizer, OutlierQuantizer):
+            self._quantizer = replace(self._quantizer, channel_order=function(self._quantizer.channel_order))
 
-    def _calibrate(self, states: torch.Tensor) -> None:
-        self._head_dim = states.shape[-1]
-        VectorFormat(self._head_dim, self.bits)
+    def _calibrate(self, states: torch.Tensor) -> MSEQuantizer | OutlierQuantizer:
         if self.center:
             self._mean = states.float().mean(TOKEN_DIM, keepdim=True)
         if self.bits in OUTLIER_BITS:
-            calibrated = OutlierQuantizer.calibrate(self._shifted(states, -1), self.bits)
-            self._channel_order = calibrated.channel_order
+            return OutlierQuantizer.calibrate(self._shifted(states, -1), self.bits, dim=TOKEN_DIM, scale=self.scale)
+        return MSEQuantizer(states.shape[-1], int(self.bits), self.scale)
 
     def _shifted(self, states: torch.Tensor, sign: int) -> torch.Tensor:
         return states if self._mean is None else states.float() + sign * self._mean
-
-    def _quantizer(self) -> MSEQuantizer | OutlierQuantizer:
-        if self._channel_order is not None:
-            return OutlierQuantizer(self.bits, self._channel_order, self.scale)
-        return MSEQuantizer(self._head_dim, int(self.bits), self.scale)

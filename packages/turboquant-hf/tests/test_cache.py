@@ -1,0 +1,208 @@
+import gc
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    DeepseekV3Config,
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    T5Config,
+)
+
+from turboquant_core import PRESETS, TurboQuantConfig
+from turboquant_core.quantized import storage_nbytes
+from turboquant_hf import TurboQuantCache, TurboQuantLayer
+
+
+def generate(model, prompt, cache, **kwargs):
+    arguments = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, **kwargs}
+    return model.generate(prompt, past_key_values=cache, **arguments)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_generates_with_every_preset(tiny_model, prompt, preset):
+    cache = TurboQuantCache(tiny_model.config, preset)
+    output = generate(tiny_model, prompt, cache)
+    assert output.shape == (2, 60)
+    assert cache.get_seq_length() == 59
+
+
+def test_eight_bits_give_the_uncompressed_text(tiny_model, prompt):
+    expected = generate(tiny_model, prompt, DynamicCache(config=tiny_model.config))
+    cache = TurboQuantCache(tiny_model.config, key_bits=8, value_bits=8)
+    assert torch.equal(generate(tiny_model, prompt, cache), expected)
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"do_sample": True, "seed": 1}])
+def test_other_strategies_give_the_uncompressed_text_at_eight_bits(tiny_model, prompt, kwargs):
+    kwargs, prompt = dict(kwargs), prompt[:1]
+    seed = kwargs.pop("seed", 0)
+    texts = []
+    for cache in (
+        DynamicCache(config=tiny_model.config),
+        TurboQuantCache(tiny_model.config, key_bits=8, value_bits=8, key_scale="unbiased"),
+    ):
+        torch.manual_seed(seed)
+        texts.append(generate(tiny_model, prompt, cache, **kwargs))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "preset", "bytes_of_a_slot", "compression"),
+    [
+        (128, "tq4", 132, 3.88),
+        (128, "tq3", 100, 5.12),
+        (128, "tq2", 68, 7.53),
+        (128, "k6v4", 164, 3.12),
+        (128, "k8v4", 196, 2.61),
+        (64, "tq4", 68, 3.76),
+        (64, "tq3", 52, 4.92),
+        (64, "tq2", 36, 7.11),
+    ],
+)
+def test_measured_bytes(tiny_config, head_dim, preset, bytes_of_a_slot, compression):
+    config = tiny_config(head_dim=head_dim)
+    cache = TurboQuantCache(config, preset, center_keys=False)
+    num_tokens = 500
+    for layer_idx in range(config.num_hidden_layers):
+        states = torch.randn(1, config.num_key_value_heads, num_tokens, head_dim, dtype=torch.bfloat16)
+        cache.update(states, states, layer_idx)
+    slots = num_tokens * config.num_key_value_heads * config.num_hidden_layers
+    assert cache.nbytes / slots == bytes_of_a_slot
+    assert cache.memory_report().compression == pytest.approx(compression, abs=0.005)
+
+
+def test_no_full_precision_copy_survives_a_step(tiny_model, prompt):
+    cache = TurboQuantCache(tiny_model.config)
+    generate(tiny_model, prompt, cache)
+    gc.collect()
+    reachable, seen = [cache], set()
+    tensors = []
+    while reachable:
+        item = reachable.pop()
+        if id(item) in seen or isinstance(item, type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            tensors.append(item)
+        elif hasattr(item, "__dict__"):
+            reachable += vars(item).values()
+        elif isinstance(item, list | tuple):
+            reachable += item
+    states = [t for t in tensors if t.ndim == 4]
+    assert storage_nbytes(states) == cache.nbytes
+    slots = 2 * 59 * 2 * 2  # sequences, tokens, heads, layers
+    mean_nbytes = 2 * 2 * 2 * 64 * 4
+    assert cache.nbytes == slots * 68 + mean_nbytes
+
+
+def test_left_padding_is_masked(tiny_model, prompt):
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.int64), prompt], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :5] = 0
+    new_cache = lambda: TurboQuantCache(tiny_model.config, key_bits=8, value_bits=8)  # noqa: E731
+    expected = generate(tiny_model, prompt, new_cache())[:, 40:]
+    actual = generate(tiny_model, padded, new_cache(), attention_mask=mask)[:, 45:]
+    assert torch.equal(actual, expected)
+
+
+def test_a_second_turn_continues_from_the_codes(tiny_model, prompt):
+    cache = TurboQuantCache(tiny_model.config)
+    first = generate(tiny_model, prompt, cache)
+    held = cache.get_seq_length()
+    second = generate(tiny_model, torch.cat([first, prompt], dim=1), cache)
+    assert second.shape == (2, 60 + 40 + 20)
+    assert cache.get_seq_length() == held + 1 + 40 + 19
+
+
+def test_sliding_window_layers_stay_native():
+    config = Gemma3TextConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    torch.manual_seed(1)
+    model = Gemma3ForCausalLM(config).eval()
+    cache = TurboQuantCache(config, key_bits=8, value_bits=8)
+    assert [isinstance(layer, TurboQuantLayer) for layer in cache.layers] == [False, True] * 2
+    prompt = torch.randint(200, (1, 30), generator=torch.Generator().manual_seed(1))
+    expected = generate(model, prompt, DynamicCache(config=config))
+    assert torch.equal(generate(model, prompt, cache), expected)
+    kinds = [layer.kind for layer in cache.memory_report().layers]
+    assert kinds == ["DynamicSlidingWindowLayer", "turboquant 8/8 bits"] * 2
+
+
+def test_mixed_head_dims_are_learnt_by_layer(tiny_config):
+    cache = TurboQuantCache(tiny_config())
+    for layer_idx, head_dim in enumerate((64, 128)):
+        states = torch.randn(1, 2, 10, head_dim)
+        cache.update(states, states, layer_idx)
+    assert [layer.config.head_dim for layer in cache.layers] == [64, 128]
+
+
+def test_fields_override_the_preset(tiny_config):
+    cache = TurboQuantCache(tiny_config(), "k6v4", value_bits=3, center_keys=False, value_scale="norm")
+    states = torch.randn(1, 2, 10, 64)
+    cache.update(states, states, 0)
+    assert cache.layers[0].config == TurboQuantConfig(
+        64, key_bits=6, value_bits=3, center_keys=False, value_scale="norm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "tq9"}, "preset is 'tq9'; it must be one of tq4, "),
+        ({"key_bits": 7}, "key_bits is 7; it must be one of 2, "),
+        ({"value_bits": 16}, "value_bits is 16"),
+        ({"key_scale": "mean"}, "scale rule is 'mean'; it must be one of norm, unbiased, least_squares"),
+    ],
+)
+def test_unknown_options_are_refused_at_once(tiny_config, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TurboQuantCache(tiny_config(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(head_dim=20), "head_dim is 20; it must be a multiple of 8"),
+        (BertConfig(), "bert model is an encoder, which keeps no KV cache"),
+        (T5Config(), "t5 model is an encoder-decoder"),
+        (DeepseekV3Config(), r"multi-head latent attention \(kv_lora_rank 512\)"),
+        (MistralConfig(sliding_window=16), "no full-attention layer to compress .*DynamicSlidingWindowLayer"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_models_it_cannot_hold_are_refused_at_once(config, message):
+    with pytest.raises(ValueError, match=message):
+        TurboQuantCache(config)
+
+
+def test_a_model_instead_of_its_config_is_refused(tiny_model):
+    with pytest.raises(TypeError, match=r"config is LlamaForCausalLM; pass the model's configuration, model.config"):
+        TurboQuantCache(tiny_model)
+
+
+def test_fractional_bits_refuse_a_head_dim_they_cannot_split(tiny_config):
+    with pytest.raises(ValueError, match=r"head_dim is 80; 2.5 bits .* multiple of 32"):
+        TurboQuantCache(tiny_config(head_dim=80), "tq2.5")
+
+
+def test_head_dim_is_derived_where_the_config_has_none():
+    config = LlamaConfig(hidden_size=96, num_attention_heads=3, num_hidden_layers=1, vocab_size=50)
+    model = LlamaForCausalLM(config).eval()
+    cache = TurboQuantCache(config)
+    model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    assert cache.layers[0].config.head_dim == 32
