@@ -18,7 +18,7 @@ from turboquant_hf.scoring import CacheScore, score_caches
 UNCOMPRESSED = "uncompressed"
 PRESETS = ("tq4", "k6v4", "tq3", "tq2")
 CHAT_PROMPT = "What is the capital of France, and what is it known for? Answer in two sentences."
-QUESTION = "According to the text, what was the occupation of John Shakespeare, the poet's father?"
+QUESTION = "What is this text about? Answer in one sentence."
 CHUNK_SIZE = 128
 MAX_NEW_TOKENS = 32
 
