@@ -1,5 +1,8 @@
 """Everything that depends on the version of transformers."""
 
+from typing import Any
+
+import transformers
 from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -21,6 +24,14 @@ ENCODER_MODEL_TYPES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 """Model types that attend in both directions unless their configuration says `is_decoder`."""
 
 
+def gguf_weights_in_full() -> dict[str, Any]:
+    """Arguments of `from_pretrained` that dequantise a GGUF file's weights once, when it is loaded."""
+    # transformers 5.16 has no GgufConfig and always does so; from 5.17 on every forward would dequantise again.
+    if not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
 def dynamic_layers(config: PreTrainedConfig) -> list[object]:
     """The layers that `DynamicCache` would use for a model."""
     return list(DynamicCache(config=config).layers)
@@ -34,4 +45,5 @@ __all__ = [
     "DynamicLayer",
     "PreTrainedConfig",
     "dynamic_layers",
+    "gguf_weights_in_full",
 ]

