@@ -173,3 +173,12 @@ def test_an_order_that_is_no_permutation_is_refused(order):
 def test_calibration_on_a_single_vector_is_refused():
     with pytest.raises(ValueError, match=r"got \[64\]; calibration takes sample vectors"):
         OutlierQuantizer.calibrate(torch.ones(64), 2.5)
+
+
+def test_map_reorders_the_groups_of_the_channel_order():
+    x = gaussian(2 * 30, 64, seed=12).reshape(2, 30, 64)
+    quantizer = OutlierQuantizer.calibrate(x, 2.5, scale="unbiased")
+    swapped = quantizer.map(lambda order: order[[1, 0]])
+    expected = quantizer.dequantize(quantizer.quantize(x))
+    assert torch.equal(swapped.dequantize(swapped.quantize(x[[1, 0]])), expected[[1, 0]])
+    assert (swapped.bits, swapped.scale) == (2.5, "unbiased")

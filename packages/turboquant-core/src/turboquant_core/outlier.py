@@ -1,11 +1,13 @@
 """Fractional bits: a few channels of every vector coded finer than the rest (paper, Section 4.3)."""
 
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 
 from turboquant_core.mse import MSEQuantizer
-from turboquant_core.quantized import QuantizedTensor
+from turboquant_core.quantized import QuantizedTensor, check_stored
 from turboquant_core.scale import ScaleRule, check_scale_rule
 from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
 
@@ -49,6 +51,15 @@ class OutlierQuantizer:
         energy = x.float().square().sum(dim, keepdim=True)
         return cls(bits, energy.argsort(dim=-1, descending=True, stable=True), scale)
 
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "OutlierQuantizer":
+        """Apply an operation on leading dimensions of the channel order, or a move to another device.
+
+        The order stays valid and is not looked at again: that would wait for the device, or read an unfinished copy.
+        """
+        mapped = copy(self)
+        object.__setattr__(mapped, "channel_order", function(self.channel_order))
+        return mapped
+
     @property
     def head_dim(self) -> int:
         """Dimension of the vectors."""
@@ -82,14 +93,8 @@ class OutlierQuantizer:
         Raises:
             ValueError: If the code bytes or scales are not those of this format.
         """
-        if (q.codes.shape[-1], q.scales.shape[-1]) != (
-            self.format.code_bytes,
-            self.format.num_scales,
-        ):
-            raise ValueError(
-                f"got {q.codes.shape[-1]} code bytes and {q.scales.shape[-1]} scales; {self.bits}-bit vectors of "
-                f"head_dim {self.head_dim} have {self.format.code_bytes} and {self.format.num_scales}"
-            )
+        vectors = f"{self.bits}-bit vectors of head_dim {self.head_dim}"
+        check_stored(q, self.format.code_bytes, self.format.num_scales, vectors)
         codes = q.codes.split_with_sizes([group.code_bytes for group in self.format.groups], dim=-1)
         scales = q.scales.split_with_sizes([1] * self.format.num_scales, dim=-1)
         ordered = torch.cat(

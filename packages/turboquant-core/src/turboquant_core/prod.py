@@ -10,7 +10,7 @@ from turboquant_core._checks import check_bits, check_head_dim
 from turboquant_core._seeded import random_normal
 from turboquant_core.mse import MSEQuantizer, split_norm
 from turboquant_core.packing import pack, packed_bytes, unpack
-from turboquant_core.quantized import QuantizedTensor
+from turboquant_core.quantized import QuantizedTensor, check_stored
 from turboquant_core.scale import decode_scale, encode_scale
 
 
@@ -95,11 +95,7 @@ class ProdQuantizer:
         expected = packed_bytes(self.head_dim, 1)
         if self._base is not None:
             expected += packed_bytes(self.head_dim, self.bits - 1)
-        if q.codes.shape[-1] != expected or q.scales.shape[-1] != 2:
-            raise ValueError(
-                f"got {q.codes.shape[-1]} code bytes and {q.scales.shape[-1]} scales; {self.bits}-bit Prod vectors of "
-                f"head_dim {self.head_dim} have {expected} and 2"
-            )
+        check_stored(q, expected, 2, f"{self.bits}-bit Prod vectors of head_dim {self.head_dim}")
         sign_bytes = packed_bytes(self.head_dim, 1)
         signs = 2.0 * unpack(q.codes[..., -sign_bytes:], 1, self.head_dim).float() - 1.0
         residual_norm = decode_scale(q.scales[..., 1:])

@@ -45,6 +45,15 @@ class QuantizedTensor:
         )
 
 
+def check_stored(q: QuantizedTensor, code_bytes: int, num_scales: int, vectors: str) -> None:
+    """Raise ValueError unless each stored vector has that many code bytes and scales; `vectors` names the format."""
+    if (q.codes.shape[-1], q.scales.shape[-1]) != (code_bytes, num_scales):
+        raise ValueError(
+            f"got {q.codes.shape[-1]} code bytes and {q.scales.shape[-1]} scales; {vectors} have {code_bytes} and "
+            f"{num_scales}"
+        )
+
+
 def storage_nbytes(tensors: Iterable[torch.Tensor]) -> int:
     """Allocated bytes behind the tensors, each storage counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)

@@ -119,13 +119,13 @@ def score_caches(
         targets = input_ids[0, start + 1 : start + 1 + chunk_size]
         expected = _next_token_log_probs(model, chunk, reference)[: len(targets)]
         on_forward()
-        for name, cache in {"reference": reference, **candidates}.items():
-            if cache is reference:
-                actual = expected
-            else:
-                actual = _next_token_log_probs(model, chunk, cache)[: len(targets)]
-                on_forward()
-            if start and len(targets):
+        is_scored = start > 0 and len(targets) > 0
+        if is_scored:
+            parts["reference"].add(expected, expected, targets)
+        for name, cache in candidates.items():
+            actual = _next_token_log_probs(model, chunk, cache)[: len(targets)]
+            on_forward()
+            if is_scored:
                 parts[name].add(expected, actual, targets)
     return {name: part.score() for name, part in parts.items()}
 

@@ -1,7 +1,6 @@
 """The stored keys, or the stored values, of one layer."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -96,7 +95,7 @@ class QuantizedStates:
         if self._mean is not None:
             self._mean = function(self._mean)
         if isinstance(self._quantizer, OutlierQuantizer):
-            self._quantizer = replace(self._quantizer, channel_order=function(self._quantizer.channel_order))
+            self._quantizer = self._quantizer.map(function)
 
     def _calibrate(self, states: torch.Tensor) -> MSEQuantizer | OutlierQuantizer:
         if self.center:
