@@ -1,0 +1,7 @@
+"""Write a cache of codes and attend on it: Triton kernels on a GPU, plain PyTorch elsewhere, behind one signature."""
+
+from turboquant_core.ops.cache_gather import cache_gather
+from turboquant_core.ops.cache_update import cache_update
+from turboquant_core.ops.decode_attention import decode_attention
+
+__all__ = ["cache_gather", "cache_update", "decode_attention"]

@@ -1,0 +1,69 @@
+"""Which implementation runs, and the arguments that every cache operation checks alike."""
+
+import os
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.scale import SCALE_DTYPE
+
+Path = Literal["auto", "triton", "reference"]
+
+
+def runs_triton(path: Path, device: torch.device) -> bool:
+    """Whether `path` means the Triton kernel for tensors on `device`; "auto" takes it on CUDA.
+
+    Raises:
+        ValueError: If there is no such path, or it cannot run on this device.
+    """
+    if path not in get_args(Path):
+        raise ValueError(f"path is {path!r}; it must be one of {', '.join(get_args(Path))}")
+    if path == "triton" and device.type != "cuda" and not interpreting():
+        raise ValueError(
+            f"path is 'triton' and the tensors are on {device.type}; kernels need CUDA. Use path='reference', or set "
+            "TRITON_INTERPRET=1 before triton is imported."
+        )
+    return path == "triton" or (path == "auto" and device.type == "cuda")
+
+
+def check_whole_bits(layout: KVCacheLayout) -> None:
+    """Raise ValueError for a layout with fractional bits."""
+    for name in ("key_bits", "value_bits"):
+        bits = getattr(layout.config, name)
+        if bits != int(bits):
+            raise ValueError(f"{name} is {bits}; cache operations store whole bits. Use 2, 3, 4, 5, 6 or 8.")
+
+
+def check_pages(pages: torch.Tensor, layout: KVCacheLayout) -> None:
+    """Raise ValueError unless the layout's fields can be addressed in `pages`."""
+    shape = (layout.num_kv_heads, layout.head_bytes)
+    check_tensor("pages", pages, torch.uint8, (-1, *shape))
+    width = SCALE_DTYPE.itemsize
+    if pages.stride(2) != 1 or any(at % width for at in (*pages.stride()[:2], pages.storage_offset())):
+        raise ValueError(
+            f"pages have strides {list(pages.stride())} and start at byte {pages.storage_offset()}; the last stride "
+            "must be 1, and the others and the start even, where float16 scales lie."
+        )
+
+
+def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless x has that type and shape; -1 stands for any size."""
+    fits = x.ndim == len(shape) and all(want in (-1, size) for want, size in zip(shape, x.shape, strict=True))
+    if x.dtype != dtype or not fits:
+        expected = ", ".join("any" if size == -1 else str(size) for size in shape)
+        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be {dtype} [{expected}]")
+
+
+def check_one_device(tensors: Mapping[str, torch.Tensor | None]) -> None:
+    """Raise ValueError unless all the tensors given are on one device."""
+    devices = {name: str(x.device) for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        placed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"tensors are on different devices: {placed}. Move them to one.")
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

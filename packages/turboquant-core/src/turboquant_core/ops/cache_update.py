@@ -1,0 +1,72 @@
+"""Quantise new keys and values and write them into the paged cache."""
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._dispatch import (
+    Path,
+    check_one_device,
+    check_pages,
+    check_tensor,
+    check_whole_bits,
+    runs_triton,
+)
+from turboquant_core.ops.reference.cache_update import cache_update as reference_cache_update
+
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def cache_update(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: KVCacheLayout,
+    *,
+    key_mean: torch.Tensor | None = None,
+    path: Path = "auto",
+) -> None:
+    """Store every token's key and value at its slot, as `MSEQuantizer` quantises them with the layout's settings.
+
+    The kernel and the reference compute in float32 in different orders: a code may differ by one where a rotated
+    coordinate is within about 1e-6 of a boundary (with a mean, times (‖key‖ + ‖mean‖) / ‖key - mean‖, for the kernel
+    subtracts it after rotating), and a scale by one float16 step. Vectors whose stored scale is not finite have
+    unspecified codes.
+
+    Args:
+        key: float16, bfloat16 or float32 [num_tokens, num_kv_heads, head_dim]; any strides with a last one of 1, such
+            as a view of a fused QKV tensor.
+        value: The same for values, of the same type.
+        pages: uint8 [num_blocks, num_kv_heads, head_bytes], written in place. Dimensions 0 and 1 may be strided.
+        slot_mapping: int64 [num_tokens], block * block_size + position. A token with a negative slot is not stored.
+            Slots are not read back to be checked: one past the last block, or named twice, is undefined behaviour.
+        layout: Where a slot's bytes lie. Its bits must be whole.
+        key_mean: float32 [num_kv_heads, head_dim], subtracted from keys first.
+        path: "triton", "reference", or "auto" for Triton on CUDA and the reference elsewhere.
+
+    Raises:
+        ValueError: If a type, shape, stride or device does not fit, bits are fractional, or the path cannot run.
+    """
+    check_whole_bits(layout)
+    _check_input(key, value, layout)
+    check_pages(pages, layout)
+    check_tensor("slot_mapping", slot_mapping, torch.int64, (key.shape[0],))
+    if key_mean is not None:
+        check_tensor("key_mean", key_mean, torch.float32, (layout.num_kv_heads, layout.config.head_dim))
+    check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, "key_mean": key_mean})
+    if not runs_triton(path, pages.device):
+        reference_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
+        return
+    from turboquant_core.ops.kernels.cache_update import cache_update as triton_cache_update
+
+    triton_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
+
+
+def _check_input(key: torch.Tensor, value: torch.Tensor, layout: KVCacheLayout) -> None:
+    if key.dtype not in INPUT_DTYPES:
+        raise ValueError(f"key is {key.dtype}; it must be one of {', '.join(map(str, INPUT_DTYPES))}")
+    check_tensor("key", key, key.dtype, (-1, layout.num_kv_heads, layout.config.head_dim))
+    check_tensor("value", value, key.dtype, tuple(key.shape))
+    for name, x in (("key", key), ("value", value)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1. Call contiguous() on it.")

@@ -1,0 +1,163 @@
+"""Attend with a few query tokens a row on the codes of a paged cache."""
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._dispatch import (
+    check_one_device,
+    check_pages,
+    check_tensor,
+    check_whole_bits,
+)
+from turboquant_core.ops.paths import DecodePath, choose_path
+from turboquant_core.ops.reference.decode_attention import decode_attention as reference_decode_attention
+
+QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_QUERY_LEN = 8
+
+
+def decode_attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor | None,
+    seq_lens: torch.Tensor,
+    layout: KVCacheLayout,
+    *,
+    scale: float | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    max_query_len: int | None = None,
+    seq_starts: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_mean: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+    path: DecodePath = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of the last tokens of every row on the row's stored keys and values.
+
+    The query is rotated once and the output rotated back once; keys and values stay codes until they are in registers.
+    Softmax is online in float32. The grid depends on shapes alone and nothing is read back, so a call can be captured in
+    a CUDA graph and replayed with other lengths; work is shared evenly whatever the lengths are.
+
+    Values of `seq_lens`, `block_table` and `query_start_loc` are not read back to be checked: blocks beyond the cache
+    are undefined behaviour.
+
+    Args:
+        query: float16, bfloat16 or float32 [num_tokens, num_heads, head_dim], rows one after another; last stride 1.
+            num_heads is a multiple of the layout's num_kv_heads.
+        pages: uint8 [num_blocks, num_kv_heads, head_bytes].
+        block_table: int32 [batch, max_blocks]; entries past a row's length are not used. None for a contiguous cache: row
+            b is page b, and the layout's block_size is the longest row.
+        seq_lens: int32 [batch]: stored tokens of a row, its own query tokens included. A row of length 0 gives zeros.
+        layout: Where a slot's bytes lie. Its bits must be whole.
+        scale: What logits are multiplied with; None is 1 / sqrt(head_dim).
+        query_start_loc: int32 [batch + 1], the first token of every row; None when all rows have equally many.
+        max_query_len: The most query tokens of a row, at most 8; needed with query_start_loc.
+        seq_starts: int32 [batch], the first position of a row that may be seen, such as after left padding.
+        window: Positions that a token sees, itself included; None for all.
+        softcap: Logits become softcap * tanh(logits / softcap).
+        sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
+        key_mean: float32 [num_kv_heads, head_dim] that was subtracted from keys before they were stored. Softmax does
+            not see it, but softcap, sinks and the log-sum-exp do.
+        out: Written instead of a new tensor: like `query`, with a last stride of 1.
+        return_lse: Also return the natural log-sum-exp of the logits, float32 [num_tokens, num_heads]; minus infinity
+            where nothing is seen.
+        path: A name of `turboquant_core.ops.paths.DecodePath`; "auto" is the fastest that can run here.
+
+    Returns:
+        The output like `query`, and the log-sum-exp with `return_lse`.
+
+    Raises:
+        ValueError: If a type, shape, stride, device or value does not fit, bits are fractional, or the path cannot run.
+    """
+    check_whole_bits(layout)
+    check_pages(pages, layout)
+    batch = len(seq_lens)
+    _check_query("query", query, layout)
+    num_tokens, num_heads, head_dim = query.shape
+    check_tensor("seq_lens", seq_lens, torch.int32, (-1,))
+    optional = {
+        "block_table": (block_table, torch.int32, (batch, -1)),
+        "query_start_loc": (query_start_loc, torch.int32, (batch + 1,)),
+        "seq_starts": (seq_starts, torch.int32, (batch,)),
+        "sinks": (sinks, torch.float32, (num_heads,)),
+        "key_mean": (key_mean, torch.float32, (layout.num_kv_heads, head_dim)),
+    }
+    for name, (tensor, dtype, shape) in optional.items():
+        if tensor is not None:
+            check_tensor(name, tensor, dtype, shape)
+            if tensor.stride(-1) != 1:
+                raise ValueError(f"{name} has strides {list(tensor.stride())}; the last must be 1")
+    if block_table is None and len(pages) < batch:
+        raise ValueError(f"pages hold {len(pages)} rows and seq_lens {batch}; without a block_table row b is page b")
+    query_len = _query_len(num_tokens, batch, query_start_loc, max_query_len)
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; a token sees at least itself. Use None for no window.")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive. Use None for none.")
+    if out is None:
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    else:
+        _check_query("out", out, layout)
+        check_tensor("out", out, query.dtype, tuple(query.shape))
+    tensors = {name: tensor for name, (tensor, _, _) in optional.items()}
+    check_one_device({"query": query, "pages": pages, "seq_lens": seq_lens, "out": out, **tensors})
+    lse = torch.empty(num_tokens, num_heads, device=query.device) if return_lse else None
+    options = {
+        "scale": head_dim**-0.5 if scale is None else scale,
+        "query_start_loc": query_start_loc,
+        "seq_starts": seq_starts,
+        "window": window or 0,
+        "softcap": softcap or 0.0,
+        "sinks": sinks,
+        "key_mean": key_mean,
+    }
+    chosen = choose_path(path, layout, query.device)
+    views = layout.views(pages)
+    if chosen == "reference":
+        result, result_lse = reference_decode_attention(
+            query, views, block_table, seq_lens, layout.config, query_len=query_len, **options
+        )
+        out.copy_(result)
+        if lse is not None:
+            lse.copy_(result_lse)
+    elif query.numel() and batch:
+        from turboquant_core.ops.kernels.decode.run import run_decode_attention
+
+        run_decode_attention(
+            query, views, block_table, seq_lens, layout.config, chosen, query_len=query_len, out=out, lse=lse, **options
+        )
+    return out if lse is None else (out, lse)
+
+
+def _check_query(name: str, x: torch.Tensor, layout: KVCacheLayout) -> None:
+    if x.dtype not in QUERY_DTYPES:
+        raise ValueError(f"{name} is {x.dtype}; it must be one of {', '.join(map(str, QUERY_DTYPES))}")
+    check_tensor(name, x, x.dtype, (-1, -1, layout.config.head_dim))
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1. Call contiguous() on it.")
+    if x.shape[1] == 0 or x.shape[1] % layout.num_kv_heads:
+        raise ValueError(
+            f"{name} has {x.shape[1]} heads; they must be a positive multiple of the {layout.num_kv_heads} KV heads"
+        )
+
+
+def _query_len(num_tokens: int, batch: int, query_start_loc: torch.Tensor | None, max_query_len: int | None) -> int:
+    """The most query tokens of a row."""
+    if query_start_loc is None:
+        if num_tokens % max(batch, 1) or (batch == 0 and num_tokens):
+            raise ValueError(
+                f"query has {num_tokens} tokens for {batch} rows; without query_start_loc every row has equally many"
+            )
+        query_len = num_tokens // max(batch, 1)
+        if max_query_len not in (None, query_len):
+            raise ValueError(f"max_query_len is {max_query_len} and query has {query_len} tokens a row")
+    elif max_query_len is None:
+        raise ValueError("query_start_loc needs max_query_len: reading it back would wait for the device")
+    else:
+        query_len = max_query_len
+    if query_len > MAX_QUERY_LEN or (query_len < 1 and num_tokens):
+        raise ValueError(f"rows have up to {query_len} query tokens; decode attention takes 1 to {MAX_QUERY_LEN}")
+    return query_len

@@ -1,0 +1,177 @@
+"""`cache_gather` as one Triton kernel."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_core.codebook import lloyd_max_codebook
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops.kernels.codes import channels, load_codes, load_scales
+from turboquant_core.ops.kernels.split_rotation import padded_octet
+from turboquant_core.ops.reference.cache_gather import cumulative_lengths, empty_output
+
+BLOCK_TOKENS = 32
+
+
+def cache_gather(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: KVCacheLayout,
+    *,
+    starts: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    max_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `turboquant_core.ops.cache_gather.cache_gather`."""
+    config = layout.config
+    key_bits, value_bits = int(config.key_bits), int(config.value_bits)
+    cu_seqlens = cumulative_lengths(seq_lens, starts)
+    keys, values = empty_output(pages, layout, dtype, max_tokens)
+    batch = len(seq_lens)
+    if max_tokens == 0 or batch == 0:
+        return keys, values, cu_seqlens
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(pages):
+        _gather_kernel[(triton.cdiv(max_tokens, BLOCK_TOKENS), layout.num_kv_heads)](
+            keys,
+            values,
+            pages,
+            block_table,
+            cu_seqlens,
+            cu_seqlens if starts is None else starts.contiguous(),
+            _centroids(config.head_dim, key_bits, pages.device),
+            _centroids(config.head_dim, value_bits, pages.device),
+            batch,
+            max_tokens,
+            block_table.stride(0),
+            block_table.stride(1),
+            pages.stride(0),
+            pages.stride(1),
+            num_kv_heads=layout.num_kv_heads,
+            block_size=layout.block_size,
+            head_dim=config.head_dim,
+            padded_octet=padded_octet(config.head_dim),
+            key_bits=key_bits,
+            value_bits=value_bits,
+            key_codes=layout.key_codes.offset,
+            value_codes=layout.value_codes.offset,
+            key_code_stride=layout.key_codes.slot_stride,
+            value_code_stride=layout.value_codes.slot_stride,
+            key_scales=layout.key_scales.offset,
+            value_scales=layout.value_scales.offset,
+            scale_stride=layout.key_scales.slot_stride,
+            has_starts=starts is not None,
+            block_batch=triton.next_power_of_2(batch),
+            block_tokens=BLOCK_TOKENS,
+        )
+    return keys, values, cu_seqlens
+
+
+@cache
+def _centroids(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
+    return lloyd_max_codebook(head_dim, bits).centroids.to(device, torch.float32)
+
+
+@triton.jit(do_not_specialize=["batch", "max_tokens"])
+def _gather_kernel(
+    keys,
+    values,
+    pages,
+    block_table,
+    cu_seqlens,
+    starts,
+    key_centroids,
+    value_centroids,
+    batch,
+    max_tokens,
+    table_row_stride,
+    table_column_stride,
+    page_stride,
+    page_head_stride,
+    num_kv_heads: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    key_bits: tl.constexpr,
+    value_bits: tl.constexpr,
+    key_codes: tl.constexpr,
+    value_codes: tl.constexpr,
+    key_code_stride: tl.constexpr,
+    value_code_stride: tl.constexpr,
+    key_scales: tl.constexpr,
+    value_scales: tl.constexpr,
+    scale_stride: tl.constexpr,
+    has_starts: tl.constexpr,
+    block_batch: tl.constexpr,
+    block_tokens: tl.constexpr,
+):
+    token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
+    head = tl.program_id(1).to(tl.int64)
+    total = tl.load(cu_seqlens + batch)
+    keep = token < tl.minimum(total, max_tokens)
+    row = _row_of(token, cu_seqlens, batch, block_batch)
+    position = token - tl.load(cu_seqlens + row, mask=keep, other=0)
+    if has_starts:
+        position += tl.load(starts + row, mask=keep, other=0)
+    column = (position // block_size).to(tl.int64)
+    block = tl.load(
+        block_table + row.to(tl.int64) * table_row_stride + column * table_column_stride, mask=keep, other=0
+    )
+    head_rows = pages + block.to(tl.int64) * page_stride + head * page_head_stride
+    slot = position % block_size
+    output = (token.to(tl.int64) * num_kv_heads + head) * head_dim
+    _gather_tile(
+        keys + output,
+        head_rows + key_codes + slot * key_code_stride,
+        head_rows + key_scales + slot * scale_stride,
+        keep,
+        key_centroids,
+        head_dim,
+        padded_octet,
+        key_bits,
+        block_tokens,
+    )
+    _gather_tile(
+        values + output,
+        head_rows + value_codes + slot * value_code_stride,
+        head_rows + value_scales + slot * scale_stride,
+        keep,
+        value_centroids,
+        head_dim,
+        padded_octet,
+        value_bits,
+        block_tokens,
+    )
+
+
+@triton.jit
+def _row_of(token, cu_seqlens, batch, block_batch: tl.constexpr):
+    """The row that each output token belongs to: how many rows end at or before it."""
+    row = tl.arange(0, block_batch)
+    ends = tl.load(cu_seqlens + 1 + row, mask=row < batch, other=2**31 - 1)
+    return tl.sum((ends[None, :] <= token[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _gather_tile(
+    output_rows,
+    code_rows,
+    scale_rows,
+    keep,
+    centroids,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    bits: tl.constexpr,
+    rows: tl.constexpr,
+):
+    codes = load_codes(code_rows, keep, bits, rows, head_dim // 8, padded_octet)
+    scale = load_scales(scale_rows, keep)
+    x = tl.load(centroids + codes) * scale[:, None]
+    channel, real = channels(head_dim // 8, padded_octet)
+    mask = keep[:, None]
+    if head_dim != 8 * padded_octet:
+        mask = mask & real[None, :]
+    tl.store(output_rows[:, None] + channel[None, :], x.to(output_rows.dtype.element_ty), mask=mask)

@@ -1,0 +1,335 @@
+"""`cache_update` as one persistent Triton kernel."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_core.codebook import lloyd_max_codebook
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._dispatch import interpreting
+from turboquant_core.ops.kernels.codes import store_codes, store_scales
+from turboquant_core.ops.kernels.grid_table import grid_table
+from turboquant_core.ops.kernels.launch_update import INTERPRETER, Processor, update_launch
+from turboquant_core.ops.kernels.quantize import corrected_scale, inverse_length, nearest_codes
+from turboquant_core.ops.kernels.rotate import (
+    load_centred,
+    load_slices,
+    load_vectors,
+    multiply,
+    multiply_halves,
+    power_for_halves,
+    rotate_mean,
+)
+from turboquant_core.ops.kernels.split_rotation import MATRIX_SCALE, padded_octet, split_rotation
+
+MATRIX_UNSCALE = tl.constexpr(1 / MATRIX_SCALE)
+
+
+def cache_update(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: KVCacheLayout,
+    *,
+    key_mean: torch.Tensor | None = None,
+) -> None:
+    """See `turboquant_core.ops.cache_update.cache_update`."""
+    num_tokens = key.shape[0]
+    if num_tokens == 0:
+        return
+    config, device = layout.config, pages.device
+    key_bits, value_bits = int(config.key_bits), int(config.value_bits)
+    octet = padded_octet(config.head_dim)
+    part_dtype = torch.float16 if key.dtype == torch.float32 else key.dtype
+    rotation = split_rotation(config.head_dim, part_dtype, device)
+    launch = update_launch(num_tokens, layout.num_kv_heads, 8 * octet, rotation.num_parts, _processor(device))
+    key_grid = grid_table(config.head_dim, key_bits, device)
+    value_grid = grid_table(config.head_dim, value_bits, device)
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(pages):
+        _update_kernel[(launch.num_programs,)](
+            key,
+            value,
+            key if key_mean is None else key_mean.contiguous(),
+            pages,
+            slot_mapping,
+            _multipliable(rotation.parts),
+            key_grid.entries,
+            value_grid.entries,
+            _centroids(config.head_dim, key_bits, device),
+            _centroids(config.head_dim, value_bits, device),
+            num_tokens,
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            pages.stride(0),
+            pages.stride(1),
+            slot_mapping.stride(0),
+            num_kv_heads=layout.num_kv_heads,
+            block_size=layout.block_size,
+            head_dim=config.head_dim,
+            padded_octet=octet,
+            key_bits=key_bits,
+            value_bits=value_bits,
+            key_cells=len(key_grid.entries),
+            key_shift=key_grid.shift,
+            value_cells=len(value_grid.entries),
+            value_shift=value_grid.shift,
+            key_rule=config.key_scale,
+            value_rule=config.value_scale,
+            key_codes=layout.key_codes.offset,
+            value_codes=layout.value_codes.offset,
+            key_code_stride=layout.key_codes.slot_stride,
+            value_code_stride=layout.value_codes.slot_stride,
+            key_scales=layout.key_scales.offset,
+            value_scales=layout.value_scales.offset,
+            scale_stride=layout.key_scales.slot_stride,
+            centred=key_mean is not None,
+            num_parts=rotation.num_parts,
+            block_rows=launch.block_rows,
+            block_k=launch.block_k,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+
+
+def _multipliable(parts: torch.Tensor) -> torch.Tensor:
+    # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+    return parts.float() if interpreting() else parts
+
+
+@cache
+def _processor(device: torch.device) -> Processor:
+    if device.type != "cuda":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Processor(properties.multi_processor_count, shared_bytes)
+
+
+@cache
+def _centroids(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
+    return lloyd_max_codebook(head_dim, bits).centroids.to(device, torch.float32)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _update_kernel(
+    key,
+    value,
+    key_mean,
+    pages,
+    slot_mapping,
+    parts,
+    key_grid,
+    value_grid,
+    key_centroids,
+    value_centroids,
+    num_tokens,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    page_stride,
+    page_head_stride,
+    slot_stride,
+    num_kv_heads: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    key_bits: tl.constexpr,
+    value_bits: tl.constexpr,
+    key_cells: tl.constexpr,
+    key_shift: tl.constexpr,
+    value_cells: tl.constexpr,
+    value_shift: tl.constexpr,
+    key_rule: tl.constexpr,
+    value_rule: tl.constexpr,
+    key_codes: tl.constexpr,
+    value_codes: tl.constexpr,
+    key_code_stride: tl.constexpr,
+    value_code_stride: tl.constexpr,
+    key_scales: tl.constexpr,
+    value_scales: tl.constexpr,
+    scale_stride: tl.constexpr,
+    centred: tl.constexpr,
+    num_parts: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_k: tl.constexpr,
+):
+    # All tiles of a program are of one head: the rotated mean is a constant, and the scales of a page lie together.
+    head = tl.program_id(0) % num_kv_heads
+    channels: tl.constexpr = 8 * padded_octet
+    key_mean += head * head_dim
+    # A 16-bit key is rotated as it is, exactly, and its mean is subtracted after.
+    offset = tl.zeros([channels], tl.float32)
+    if centred and key.dtype.element_ty != tl.float32:
+        offset = rotate_mean(key_mean, parts, head_dim, num_parts, channels)
+    high, middle, low = parts, parts, parts
+    if block_k == channels:
+        high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
+    blocks = tl.cdiv(num_tokens, block_rows)
+    first_block = tl.program_id(0) // num_kv_heads
+    for turn in range(first_block, 2 * blocks, tl.num_programs(0) // num_kv_heads):
+        first_token = turn % blocks * block_rows
+        row = tl.arange(0, block_rows)
+        present = first_token + row < num_tokens
+        token = (first_token + row).to(tl.int64)
+        slot = tl.load(slot_mapping + token * slot_stride, mask=present, other=-1)
+        keep = slot >= 0
+        position = slot % block_size
+        head_rows = pages + slot // block_size * page_stride + head.to(tl.int64) * page_head_stride
+        if turn < blocks:
+            _update_tile(
+                _row_pointers(key, first_token, row, head, key_token_stride, key_head_stride),
+                present,
+                key_mean,
+                offset,
+                parts,
+                head_rows + key_codes + position * key_code_stride,
+                head_rows + key_scales + position * scale_stride,
+                keep,
+                high,
+                middle,
+                low,
+                key_grid,
+                key_centroids,
+                head_dim,
+                padded_octet,
+                key_bits,
+                key_cells,
+                key_shift,
+                key_rule,
+                centred,
+                num_parts,
+                block_rows,
+                block_k,
+            )
+        else:
+            _update_tile(
+                _row_pointers(value, first_token, row, head, value_token_stride, value_head_stride),
+                present,
+                key_mean,
+                offset,
+                parts,
+                head_rows + value_codes + position * value_code_stride,
+                head_rows + value_scales + position * scale_stride,
+                keep,
+                high,
+                middle,
+                low,
+                value_grid,
+                value_centroids,
+                head_dim,
+                padded_octet,
+                value_bits,
+                value_cells,
+                value_shift,
+                value_rule,
+                False,
+                num_parts,
+                block_rows,
+                block_k,
+            )
+
+
+@triton.jit
+def _row_pointers(x, first_token, row, head, token_stride, head_stride):
+    # Only the tile's start needs 64 bits.
+    return x + first_token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride + row * token_stride
+
+
+@triton.jit
+def _update_tile(
+    x_rows,
+    present,
+    mean,
+    offset,
+    parts,
+    code_rows,
+    scale_rows,
+    keep,
+    high,
+    middle,
+    low,
+    grid,
+    centroids,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    bits: tl.constexpr,
+    num_cells: tl.constexpr,
+    shift: tl.constexpr,
+    rule: tl.constexpr,
+    centred: tl.constexpr,
+    num_parts: tl.constexpr,
+    rows: tl.constexpr,
+    block_k: tl.constexpr,
+):
+    channels: tl.constexpr = 8 * padded_octet
+    octet: tl.constexpr = head_dim // 8
+    halves: tl.constexpr = x_rows.dtype.element_ty == tl.float32
+    rotated = tl.zeros([rows, channels], tl.float32)
+    power = 1.0
+    if halves:
+        power = power_for_halves(x_rows, present, mean, head_dim, rows, block_k, centred)
+    if block_k == channels:
+        rotated = _add_slice(
+            rotated, x_rows, present, mean, power, 0, high, middle, low, head_dim, centred, num_parts, block_k, halves
+        )
+    else:
+        for first in range(0, head_dim, block_k):
+            high_k, middle_k, low_k = load_slices(parts, first, num_parts, block_k, channels)
+            rotated = _add_slice(
+                rotated,
+                x_rows,
+                present,
+                mean,
+                power,
+                first,
+                high_k,
+                middle_k,
+                low_k,
+                head_dim,
+                centred,
+                num_parts,
+                block_k,
+                halves,
+            )
+    if centred and not halves:
+        rotated = rotated - offset[None, :]
+    # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
+    length = tl.sqrt_rn(tl.sum(rotated * rotated, axis=1))
+    per_length = inverse_length(length)
+    norm = length * MATRIX_UNSCALE / power
+    codes = nearest_codes(rotated, per_length, tl.load(grid + tl.arange(0, num_cells)), shift)
+    table = tl.load(centroids + tl.arange(0, 2**bits))
+    scale = corrected_scale(norm, rotated, per_length, codes, table, rule, octet, padded_octet)
+    store_codes(code_rows, codes, keep, bits, rows, octet, padded_octet)
+    store_scales(scale_rows, scale, keep)
+
+
+@triton.jit
+def _add_slice(
+    rotated,
+    x_rows,
+    present,
+    mean,
+    power,
+    first,
+    high,
+    middle,
+    low,
+    head_dim: tl.constexpr,
+    centred: tl.constexpr,
+    num_parts: tl.constexpr,
+    block_k: tl.constexpr,
+    halves: tl.constexpr,
+):
+    """Add what block_k input channels from `first` on contribute to the product."""
+    if halves:
+        x = load_centred(x_rows, present, mean, first, head_dim, block_k, centred)
+        return multiply_halves(x * power[:, None], high, middle, low, rotated, num_parts)
+    return multiply(load_vectors(x_rows, present, first, head_dim, block_k), high, middle, low, rotated, num_parts)

@@ -1,0 +1,341 @@
+"""Decode attention in Gluon: one warp a worker, codes looked up in the tensor cores' own registers."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from turboquant_core.ops.kernels.decode.fragments import (
+    key_operand,
+    key_word_layout,
+    lane_constant,
+    load_words,
+    mma_layout,
+    right_layout,
+    value_operand,
+    value_word_layout,
+    weight_operand,
+)
+from turboquant_core.ops.kernels.decode.schedule import first_position, share_start
+
+LOWEST = gl.constexpr(-1e30)
+
+
+@gluon.jit
+def fragment_kernel(
+    operand,  # float16 [batch, num_kv_heads, num_columns, head_dim]: rotated queries in operand order
+    factor,  # float32 [batch, num_kv_heads, num_columns]: scores to log2 units
+    bias,  # float32 like factor, or None: the key mean's score, needed for softcap
+    key_codes,  # int32 words of [pages, num_kv_heads, slots, key code bytes]
+    value_codes,
+    key_scales,  # float16 [pages, num_kv_heads, slots]
+    value_scales,
+    block_table,  # int32 [batch, max_blocks]; None when row b is page b
+    seq_lens,  # int32 [batch]
+    seq_starts,  # int32 [batch], or None
+    query_start_loc,  # int32 [batch + 1], or None
+    cu_tiles,  # int32 [batch + 1]
+    table,  # int32 [constants, 32]: look-up constants of keys, then of values, for each lane
+    partial,  # out, float32 [num_workers + batch, num_kv_heads, num_columns, head_dim]
+    partial_stats,  # out, float32 [num_workers + batch, num_kv_heads, 2, num_columns]
+    batch,
+    num_kv_heads,
+    block_table_stride,
+    key_page_stride,  # in words, like the other strides of codes
+    key_head_stride,
+    value_page_stride,
+    value_head_stride,
+    key_scale_page_stride,
+    key_scale_head_stride,
+    value_scale_page_stride,
+    value_scale_head_stride,
+    query_len,
+    softcap,  # in log2 units; 0 is none
+    head_dim: gl.constexpr,
+    key_bits: gl.constexpr,
+    value_bits: gl.constexpr,
+    group: gl.constexpr,
+    num_columns: gl.constexpr,
+    columns: gl.constexpr,
+    block_size: gl.constexpr,
+    subtiles: gl.constexpr,
+    window: gl.constexpr,
+    has_softcap: gl.constexpr,
+    prefetch: gl.constexpr,
+    block_batch: gl.constexpr,
+    key_asm: gl.constexpr,
+    key_constraints: gl.constexpr,
+    key_constants: gl.constexpr,
+    value_asm: gl.constexpr,
+    value_constraints: gl.constexpr,
+    value_constants: gl.constexpr,
+):
+    """Grid (num_workers, num_kv_heads * num_columns / columns), one warp each."""
+    mma: gl.constexpr = mma_layout()
+    right: gl.constexpr = right_layout()
+    by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    tile_tokens: gl.constexpr = 16 * subtiles
+    worker = gl.program_id(0)
+    num_workers = gl.num_programs(0)
+    head = gl.program_id(1) // (num_columns // columns)
+    first_column = gl.program_id(1) % (num_columns // columns) * columns
+
+    num_tiles = gl.load(cu_tiles + batch)
+    tile = share_start(worker, num_workers, num_tiles)
+    share_end = share_start(worker + 1, num_workers, num_tiles)
+    rows = gl.arange(0, block_batch, gl.BlockedLayout([1], [32], [1], [0]))
+    ends = gl.load(cu_tiles + 1 + rows, mask=rows < batch, other=2147483647)
+    row = gl.sum((ends <= tile).to(gl.int32), axis=0)
+
+    key_table = ()
+    for i in gl.static_range(key_constants):
+        key_table = key_table + (lane_constant(table, i),)
+    value_table = ()
+    for i in gl.static_range(value_constants):
+        value_table = value_table + (lane_constant(table, key_constants + i),)
+
+    wide_head = head.to(gl.int64)
+    key_codes += wide_head * key_head_stride
+    value_codes += wide_head * value_head_stride
+    key_scales += wide_head * key_scale_head_stride
+    value_scales += wide_head * value_scale_head_stride
+    column = first_column + gl.arange(0, columns, by_column)
+    operand_column = first_column + gl.arange(0, columns, gl.SliceLayout(0, right))[None, :]
+    operand_channel = gl.arange(0, head_dim, gl.SliceLayout(1, right))[:, None]
+    channel = gl.arange(0, head_dim, gl.SliceLayout(1, mma))[:, None]
+
+    while tile < share_end:
+        row_begin = gl.load(cu_tiles + row)
+        row_end = gl.load(cu_tiles + row + 1)
+        if row_end > tile:
+            length = gl.load(seq_lens + row)
+            start = 0
+            if seq_starts is not None:
+                start = gl.load(seq_starts + row)
+            row_len = query_len
+            if query_start_loc is not None:
+                row_len = gl.load(query_start_loc + row + 1) - gl.load(query_start_loc + row)
+            first = first_position(length, row_len, start, window)
+            begin = first // tile_tokens + tile - row_begin
+            end = begin + gl.minimum(share_end, row_end) - tile
+
+            place = (row.to(gl.int64) * num_kv_heads + head) * num_columns
+            used = operand_column < row_len * group
+            query = gl.load(operand + (place + operand_column) * head_dim + operand_channel, mask=used, other=0.0)
+            scale = gl.load(factor + place + column, mask=column < row_len * group, other=0.0)
+            shift = gl.zeros([columns], gl.float32, by_column)
+            if has_softcap and bias is not None:
+                shift = gl.load(bias + place + column, mask=column < row_len * group, other=0.0)
+            position = length - row_len + column // group
+            if block_table is None:
+                pages = row
+            else:
+                pages = block_table + row.to(gl.int64) * block_table_stride
+
+            top = gl.full([columns], LOWEST, gl.float32, by_column)
+            total = gl.zeros([16, columns], gl.float32, mma)
+            result = gl.zeros([head_dim, columns], gl.float32, mma)
+            # Tiles that every query token sees in full need no mask. The order of tiles does not matter.
+            if window > 0:
+                first = gl.maximum(start, length - window)
+            full_begin = gl.minimum(gl.maximum(begin, (first + tile_tokens - 1) // tile_tokens), end)
+            full_end = gl.maximum(gl.minimum(end, (length - row_len + 1) // tile_tokens), full_begin)
+            top, total, result = _attend_tiles(
+                full_begin, full_end, 0, 0, False, length, start, position, query, scale, shift, softcap, pages,
+                top, total, result, key_codes, value_codes, key_scales, value_scales,
+                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
+                key_table, value_table, head_dim, key_bits, value_bits, columns, block_size, subtiles, window,
+                has_softcap, prefetch, key_asm, key_constraints, value_asm, value_constraints,
+            )  # fmt: skip
+            top, total, result = _attend_tiles(
+                begin, end, full_begin, full_end - full_begin, True, length, start, position, query, scale, shift,
+                softcap, pages, top, total, result, key_codes, value_codes, key_scales, value_scales,
+                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
+                key_table, value_table, head_dim, key_bits, value_bits, columns, block_size, subtiles, window,
+                has_softcap, False, key_asm, key_constraints, value_asm, value_constraints,
+            )  # fmt: skip
+
+            slot = ((worker + row).to(gl.int64) * num_kv_heads + head) * num_columns
+            gl.store(partial + (slot + column[None, :]) * head_dim + channel, result)
+            gl.store(partial_stats + 2 * slot + column, top)
+            gl.store(partial_stats + 2 * slot + num_columns + column, gl.sum(total, axis=0))
+            tile += end - begin
+        row += 1
+
+
+@gluon.jit
+def _attend_tiles(
+    begin, end, skip_begin, skip_count, masked: gl.constexpr, length, start, position, query, scale, shift, softcap,
+    pages, top, total, result, key_codes, value_codes, key_scales, value_scales,
+    key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
+    key_table, value_table, head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr,
+    columns: gl.constexpr, block_size: gl.constexpr, subtiles: gl.constexpr, window: gl.constexpr,
+    has_softcap: gl.constexpr, prefetch: gl.constexpr, key_asm: gl.constexpr, key_constraints: gl.constexpr,
+    value_asm: gl.constexpr, value_constraints: gl.constexpr,
+):  # fmt: skip
+    """The tiles from `begin` to `end` without the `skip_count` ones from `skip_begin` on."""
+    if prefetch:
+        last = gl.maximum(end - 1, 0)
+        stored = _load_tile(
+            gl.minimum(begin, last), masked, length, pages, key_codes, value_codes, key_scales, value_scales,
+            key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
+            head_dim, key_bits, value_bits, block_size, subtiles,
+        )  # fmt: skip
+        for index in range(begin, end):
+            # The next tile is on its way while this one is worked on.
+            following = _load_tile(
+                gl.minimum(index + 1, last), masked, length, pages, key_codes, value_codes, key_scales, value_scales,
+                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
+                head_dim, key_bits, value_bits, block_size, subtiles,
+            )  # fmt: skip
+            top, total, result = _attend_tile(
+                index, stored, masked, start, position, query, scale, shift, softcap, top, total, result,
+                key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles, window,
+                has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+            )  # fmt: skip
+            stored = following
+    else:
+        for n in range(0, end - begin - skip_count):
+            index = begin + n
+            if index >= skip_begin:
+                index += skip_count
+            stored = _load_tile(
+                index, masked, length, pages, key_codes, value_codes, key_scales, value_scales,
+                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
+                head_dim, key_bits, value_bits, block_size, subtiles,
+            )  # fmt: skip
+            top, total, result = _attend_tile(
+                index, stored, masked, start, position, query, scale, shift, softcap, top, total, result,
+                key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles, window,
+                has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+            )  # fmt: skip
+    return top, total, result
+
+
+@gluon.jit
+def _load_tile(
+    index, masked: gl.constexpr, length, pages, key_codes, value_codes, key_scales, value_scales,
+    key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
+    head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr, block_size: gl.constexpr,
+    subtiles: gl.constexpr,
+):  # fmt: skip
+    """Code words and scale roots of a tile's keys and values, one entry for each sixteen tokens."""
+    mma: gl.constexpr = mma_layout()
+    words: gl.constexpr = head_dim // 8
+    key_layout: gl.constexpr = key_word_layout(words)
+    value_layout: gl.constexpr = value_word_layout(words)
+    key_token = gl.arange(0, 16, gl.SliceLayout(1, key_layout))[:, None]
+    key_word = gl.arange(0, words, gl.SliceLayout(0, key_layout))[None, :]
+    value_token = gl.arange(0, 16, gl.SliceLayout(1, value_layout))[:, None]
+    value_word = gl.arange(0, words, gl.SliceLayout(0, value_layout))[None, :]
+    token = gl.arange(0, 16, gl.SliceLayout(1, mma))
+    key_row: gl.constexpr = head_dim * key_bits // 32
+    value_row: gl.constexpr = head_dim * value_bits // 32
+
+    key_words = ()
+    value_words = ()
+    key_roots = ()
+    value_roots = ()
+    for j in gl.static_range(subtiles):
+        first = (index * subtiles + j) * 16
+        if block_size == 0:
+            page = pages.to(gl.int64)
+            slot = first
+        else:
+            if masked:
+                page = gl.load(pages + first // block_size, mask=first < length, other=0).to(gl.int64)
+            else:
+                page = gl.load(pages + first // block_size).to(gl.int64)
+            slot = first % block_size
+        # Past the end a contiguous row has no memory: read the row's first tokens, which the mask drops.
+        if masked and block_size == 0:
+            slot = gl.where(first < length, slot, 0)
+        key_base = key_codes + page * key_page_stride + slot.to(gl.int64) * key_row
+        value_base = value_codes + page * value_page_stride + slot.to(gl.int64) * value_row
+        key_words = key_words + (load_words(key_base, key_token, key_word, head_dim, key_bits),)
+        value_words = value_words + (load_words(value_base, value_token, value_word, head_dim, value_bits),)
+        key_root = key_scales + page * key_scale_page_stride + slot + token
+        value_root = value_scales + page * value_scale_page_stride + slot + token
+        if masked:
+            valid = first + token < length
+            key_roots = key_roots + (gl.load(key_root, mask=valid, other=0.0),)
+            value_roots = value_roots + (gl.load(value_root, mask=valid, other=0.0),)
+        else:
+            key_roots = key_roots + (gl.load(key_root),)
+            value_roots = value_roots + (gl.load(value_root),)
+    return key_words, value_words, key_roots, value_roots
+
+
+@gluon.jit
+def _attend_tile(
+    index, stored, masked: gl.constexpr, start, position, query, scale, shift, softcap, top, total, result,
+    key_table, value_table, head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr,
+    columns: gl.constexpr, subtiles: gl.constexpr, window: gl.constexpr, has_softcap: gl.constexpr,
+    key_asm: gl.constexpr, key_constraints: gl.constexpr, value_asm: gl.constexpr, value_constraints: gl.constexpr,
+):  # fmt: skip
+    """One tile of online softmax.
+
+    `top` is the reference exponent of each column: the largest log2 of weight times value scale so far, so that the
+    weights that multiply value codes are at most about one and fit float16, whatever the scales are.
+    """
+    mma: gl.constexpr = mma_layout()
+    token = gl.arange(0, 16, gl.SliceLayout(1, mma))
+    zeros = gl.zeros([16, columns], gl.float32, mma)
+    key_words, value_words, key_roots, value_roots = stored
+    scores = ()
+    value_scale = ()
+    highest = top
+    scale_tile = scale[None, :] + zeros
+    for j in gl.static_range(subtiles):
+        keys = key_operand(key_words[j], key_table, head_dim, key_asm, key_constraints, key_bits > 4)
+        score = mma_v2(keys, query, zeros)
+        root = key_roots[j].to(gl.float32)
+        score = score * (root * root)[:, None]
+        if has_softcap:
+            score = _softcap(score * scale_tile + shift[None, :], softcap)
+        if masked:
+            at = (index * subtiles + j) * 16 + token
+            seen = (at[:, None] <= position[None, :]) & (at[:, None] >= start)
+            if window > 0:
+                seen = seen & (at[:, None] > position[None, :] - window)
+            score = gl.where(seen, score, float("-inf"))
+        root = value_roots[j].to(gl.float32)
+        weight_scale = root * root
+        # log2 from the bits of a float, low by less than 0.09.
+        exponent = weight_scale.to(gl.int32, bitcast=True).to(gl.float32) * (1.0 / 8388608.0) - 127.0
+        if has_softcap:
+            reach = score + exponent[:, None]
+        else:
+            reach = gl.fma(score, scale_tile, exponent[:, None] + zeros)
+        if j == 0:
+            reached = reach
+        else:
+            reached = gl.maximum(reached, reach)
+        scores = scores + (score,)
+        value_scale = value_scale + (weight_scale,)
+
+    highest = gl.maximum(top, gl.max(reached, axis=0))
+    rescale = gl.exp2(top - highest)
+    result = result * rescale[None, :]
+    total = total * rescale[None, :]
+    floor = zeros - highest[None, :]
+    for j in gl.static_range(subtiles):
+        if has_softcap:
+            weight = gl.exp2(scores[j] + floor)
+        else:
+            weight = gl.exp2(gl.fma(scores[j], scale_tile, floor))
+        total += weight
+        right = weight_operand(weight * value_scale[j][:, None], columns)
+        values = value_operand(
+            value_words[j], value_table, head_dim, value_asm, value_constraints, value_bits > 4
+        )
+        result = mma_v2(values, right, result)
+    return highest, total, result
+
+
+@gluon.jit
+def _softcap(score, cap):
+    """cap * tanh(score / cap) in log2 units, without overflow."""
+    x = score / cap
+    decay = gl.exp2(-2.8853900817779268 * gl.abs(x))  # e^(-2|x|)
+    size = (1.0 - decay) / (1.0 + decay)
+    return cap * gl.where(x < 0, -size, size)

@@ -1,0 +1,120 @@
+"""How decode attention is launched: a pure function of shapes and card."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """What of a GPU the launch depends on.
+
+    Attributes:
+        capability: (major, minor) compute capability.
+        num_multiprocessors: Streaming multiprocessors.
+    """
+
+    capability: tuple[int, int]
+    num_multiprocessors: int
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    """What of a call the launch depends on; lengths are not part of it, so that one launch serves a CUDA graph.
+
+    Attributes:
+        batch: Rows.
+        num_kv_heads: KV heads.
+        head_dim: Dimension of every head.
+        key_bits: Bits of a key coordinate.
+        value_bits: Bits of a value coordinate.
+        num_columns: Query heads of a KV head times query tokens of a row.
+        max_tokens: The most tokens that the rows can have together.
+    """
+
+    batch: int
+    num_kv_heads: int
+    head_dim: int
+    key_bits: int
+    value_bits: int
+    num_columns: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """Sizes of one launch.
+
+    Attributes:
+        columns: Columns that a program attends for.
+        padded_columns: All columns, rounded up to whole programs.
+        tile: Tokens that a program attends to at a time.
+        num_workers: Programs for each KV head and group of columns.
+        num_warps: Warps of a program.
+        max_registers: Registers that a thread may use, or None for what the compiler likes.
+        prefetch: Load the next tile before the work on this one.
+        prepare_heads: Query heads of a program that prepares.
+        merge_heads: Query heads of a program that merges.
+        merge_slots: Partial results that it reads at a time.
+    """
+
+    columns: int
+    padded_columns: int
+    tile: int
+    num_workers: int
+    num_warps: int
+    max_registers: int | None
+    prefetch: bool
+    prepare_heads: int
+    merge_heads: int
+    merge_slots: int
+
+
+def fragment_launch(shape: DecodeShape, card: Card) -> DecodeLaunch:
+    """The launch of the register-fragment kernel."""
+    # The tensor cores take eight columns; sixteen still fit the registers beside head_dim 128.
+    columns = 8 if shape.num_columns <= 8 or shape.head_dim > 128 else 16
+    # One warp a program and no shared memory: registers alone (about 168 a thread, more columns more) bound how many
+    # programs a multiprocessor holds, and one wave of them is balanced by the schedule.
+    resident = 12 if columns * shape.head_dim <= 1024 else 8
+    return _launch(shape, card, columns, tile=64, resident=resident, num_warps=1, prefetch=False)
+
+
+def portable_launch(shape: DecodeShape, card: Card) -> DecodeLaunch:
+    """The launch of the portable Triton kernel."""
+    # tl.dot takes at least sixteen rows.
+    columns = 16 if shape.num_columns <= 16 or shape.head_dim > 128 else 32
+    tile = 64 if shape.head_dim <= 128 else 32
+    return _launch(shape, card, columns, tile=tile, resident=4, num_warps=2, prefetch=False)
+
+
+def _launch(
+    shape: DecodeShape,
+    card: Card,
+    columns: int,
+    *,
+    tile: int,
+    resident: int,
+    num_warps: int = 1,
+    max_registers: int | None = None,
+    prefetch: bool = False,
+) -> DecodeLaunch:
+    padded = -(-shape.num_columns // columns) * columns
+    # One wave of programs, but no more than there can be tiles.
+    wave = card.num_multiprocessors * resident // (shape.num_kv_heads * padded // columns)
+    most_tiles = -(-shape.max_tokens // tile) + shape.batch
+    num_workers = max(1, min(wave, most_tiles))
+    # Few rows have many partial results each: a program for every head reads many at a time. Many rows have few: a
+    # program un-rotates sixteen heads at once on the tensor cores.
+    many_slots = num_workers > 16 * shape.batch
+    num_query_heads = shape.batch * shape.num_kv_heads * shape.num_columns
+    return DecodeLaunch(
+        columns=columns,
+        padded_columns=padded,
+        tile=tile,
+        num_workers=num_workers,
+        num_warps=num_warps,
+        max_registers=max_registers,
+        prefetch=prefetch,
+        prepare_heads=16 if num_query_heads <= 16 * card.num_multiprocessors else 64,
+        merge_heads=1 if many_slots else 16,
+        merge_slots=(64 if many_slots else 4) if shape.head_dim <= 128 else (32 if many_slots else 2),
+    )

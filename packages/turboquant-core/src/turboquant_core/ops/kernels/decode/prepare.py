@@ -1,0 +1,100 @@
+"""Before attention: rotate the query, and lay the tiles of all rows in one line."""
+
+import triton
+import triton.language as tl
+
+from turboquant_core.ops.kernels.decode.schedule import first_position, query_heads
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def prepare_kernel(
+    query,  # [num_tokens, num_heads, head_dim]
+    query_start_loc,  # int32 [batch + 1], or None: query_len tokens a row
+    seq_lens,  # int32 [batch]
+    seq_starts,  # int32 [batch], or None
+    rotation,  # float32 [num_positions, head_dim]; row i makes operand position i
+    key_mean,  # float32 [num_kv_heads, head_dim], or None
+    operand,  # out, float16 [batch, num_kv_heads, num_columns, num_positions]: rotated, over its length
+    factor,  # out, float32 [batch, num_kv_heads, num_columns]: what a score is multiplied with, log2 units
+    bias,  # out, float32 like factor: the score of the key mean, log2 units; None without key_mean
+    cu_tiles,  # out, int32 [batch + 1]
+    scale,  # of a logit
+    score_scale,  # scale over sqrt(head_dim): centroids are looked up at unit variance
+    batch,
+    num_heads,
+    query_token_stride,
+    query_head_stride,
+    query_len,
+    group: tl.constexpr,
+    num_columns: tl.constexpr,
+    head_dim: tl.constexpr,
+    num_positions: tl.constexpr,
+    tile: tl.constexpr,
+    window: tl.constexpr,
+    block_batch: tl.constexpr,
+    block_heads: tl.constexpr,
+    block_dim: tl.constexpr,
+    block_positions: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """One program for `block_heads` query heads, counted through all tokens of all rows."""
+    if tl.program_id(0) == 0:
+        _write_cu_tiles(cu_tiles, query_start_loc, seq_lens, seq_starts, batch, query_len, tile, window, block_batch)
+    row, head, column, token, used = query_heads(
+        tl.program_id(0) * block_heads + tl.arange(0, block_heads), query_start_loc, batch, num_heads, query_len, group
+    )
+    channel = tl.arange(0, block_dim)
+    real = channel < head_dim
+    source = query + token * query_token_stride + head * query_head_stride
+    q = tl.load(source[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0).to(tl.float32)
+    # A rotation keeps lengths: over the query's length every coordinate is at most one, and float16 holds it.
+    size = tl.sqrt(tl.sum(q * q, axis=1))
+    size = tl.where(size > 0, size, 1.0)
+    kv_head = head // group
+    place = (row.to(tl.int64) * (num_heads // group) + kv_head) * num_columns + column
+    for base in tl.static_range(0, num_positions, block_positions):
+        position = base + tl.arange(0, block_positions)
+        matrix = tl.load(rotation + channel[:, None] + position[None, :] * head_dim, mask=real[:, None], other=0.0)
+        # [heads, channels] x [channels, positions]
+        rotated = tl.dot(q, matrix, input_precision=precision) / size[:, None]
+        tl.store(
+            operand + place[:, None] * num_positions + position[None, :], rotated.to(tl.float16), mask=used[:, None]
+        )
+    tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
+    if key_mean is not None:
+        mean = tl.load(
+            key_mean + kv_head[:, None] * head_dim + channel[None, :], mask=used[:, None] & real[None, :], other=0.0
+        )
+        tl.store(bias + place, tl.sum(q * mean, axis=1) * (scale * LOG2_E), mask=used)
+
+
+@triton.jit
+def _write_cu_tiles(
+    cu_tiles,
+    query_start_loc,
+    seq_lens,
+    seq_starts,
+    batch,
+    query_len,
+    tile: tl.constexpr,
+    window: tl.constexpr,
+    block_batch: tl.constexpr,
+):
+    row = tl.arange(0, block_batch)
+    real = row < batch
+    length = tl.load(seq_lens + row, mask=real, other=0)
+    start = tl.zeros_like(length)
+    if seq_starts is not None:
+        start = tl.load(seq_starts + row, mask=real, other=0)
+    row_len = tl.zeros_like(length) + query_len
+    if query_start_loc is not None:
+        begin = tl.load(query_start_loc + row, mask=real, other=0)
+        row_len = tl.load(query_start_loc + row + 1, mask=real, other=0) - begin
+    first = first_position(length, row_len, start, window)
+    count = tl.maximum((length + tile - 1) // tile - first // tile, 0)
+    # A row without query tokens has nothing to attend for.
+    count = tl.where(real & (row_len > 0), count, 0)
+    tl.store(cu_tiles, 0)
+    tl.store(cu_tiles + 1 + row, tl.cumsum(count, axis=0), mask=real)

@@ -1,0 +1,120 @@
+"""Launch decode attention: prepare, attend, combine."""
+
+from functools import cache
+
+import torch
+import triton
+
+from turboquant_core.config import TurboQuantConfig
+from turboquant_core.layout import PageViews
+from turboquant_core.ops.kernels.decode.combine import combine_kernel
+from turboquant_core.ops.kernels.decode.launch import Card, DecodeLaunch, DecodeShape, fragment_launch, portable_launch
+from turboquant_core.ops.kernels.decode.prepare import prepare_kernel
+from turboquant_core.ops.paths import KernelPath
+from turboquant_core.ops.kernels.split_rotation import padded_octet
+from turboquant_core.rotation import Rotation
+
+LOG2_E = 1.4426950408889634
+
+
+def run_decode_attention(
+    query: torch.Tensor,
+    views: PageViews,
+    block_table: torch.Tensor | None,
+    seq_lens: torch.Tensor,
+    config: TurboQuantConfig,
+    path: KernelPath,
+    *,
+    scale: float,
+    query_len: int,
+    query_start_loc: torch.Tensor | None,
+    seq_starts: torch.Tensor | None,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    key_mean: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    launch: DecodeLaunch | None = None,
+) -> None:
+    """Attend and write `out` [num_tokens, num_heads, head_dim] and `lse` [num_tokens, num_heads] where it is given."""
+    batch, (_, num_heads, head_dim) = len(seq_lens), query.shape
+    num_kv_heads, block_size = views.key_codes.shape[1:3]
+    group = num_heads // num_kv_heads
+    key_bits, value_bits = int(config.key_bits), int(config.value_bits)
+    device = query.device
+    if launch is None:
+        pages_per_row = 1 if block_table is None else block_table.shape[1]
+        shape = DecodeShape(
+            batch, num_kv_heads, head_dim, key_bits, value_bits, group * query_len, batch * pages_per_row * block_size
+        )
+        choose = fragment_launch if path == "fragment" else portable_launch
+        launch = choose(shape, card_of(device))
+    slots, padded = launch.num_workers + batch, launch.padded_columns
+    query_rotation, output_rotation = _rotations(head_dim, key_bits, value_bits, path == "fragment", device)
+    num_positions = query_rotation.shape[0]
+    operand = torch.empty(batch, num_kv_heads, padded, num_positions, dtype=torch.float16, device=device)
+    factor = torch.empty(batch, num_kv_heads, padded, device=device)
+    bias = torch.empty_like(factor) if key_mean is not None else None
+    cu_tiles = torch.empty(batch + 1, dtype=torch.int32, device=device)
+    partial = torch.empty(slots, num_kv_heads, padded, num_positions, device=device)
+    stats = torch.empty(slots, num_kv_heads, 2, padded, device=device)
+    block_dim = triton.next_power_of_2(head_dim)
+    precision = "tf32x3" if device.type == "cuda" and card_of(device).capability >= (8, 0) else "ieee"
+    heads = batch * query_len * num_heads
+    prepare_kernel[(triton.cdiv(heads, launch.prepare_heads),)](
+        query, query_start_loc, seq_lens, seq_starts, query_rotation, key_mean, operand, factor, bias, cu_tiles,
+        scale, scale / head_dim**0.5, batch, num_heads, query.stride(0), query.stride(1), query_len,
+        group=group, num_columns=padded, head_dim=head_dim, num_positions=num_positions, tile=launch.tile, window=window,
+        block_batch=triton.next_power_of_2(batch), block_heads=launch.prepare_heads, block_dim=block_dim,
+        block_positions=min(64, num_positions), precision=precision, num_warps=4,
+    )  # fmt: skip
+    arguments = (
+        operand, factor, bias, views, block_table, seq_lens, seq_starts, query_start_loc, cu_tiles, partial, stats,
+        query_len, softcap * LOG2_E, group, window, config, launch,
+    )  # fmt: skip
+    if path == "fragment":
+        from turboquant_core.ops.kernels.decode.run_fragment import run_fragment
+
+        run_fragment(*arguments)
+    else:
+        from turboquant_core.ops.kernels.decode.run_portable import run_portable
+
+        run_portable(*arguments, path=path)
+    combine_kernel[(triton.cdiv(heads, launch.merge_heads),)](
+        partial, stats, cu_tiles, query_start_loc, output_rotation, bias, sinks, out, lse,
+        batch, num_heads, launch.num_workers, out.stride(0), out.stride(1), query_len,
+        centred_scores=bias is not None and softcap == 0, group=group, num_columns=padded, head_dim=head_dim,
+        num_positions=num_positions, block_heads=launch.merge_heads, block_slots=launch.merge_slots, block_dim=block_dim,
+        block_channels=min(64, block_dim), precision=precision, num_warps=4,
+    )  # fmt: skip
+
+
+@cache
+def card_of(device: torch.device) -> Card:
+    """The card behind a device; the interpreter's CPU counts as a small one that has no inline assembly."""
+    if device.type != "cuda":
+        return Card((0, 0), 2)
+    properties = torch.cuda.get_device_properties(device)
+    return Card((properties.major, properties.minor), properties.multi_processor_count)
+
+
+@cache
+def _rotations(
+    head_dim: int, key_bits: int, value_bits: int, fragment: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Π for queries and Π / sqrt(head_dim) for outputs, float32 [num_positions, head_dim], rows in operand order.
+
+    Kernels look up centroids of unit variance, which are sqrt(head_dim) times those of a unit vector.
+    """
+    matrix = Rotation(head_dim).matrix
+    if fragment:
+        from turboquant_core.ops.kernels.decode.fragments import operand_channels
+
+        queries, outputs = (matrix[order] for order in operand_channels(head_dim, key_bits, value_bits))
+    else:
+        octet, padded = head_dim // 8, padded_octet(head_dim)
+        queries = torch.zeros(8, padded, head_dim, dtype=matrix.dtype)
+        queries[:, :octet] = matrix.unflatten(0, (8, octet))
+        queries = outputs = queries.flatten(0, 1)
+    return queries.float().to(device), (outputs / head_dim**0.5).float().to(device)

@@ -1,0 +1,58 @@
+"""Who works on which tile: the tiles of all rows in one line, cut into equal shares.
+
+Row b owns the tiles cu_tiles[b] to cu_tiles[b + 1] - 1 of T. Each of W workers takes T // W neighbouring tiles, and the
+first T % W workers one more. So a grid of fixed size is balanced whatever the lengths are. A worker leaves one partial
+result for each row that it touches, in slot w + b: along the line either w or b grows, so no two partial results share a
+slot, and num_workers + batch slots suffice.
+
+The primitives on scalars are plain arithmetic, which the Triton and the Gluon kernels share.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def first_position(length, query_len, start, window: tl.constexpr):
+    """The first position that any query token of a row sees. `window` 0 is none."""
+    first = start
+    if window > 0:
+        first = tl.maximum(first, length - query_len + 1 - window)
+    return first
+
+
+@triton.jit
+def share_start(worker, num_workers, num_tiles):
+    """The first tile of a worker's share."""
+    return worker * (num_tiles // num_workers) + tl.minimum(worker, num_tiles % num_workers)
+
+
+@triton.jit
+def owner(tile, num_workers, num_tiles):
+    """The worker whose share holds a tile."""
+    small = num_tiles // num_workers
+    longer = num_tiles % num_workers
+    in_longer = longer * (small + 1)
+    return tl.where(
+        tile < in_longer, tile // (small + 1), longer + (tile - in_longer) // tl.maximum(small, 1)
+    )
+
+
+@triton.jit
+def query_heads(index, query_start_loc, batch, num_heads, query_len, group: tl.constexpr):
+    """Row, head, column, token and validity of the query heads `index`, counted as if all rows had query_len tokens.
+
+    Column c of a row and KV head is query token c // group, head c % group of the KV head.
+    """
+    row = index // (query_len * num_heads)
+    inner = index % (query_len * num_heads) // num_heads
+    head = index % num_heads
+    used = row < batch
+    row = tl.where(used, row, 0)
+    if query_start_loc is None:
+        token = row * query_len + inner
+    else:
+        first = tl.load(query_start_loc + row)
+        token = first + inner
+        used = used & (token < tl.load(query_start_loc + row + 1))
+    return row, head, inner * group + head % group, token.to(tl.int64), used

@@ -1,0 +1,67 @@
+"""Triton primitives from rotated vectors to codes and scales."""
+
+import triton
+import triton.language as tl
+
+from turboquant_core.ops.kernels import grid_table
+from turboquant_core.ops.kernels.codes import is_channel
+
+UNITS = tl.constexpr(float(grid_table.UNITS))
+FIXED_ZERO = tl.constexpr(float(2**grid_table.FIXED_BITS + grid_table.CENTER))
+FIXED_MAX = tl.constexpr(float(2 ** (grid_table.FIXED_BITS + 1) - 1))
+FLOAT_ONE_UNIT = tl.constexpr(grid_table.FLOAT_ONE_UNIT)
+
+
+@triton.jit
+def look_up(table, index):
+    """The entries of table [n] at every index of a tensor.
+
+    One-dimensional, a gather goes through shared memory and leaves the layout of products as it is; gathering global
+    memory by pointers would move every element to another thread and back.
+    """
+    return tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), axis=0), index.shape)
+
+
+@triton.jit
+def nearest_codes(rotated, per_length, entries, shift: tl.constexpr):
+    """Codes, int32, of rotated [rows, channels] times per_length [rows], unit vectors; see `GridTable`.
+
+    The minimum also turns NaN into a place inside the table.
+    """
+    units = (per_length * UNITS)[:, None]
+    fixed = tl.minimum(rotated * units + FIXED_ZERO, FIXED_MAX).to(tl.int32, bitcast=True)
+    cell = (fixed >> shift) - (FLOAT_ONE_UNIT >> shift)
+    return (fixed + look_up(entries, cell)) >> shift
+
+
+@triton.jit
+def inverse_length(length):
+    """1 / length, or 0 where there is no direction: the length is 0, infinite or NaN."""
+    usable = (length > 0) & (length < float("inf"))
+    return tl.where(usable, 1.0 / tl.where(usable, length, 1.0), 0.0)
+
+
+@triton.jit
+def corrected_scale(
+    norm,
+    rotated,
+    per_length,
+    codes,
+    centroids,
+    rule: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+):
+    """`turboquant_core.scale.corrected_scale` of norm [rows], float32 [rows]."""
+    if rule == "norm":
+        return norm
+    decoded = look_up(centroids, codes)
+    inner = per_length * tl.sum(decoded * rotated, axis=1)
+    if rule == "unbiased":
+        corrected = norm / inner
+    else:
+        if octet != padded_octet:
+            real = is_channel(tl.arange(0, 8 * padded_octet), octet, padded_octet)
+            decoded = tl.where(real[None, :], decoded, 0.0)
+        corrected = norm * (inner / tl.sum(decoded * decoded, axis=1))
+    return tl.where(norm == 0, norm, corrected)

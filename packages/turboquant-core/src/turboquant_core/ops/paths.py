@@ -1,0 +1,72 @@
+"""Which implementation of decode attention runs where."""
+
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._dispatch import interpreting
+
+KernelPath = Literal["fragment", "fp16", "int8", "fp8", "portable"]
+DecodePath = Literal["auto", "fragment", "fp16", "int8", "fp8", "portable", "reference"]
+"""How decode attention multiplies with codes.
+
+- fragment: Gluon; float16 centroids looked up in the tensor cores' own registers. NVIDIA from sm_80 on.
+- fp16: Triton; float16 centroids by byte permute. NVIDIA from sm_75 on.
+- int8: Triton; keys as int8 centroids, the query in two int8 parts. NVIDIA from sm_75 on.
+- fp8: Triton; keys as e4m3 centroids, the query in two e4m3 parts. NVIDIA from sm_89 on.
+- portable: Triton without inline assembly; any card that Triton compiles for.
+- reference: plain PyTorch, on any device.
+
+Values are float16 centroids in every one. In Triton's interpreter all but "fragment" run, with the same tables.
+"""
+
+SUBTILE = 16
+FRAGMENT_HEAD_DIMS = (64, 128, 256)
+MIN_CAPABILITY: dict[KernelPath, tuple[int, int]] = {"fragment": (8, 0), "fp16": (7, 5), "int8": (7, 5), "fp8": (8, 9)}
+FASTEST_FIRST: tuple[KernelPath, ...] = ("fragment", "fp16", "portable")
+
+
+def choose_path(path: DecodePath, layout: KVCacheLayout, device: torch.device) -> KernelPath | Literal["reference"]:
+    """The path that a name means: itself, or for "auto" the fastest that can run.
+
+    Raises:
+        ValueError: If there is no such path or it cannot run there; the message says why.
+    """
+    if path not in get_args(DecodePath):
+        raise ValueError(f"path is {path!r}; it must be one of {', '.join(get_args(DecodePath))}")
+    if path == "reference" or (path == "auto" and device.type != "cuda"):
+        return "reference"
+    if path == "auto":
+        return next(name for name in FASTEST_FIRST if obstacle(name, layout, device) is None)
+    if reason := obstacle(path, layout, device):
+        raise ValueError(f"path is {path!r}, which cannot run here: {reason}. Use path='auto'.")
+    return path
+
+
+def obstacle(path: KernelPath, layout: KVCacheLayout, device: torch.device) -> str | None:
+    """Why a kernel cannot run for this layout on this device; None if it can."""
+    if interpreting():
+        return "Gluon has no interpreter" if path == "fragment" else None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, and kernels need CUDA"
+    if path == "portable":
+        return None
+    if torch.version.hip is not None:
+        return "its inline assembly is NVIDIA's"
+    needed, have = MIN_CAPABILITY[path], torch.cuda.get_device_capability(device)
+    if have < needed:
+        return f"the card is sm_{have[0]}{have[1]}, and it needs sm_{needed[0]}{needed[1]}"
+    return _fragment_obstacle(layout) if path == "fragment" else None
+
+
+def _fragment_obstacle(layout: KVCacheLayout) -> str | None:
+    if layout.config.head_dim not in FRAGMENT_HEAD_DIMS:
+        known = ", ".join(map(str, FRAGMENT_HEAD_DIMS))
+        return f"head_dim is {layout.config.head_dim}, and it takes {known}"
+    if layout.block_size % SUBTILE:
+        return f"block_size is {layout.block_size}, and it takes multiples of {SUBTILE}"
+    if find_spec("triton.experimental.gluon.language.nvidia.ampere") is None:
+        return "this Triton has no Gluon for sm_80; 3.6 has"
+    return None

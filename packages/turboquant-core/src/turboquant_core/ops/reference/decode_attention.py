@@ -1,0 +1,113 @@
+"""Attention on stored codes, one row after another."""
+
+import torch
+
+from turboquant_core.config import TurboQuantConfig
+from turboquant_core.layout import PageViews
+from turboquant_core.mse import MSEQuantizer
+from turboquant_core.quantized import QuantizedTensor
+
+
+def decode_attention(
+    query: torch.Tensor,
+    views: PageViews,
+    block_table: torch.Tensor | None,
+    seq_lens: torch.Tensor,
+    config: TurboQuantConfig,
+    *,
+    scale: float,
+    query_len: int | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    seq_starts: torch.Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    key_mean: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernels compute, in float32, or float64 for a float64 query.
+
+    Args:
+        query: See `turboquant_core.ops.decode_attention`, as for all the others; float64 too.
+        views: The cache [pages, num_kv_heads, slots, ...].
+        block_table: As there.
+        seq_lens: As there.
+        config: What is stored for one head.
+        scale: As there.
+        query_len: Query tokens of a row where query_start_loc is None.
+        query_start_loc: As there.
+        seq_starts: As there.
+        window: As there; 0 for none.
+        softcap: As there; 0 for none.
+        sinks: As there.
+        key_mean: As there.
+
+    Returns:
+        The output like `query` and its log-sum-exp [num_tokens, num_heads], both in the type of the arithmetic.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    num_tokens, num_heads, head_dim = query.shape
+    batch = len(seq_lens)
+    out = torch.zeros(query.shape, dtype=dtype, device=query.device)
+    lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=dtype, device=query.device)
+    each = num_tokens // max(batch, 1) if query_len is None else query_len
+    starts = [row * each for row in range(batch + 1)]
+    if query_start_loc is not None:
+        starts = query_start_loc.tolist()
+    for row, length in enumerate(seq_lens.tolist()):
+        tokens = slice(starts[row], starts[row + 1])
+        row_len = tokens.stop - tokens.start
+        if row_len == 0 or (length == 0 and sinks is None):
+            continue
+        keys, values = stored_row(views, block_table, row, length, config, dtype)
+        if key_mean is not None:
+            keys = keys + key_mean.to(dtype)[:, None]
+        group = num_heads // keys.shape[0]
+        keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
+        logits = query[tokens].to(dtype).transpose(0, 1) @ keys.transpose(1, 2) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        position = torch.arange(length, device=query.device)
+        seen_by = length - row_len + torch.arange(row_len, device=query.device)[:, None]
+        seen = position <= seen_by
+        if window:
+            seen &= position > seen_by - window
+        if seq_starts is not None:
+            seen &= position >= seq_starts[row]
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if sinks is not None:
+            sink = sinks.to(dtype)[:, None, None].expand(-1, row_len, 1)
+            logits = torch.cat([logits, sink], dim=-1)
+        row_lse = logits.logsumexp(-1)
+        weights = torch.exp(logits - row_lse.nan_to_num(neginf=0.0)[..., None])[..., :length]
+        out[tokens] = (weights @ values).transpose(0, 1)
+        lse[tokens] = row_lse.transpose(0, 1)
+    return out, lse
+
+
+def stored_row(
+    views: PageViews,
+    block_table: torch.Tensor | None,
+    row: int,
+    length: int,
+    config: TurboQuantConfig,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The dequantised keys and values of one row, [num_kv_heads, length, head_dim]; keys without their mean."""
+    block_size = views.key_codes.shape[2]
+    if block_table is None:
+        pages = torch.tensor([row], device=views.key_codes.device)
+    else:
+        pages = block_table[row, : -(-length // block_size)].long()
+
+    def take(plane: torch.Tensor) -> torch.Tensor:
+        return plane[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+
+    def read(codes: torch.Tensor, scales: torch.Tensor, bits: float) -> torch.Tensor:
+        quantizer = MSEQuantizer(config.head_dim, int(bits))
+        unit = quantizer.dequantize_rotated(QuantizedTensor(codes, torch.ones_like(scales))).to(dtype)
+        # The stored root is exact in any type; squaring it in float32 is not.
+        return quantizer.rotation.unrotate(unit * scales.to(dtype).square())
+
+    keys = read(take(views.key_codes), take(views.key_scales), config.key_bits)
+    values = read(take(views.value_codes), take(views.value_scales), config.value_bits)
+    return keys, values
