@@ -146,7 +146,7 @@ def built_wheels(package: str) -> list[str]:
 def benchmark_summaries() -> list[str]:
     """Every script of benchmarks/ with the first line of its docstring."""
     folder = Path("benchmarks")
-    scripts = sorted([*folder.glob("bench_*.py"), *folder.glob("eval_*.py")])
+    scripts = sorted([*folder.glob("bench_*.py"), *folder.glob("eval_*.py"), *folder.glob("plot_*.py")])
     return [f"  {script.name}: {summary(script)}" for script in scripts]
 
 

@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,18 @@ def write_result(name: str, data: dict[str, Any]) -> Path:
 def provenance() -> dict[str, str | int]:
     """What ran, on what."""
     script = Path(sys.argv[0]).name
-    packages = ("torch", "transformers", "turboquant-core", "turboquant-hf")
+    packages = ("torch", "triton", "transformers", "vllm", "turboquant-core", "turboquant-hf")
     return {
         "command": " ".join(["nox -s bench --", script, *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        **{package: installed for package in packages if (installed := _version(package)) is not None},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

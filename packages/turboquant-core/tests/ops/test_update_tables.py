@@ -86,15 +86,15 @@ def test_a_rotation_of_few_bits_is_one_matrix(device):
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 500])
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
 def test_every_program_keeps_to_one_head_and_no_program_is_idle(num_tokens, num_kv_heads, channels):
-    launch = update_launch(num_tokens, num_kv_heads, channels, 2, Processor(132, 227 * 1024))
-    assert launch.num_programs % num_kv_heads == 0
+    launch = update_launch(num_tokens, num_kv_heads, channels, 2, 1, Processor(132, 227 * 1024))
+    assert launch.num_programs % (2 * num_kv_heads) == 0
     assert launch.num_programs <= 2 * num_kv_heads * -(-num_tokens // launch.block_rows)
     assert channels % launch.block_k == 0
     assert launch.block_rows >= 16
 
 
 def test_rotations_that_do_not_fit_are_read_in_slices():
-    assert update_launch(8192, 8, 128, 2, Processor(132, 227 * 1024)).block_k == 128
-    assert update_launch(8192, 8, 128, 2, Processor(128, 99 * 1024)).block_k == 128
-    assert update_launch(8192, 8, 128, 3, Processor(128, 99 * 1024)).block_k == 64
-    assert update_launch(8192, 8, 256, 2, Processor(132, 227 * 1024)).block_k == 32
+    assert update_launch(8192, 8, 128, 2, 1, Processor(132, 227 * 1024)).block_k == 128
+    assert update_launch(8192, 8, 128, 2, 1, Processor(128, 99 * 1024)).block_k == 128
+    assert update_launch(8192, 8, 128, 3, 1, Processor(128, 99 * 1024)).block_k == 64
+    assert update_launch(8192, 8, 256, 2, 1, Processor(132, 227 * 1024)).block_k == 32

@@ -1,5 +1,7 @@
 """Attend with a few query tokens a row on the codes of a paged cache."""
 
+from typing import Any
+
 import torch
 
 from turboquant_core.layout import KVCacheLayout
@@ -38,8 +40,8 @@ def decode_attention(
     """Causal attention of the last tokens of every row on the row's stored keys and values.
 
     The query is rotated once and the output rotated back once; keys and values stay codes until they are in registers.
-    Softmax is online in float32. The grid depends on shapes alone and nothing is read back, so a call can be captured in
-    a CUDA graph and replayed with other lengths; work is shared evenly whatever the lengths are.
+    Softmax is online in float32. The grid depends on shapes alone and nothing is read back, so a call can be captured
+    in a CUDA graph and replayed with other lengths; work is shared evenly whatever the lengths are.
 
     Values of `seq_lens`, `block_table` and `query_start_loc` are not read back to be checked: blocks beyond the cache
     are undefined behaviour.
@@ -48,8 +50,8 @@ def decode_attention(
         query: float16, bfloat16 or float32 [num_tokens, num_heads, head_dim], rows one after another; last stride 1.
             num_heads is a multiple of the layout's num_kv_heads.
         pages: uint8 [num_blocks, num_kv_heads, head_bytes].
-        block_table: int32 [batch, max_blocks]; entries past a row's length are not used. None for a contiguous cache: row
-            b is page b, and the layout's block_size is the longest row.
+        block_table: int32 [batch, max_blocks]; entries past a row's length are not used. None for a contiguous cache:
+            row b is page b, and the layout's block_size is the longest row.
         seq_lens: int32 [batch]: stored tokens of a row, its own query tokens included. A row of length 0 gives zeros.
         layout: Where a slot's bytes lie. Its bits must be whole.
         scale: What logits are multiplied with; None is 1 / sqrt(head_dim).
@@ -78,18 +80,21 @@ def decode_attention(
     _check_query("query", query, layout)
     num_tokens, num_heads, head_dim = query.shape
     check_tensor("seq_lens", seq_lens, torch.int32, (-1,))
-    optional = {
+    arrays = {
+        "seq_lens": (seq_lens, torch.int32, (batch,)),
         "block_table": (block_table, torch.int32, (batch, -1)),
         "query_start_loc": (query_start_loc, torch.int32, (batch + 1,)),
         "seq_starts": (seq_starts, torch.int32, (batch,)),
         "sinks": (sinks, torch.float32, (num_heads,)),
         "key_mean": (key_mean, torch.float32, (layout.num_kv_heads, head_dim)),
     }
-    for name, (tensor, dtype, shape) in optional.items():
-        if tensor is not None:
-            check_tensor(name, tensor, dtype, shape)
-            if tensor.stride(-1) != 1:
-                raise ValueError(f"{name} has strides {list(tensor.stride())}; the last must be 1")
+    for name, (tensor, dtype, shape) in arrays.items():
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, dtype, shape)
+        # A block table is often a view of a wider one.
+        if tensor.stride(-1) != 1 or (name != "block_table" and not tensor.is_contiguous()):
+            raise ValueError(f"{name} has strides {list(tensor.stride())} for {list(tensor.shape)}. Call contiguous().")
     if block_table is None and len(pages) < batch:
         raise ValueError(f"pages hold {len(pages)} rows and seq_lens {batch}; without a block_table row b is page b")
     query_len = _query_len(num_tokens, batch, query_start_loc, max_query_len)
@@ -102,10 +107,9 @@ def decode_attention(
     else:
         _check_query("out", out, layout)
         check_tensor("out", out, query.dtype, tuple(query.shape))
-    tensors = {name: tensor for name, (tensor, _, _) in optional.items()}
-    check_one_device({"query": query, "pages": pages, "seq_lens": seq_lens, "out": out, **tensors})
+    check_one_device({"query": query, "pages": pages, "out": out, **{name: array[0] for name, array in arrays.items()}})
     lse = torch.empty(num_tokens, num_heads, device=query.device) if return_lse else None
-    options = {
+    options: dict[str, Any] = {
         "scale": head_dim**-0.5 if scale is None else scale,
         "query_start_loc": query_start_loc,
         "seq_starts": seq_starts,

@@ -22,6 +22,7 @@ DecodePath = Literal["auto", "fragment", "fp16", "int8", "fp8", "portable", "ref
 Values are float16 centroids in every one. In Triton's interpreter all but "fragment" run, with the same tables.
 """
 
+_GLUON = "triton.experimental.gluon.language.nvidia.ampere"
 SUBTILE = 16
 FRAGMENT_HEAD_DIMS = (64, 128, 256)
 MIN_CAPABILITY: dict[KernelPath, tuple[int, int]] = {"fragment": (8, 0), "fp16": (7, 5), "int8": (7, 5), "fp8": (8, 9)}
@@ -65,8 +66,17 @@ def _fragment_obstacle(layout: KVCacheLayout) -> str | None:
     if layout.config.head_dim not in FRAGMENT_HEAD_DIMS:
         known = ", ".join(map(str, FRAGMENT_HEAD_DIMS))
         return f"head_dim is {layout.config.head_dim}, and it takes {known}"
+    if layout.config.value_bits == 8:
+        return "value_bits is 8, whose outermost centroids its polynomial misses by more than a short row averages out"
     if layout.block_size % SUBTILE:
         return f"block_size is {layout.block_size}, and it takes multiples of {SUBTILE}"
-    if find_spec("triton.experimental.gluon.language.nvidia.ampere") is None:
+    if not _has_gluon():
         return "this Triton has no Gluon for sm_80; 3.6 has"
     return None
+
+
+def _has_gluon() -> bool:
+    try:
+        return find_spec(_GLUON) is not None
+    except ModuleNotFoundError:
+        return False

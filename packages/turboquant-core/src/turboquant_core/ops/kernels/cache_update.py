@@ -12,7 +12,7 @@ from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops.kernels.codes import store_codes, store_scales
 from turboquant_core.ops.kernels.grid_table import grid_table
 from turboquant_core.ops.kernels.launch_update import INTERPRETER, Processor, update_launch
-from turboquant_core.ops.kernels.quantize import corrected_scale, inverse_length, nearest_codes
+from turboquant_core.ops.kernels.quantize import corrected_scale, decoded_sums, halve, inverse_root, nearest_codes
 from turboquant_core.ops.kernels.rotate import (
     load_centred,
     load_slices,
@@ -45,7 +45,10 @@ def cache_update(
     octet = padded_octet(config.head_dim)
     part_dtype = torch.float16 if key.dtype == torch.float32 else key.dtype
     rotation = split_rotation(config.head_dim, part_dtype, device)
-    launch = update_launch(num_tokens, layout.num_kv_heads, 8 * octet, rotation.num_parts, _processor(device))
+    input_parts = 2 if key.dtype == torch.float32 else 1
+    launch = update_launch(
+        num_tokens, layout.num_kv_heads, 8 * octet, rotation.num_parts, input_parts, _processor(device)
+    )
     key_grid = grid_table(config.head_dim, key_bits, device)
     value_grid = grid_table(config.head_dim, value_bits, device)
     # Triton launches on the current device, whatever the tensors' is.
@@ -92,6 +95,7 @@ def cache_update(
             num_parts=rotation.num_parts,
             block_rows=launch.block_rows,
             block_k=launch.block_k,
+            groups=launch.groups,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -159,93 +163,188 @@ def _update_kernel(
     num_parts: tl.constexpr,
     block_rows: tl.constexpr,
     block_k: tl.constexpr,
+    groups: tl.constexpr,
 ):
-    # All tiles of a program are of one head: the rotated mean is a constant, and the scales of a page lie together.
+    # All tiles of a program are keys, or values, of one head: the loop has no branch and one set of constants,
+    # the rotated mean is a constant, and the scales of a page lie together.
     head = tl.program_id(0) % num_kv_heads
     channels: tl.constexpr = 8 * padded_octet
-    key_mean += head * head_dim
-    # A 16-bit key is rotated as it is, exactly, and its mean is subtracted after.
-    offset = tl.zeros([channels], tl.float32)
-    if centred and key.dtype.element_ty != tl.float32:
-        offset = rotate_mean(key_mean, parts, head_dim, num_parts, channels)
     high, middle, low = parts, parts, parts
     if block_k == channels:
         high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
-    blocks = tl.cdiv(num_tokens, block_rows)
-    first_block = tl.program_id(0) // num_kv_heads
-    for turn in range(first_block, 2 * blocks, tl.num_programs(0) // num_kv_heads):
-        first_token = turn % blocks * block_rows
-        row = tl.arange(0, block_rows)
-        present = first_token + row < num_tokens
-        token = (first_token + row).to(tl.int64)
-        slot = tl.load(slot_mapping + token * slot_stride, mask=present, other=-1)
-        keep = slot >= 0
-        position = slot % block_size
-        head_rows = pages + slot // block_size * page_stride + head.to(tl.int64) * page_head_stride
-        if turn < blocks:
-            _update_tile(
-                _row_pointers(key, first_token, row, head, key_token_stride, key_head_stride),
-                present,
-                key_mean,
-                offset,
-                parts,
-                head_rows + key_codes + position * key_code_stride,
-                head_rows + key_scales + position * scale_stride,
-                keep,
-                high,
-                middle,
-                low,
-                key_grid,
-                key_centroids,
-                head_dim,
-                padded_octet,
-                key_bits,
-                key_cells,
-                key_shift,
-                key_rule,
-                centred,
-                num_parts,
-                block_rows,
-                block_k,
-            )
-        else:
-            _update_tile(
-                _row_pointers(value, first_token, row, head, value_token_stride, value_head_stride),
-                present,
-                key_mean,
-                offset,
-                parts,
-                head_rows + value_codes + position * value_code_stride,
-                head_rows + value_scales + position * scale_stride,
-                keep,
-                high,
-                middle,
-                low,
-                value_grid,
-                value_centroids,
-                head_dim,
-                padded_octet,
-                value_bits,
-                value_cells,
-                value_shift,
-                value_rule,
-                False,
-                num_parts,
-                block_rows,
-                block_k,
-            )
+    first_block = tl.program_id(0) // (2 * num_kv_heads)
+    step = tl.num_programs(0) // (2 * num_kv_heads)
+    if tl.program_id(0) // num_kv_heads % 2 == 0:
+        _update_head(
+            key,
+            key_mean + head * head_dim,
+            pages,
+            slot_mapping,
+            parts,
+            high,
+            middle,
+            low,
+            key_grid,
+            key_centroids,
+            num_tokens,
+            key_token_stride,
+            key_head_stride,
+            page_stride,
+            page_head_stride,
+            slot_stride,
+            head,
+            first_block,
+            step,
+            block_size,
+            head_dim,
+            padded_octet,
+            key_bits,
+            key_cells,
+            key_shift,
+            key_rule,
+            key_codes,
+            key_code_stride,
+            key_scales,
+            scale_stride,
+            centred,
+            num_parts,
+            block_rows,
+            block_k,
+            groups,
+        )
+    else:
+        _update_head(
+            value,
+            key_mean,
+            pages,
+            slot_mapping,
+            parts,
+            high,
+            middle,
+            low,
+            value_grid,
+            value_centroids,
+            num_tokens,
+            value_token_stride,
+            value_head_stride,
+            page_stride,
+            page_head_stride,
+            slot_stride,
+            head,
+            first_block,
+            step,
+            block_size,
+            head_dim,
+            padded_octet,
+            value_bits,
+            value_cells,
+            value_shift,
+            value_rule,
+            value_codes,
+            value_code_stride,
+            value_scales,
+            scale_stride,
+            False,
+            num_parts,
+            block_rows,
+            block_k,
+            groups,
+        )
 
 
 @triton.jit
-def _row_pointers(x, first_token, row, head, token_stride, head_stride):
+def _update_head(
+    x,
+    mean,
+    pages,
+    slot_mapping,
+    parts,
+    high,
+    middle,
+    low,
+    grid,
+    centroids,
+    num_tokens,
+    token_stride,
+    head_stride,
+    page_stride,
+    page_head_stride,
+    slot_stride,
+    head,
+    first_block,
+    step,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    bits: tl.constexpr,
+    num_cells: tl.constexpr,
+    shift: tl.constexpr,
+    rule: tl.constexpr,
+    codes_at: tl.constexpr,
+    code_stride: tl.constexpr,
+    scales_at: tl.constexpr,
+    scale_stride: tl.constexpr,
+    centred: tl.constexpr,
+    num_parts: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_k: tl.constexpr,
+    groups: tl.constexpr,
+):
+    """Store every step-th tile of the keys, or the values, of one head."""
+    # A 16-bit input is rotated as it is, exactly, and its mean is subtracted after.
+    offset = tl.zeros([8 * padded_octet], tl.float32)
+    if centred and x.dtype.element_ty != tl.float32:
+        offset = rotate_mean(mean, parts, head_dim, num_parts, 8 * padded_octet)
+    head_x = x + head.to(tl.int64) * head_stride
+    heads = pages + head.to(tl.int64) * page_head_stride
+    # What does not change between tiles, hoisted, would spill: it costs less to compute it again.
+    for block in tl.range(first_block, tl.cdiv(num_tokens, block_rows), step, disable_licm=True):
+        first_token = block * block_rows
+        # Rows past the last token repeat it: loads without a mask are cheaper, and nothing of them is stored.
+        last = num_tokens - 1 - first_token
+        row = tl.arange(0, block_rows)
+        token = tl.minimum(row, last)
+        slot = tl.load(_start(slot_mapping, first_token, slot_stride) + token * slot_stride)
+        keep = (slot >= 0) & (row <= last)
+        # Unsigned, both are single bit operations.
+        position = (slot.to(tl.uint64) % block_size).to(tl.int32)
+        head_rows = heads + slot.to(tl.uint64) // block_size * page_stride
+        _update_tile(
+            _start(head_x, first_token, token_stride) + token * token_stride,
+            mean,
+            offset,
+            parts,
+            head_rows + codes_at + position * code_stride,
+            head_rows + scales_at + position * scale_stride,
+            keep,
+            high,
+            middle,
+            low,
+            grid,
+            centroids,
+            head_dim,
+            padded_octet,
+            bits,
+            num_cells,
+            shift,
+            rule,
+            centred,
+            num_parts,
+            block_rows,
+            block_k,
+            groups,
+        )
+
+
+@triton.jit
+def _start(pointer, first_token, stride):
     # Only the tile's start needs 64 bits.
-    return x + first_token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride + row * token_stride
+    return pointer + first_token.to(tl.int64) * stride
 
 
 @triton.jit
 def _update_tile(
     x_rows,
-    present,
     mean,
     offset,
     parts,
@@ -267,6 +366,7 @@ def _update_tile(
     num_parts: tl.constexpr,
     rows: tl.constexpr,
     block_k: tl.constexpr,
+    groups: tl.constexpr,
 ):
     channels: tl.constexpr = 8 * padded_octet
     octet: tl.constexpr = head_dim // 8
@@ -274,10 +374,10 @@ def _update_tile(
     rotated = tl.zeros([rows, channels], tl.float32)
     power = 1.0
     if halves:
-        power = power_for_halves(x_rows, present, mean, head_dim, rows, block_k, centred)
+        power = power_for_halves(x_rows, mean, head_dim, rows, block_k, centred)
     if block_k == channels:
         rotated = _add_slice(
-            rotated, x_rows, present, mean, power, 0, high, middle, low, head_dim, centred, num_parts, block_k, halves
+            rotated, x_rows, mean, power, 0, high, middle, low, head_dim, centred, num_parts, block_k, halves
         )
     else:
         for first in range(0, head_dim, block_k):
@@ -285,7 +385,6 @@ def _update_tile(
             rotated = _add_slice(
                 rotated,
                 x_rows,
-                present,
                 mean,
                 power,
                 first,
@@ -301,21 +400,69 @@ def _update_tile(
     if centred and not halves:
         rotated = rotated - offset[None, :]
     # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
-    length = tl.sqrt_rn(tl.sum(rotated * rotated, axis=1))
-    per_length = inverse_length(length)
-    norm = length * MATRIX_UNSCALE / power
-    codes = nearest_codes(rotated, per_length, tl.load(grid + tl.arange(0, num_cells)), shift)
-    table = tl.load(centroids + tl.arange(0, 2**bits))
-    scale = corrected_scale(norm, rotated, per_length, codes, table, rule, octet, padded_octet)
-    store_codes(code_rows, codes, keep, bits, rows, octet, padded_octet)
-    store_scales(scale_rows, scale, keep)
+    squares = tl.sum(rotated * rotated, axis=1)
+    per_length = inverse_root(squares)
+    norm = tl.sqrt(squares) * MATRIX_UNSCALE / power
+    inner, code_squares = _store_tile(
+        rotated,
+        per_length,
+        code_rows,
+        keep,
+        grid,
+        centroids,
+        octet,
+        padded_octet,
+        bits,
+        num_cells,
+        shift,
+        rule,
+        rows,
+        groups,
+    )
+    store_scales(scale_rows, corrected_scale(norm, per_length * inner, code_squares, rule), keep)
+
+
+@triton.jit
+def _store_tile(
+    rotated,
+    per_length,
+    code_rows,
+    keep,
+    grid,
+    centroids,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+    bits: tl.constexpr,
+    num_cells: tl.constexpr,
+    shift: tl.constexpr,
+    rule: tl.constexpr,
+    rows: tl.constexpr,
+    groups: tl.constexpr,
+):
+    """Store the codes of rotated [rows, 8 * padded_octet] in groups, for fewer registers: see `decoded_sums`."""
+    tiles = (rotated,)
+    if groups >= 2:
+        tiles = halve(rotated, rows, padded_octet)
+    if groups == 4:
+        tiles = halve(tiles[0], rows, padded_octet // 2) + halve(tiles[1], rows, padded_octet // 2)
+    span: tl.constexpr = padded_octet // groups
+    inner = tl.zeros([rows], tl.float32)
+    squares = inner
+    for group in tl.static_range(groups):
+        tile = tiles[group]
+        codes = nearest_codes(tile, per_length, tl.load(grid + tl.arange(0, num_cells)), shift)
+        table = tl.load(centroids + tl.arange(0, 2**bits))
+        tile_inner, tile_squares = decoded_sums(tile, codes, table, rule, octet, group * span, span)
+        inner += tile_inner
+        squares += tile_squares
+        store_codes(code_rows, codes, keep, bits, rows, octet, padded_octet, group * span, span)
+    return inner, squares
 
 
 @triton.jit
 def _add_slice(
     rotated,
     x_rows,
-    present,
     mean,
     power,
     first,
@@ -330,6 +477,6 @@ def _add_slice(
 ):
     """Add what block_k input channels from `first` on contribute to the product."""
     if halves:
-        x = load_centred(x_rows, present, mean, first, head_dim, block_k, centred)
+        x = load_centred(x_rows, mean, first, head_dim, block_k, centred)
         return multiply_halves(x * power[:, None], high, middle, low, rotated, num_parts)
-    return multiply(load_vectors(x_rows, present, first, head_dim, block_k), high, middle, low, rotated, num_parts)
+    return multiply(load_vectors(x_rows, first, head_dim, block_k), high, middle, low, rotated, num_parts)

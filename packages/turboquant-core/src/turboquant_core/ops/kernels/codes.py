@@ -31,15 +31,15 @@ def is_channel(place, octet: tl.constexpr, padded_octet: tl.constexpr):
 
 @triton.jit
 def pack_plane(
-    codes, width: tl.constexpr, shift: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, padded_octet: tl.constexpr
+    codes, width: tl.constexpr, shift: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, span: tl.constexpr
 ):
-    """Bits [shift, shift + width) of codes [rows, 8 * padded_octet] as bytes, int32 [rows, width * padded_octet]."""
+    """Bits [shift, shift + width) of codes [rows, 8 * span] as bytes, int32 [rows, width * span]."""
     field = codes >> shift
     if shift + width < bits:
         field = field & ((1 << width) - 1)
     if width == 8:
         return field
-    fields = tl.reshape(field, [rows, 8 // width, width * padded_octet])
+    fields = tl.reshape(field, [rows, 8 // width, width * span])
     position = tl.arange(0, 8 // width) * width
     return tl.sum(fields << position[None, :, None], axis=1)
 
@@ -56,10 +56,21 @@ def unpack_plane(packed, width: tl.constexpr, rows: tl.constexpr, padded_octet: 
 
 @triton.jit
 def plane_bytes(
-    code_rows, keep, width: tl.constexpr, shift: tl.constexpr, octet: tl.constexpr, padded_octet: tl.constexpr
+    code_rows,
+    keep,
+    width: tl.constexpr,
+    shift: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+    first: tl.constexpr,
+    span: tl.constexpr,
 ):
-    """Pointers to the bytes of a plane, [rows, width * padded_octet], and where they may be used."""
-    byte = tl.arange(0, width * padded_octet)
+    """Pointers to the bytes of a plane, [rows, width * span], and where they may be used.
+
+    Of every eighth, they are those of `span` channels from `first` on.
+    """
+    byte = tl.arange(0, width * span)
+    byte = byte // span * padded_octet + byte % span + first
     # Wider planes come first; together they hold the `shift` lower bits.
     pointers = code_rows[:, None] + (shift * octet + unpadded(byte, octet, padded_octet))[None, :]
     mask = keep[:, None]
@@ -79,10 +90,12 @@ def store_plane(
     rows: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
+    first: tl.constexpr,
+    span: tl.constexpr,
 ):
     """Store one plane of codes."""
-    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
-    packed = pack_plane(codes, width, shift, bits, rows, padded_octet)
+    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet, first, span)
+    packed = pack_plane(codes, width, shift, bits, rows, span)
     tl.store(pointers, packed.to(tl.uint8), mask=mask)
 
 
@@ -97,7 +110,7 @@ def load_plane(
     padded_octet: tl.constexpr,
 ):
     """The bits of one plane at their position in the codes, int32 [rows, 8 * padded_octet]."""
-    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
+    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet, 0, padded_octet)
     packed = tl.load(pointers, mask=mask, other=0).to(tl.int32)
     return unpack_plane(packed, width, rows, padded_octet) << shift
 
@@ -111,11 +124,18 @@ def store_codes(
     rows: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
+    first: tl.constexpr,
+    span: tl.constexpr,
 ):
-    """Pack codes [rows, 8 * padded_octet] and store them at byte pointers code_rows [rows] where `keep` [rows]."""
+    """Pack codes [rows, 8 * span] and store them at byte pointers code_rows [rows] where `keep` [rows].
+
+    Of every eighth, they are those of `span` channels from `first` on.
+    """
     for step in tl.static_range(4):
         if bits & (8 >> step):
-            store_plane(code_rows, codes, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet)
+            store_plane(
+                code_rows, codes, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet, first, span
+            )
 
 
 @triton.jit
@@ -139,7 +159,7 @@ def scale_pointers(scale_bytes):
 @triton.jit
 def store_scales(scale_bytes, scale, keep):
     """Store scales, float32 [rows], as the float16 of their root."""
-    tl.store(scale_pointers(scale_bytes), tl.sqrt_rn(scale).to(tl.float16), mask=keep)
+    tl.store(scale_pointers(scale_bytes), tl.sqrt(scale).to(tl.float16), mask=keep)
 
 
 @triton.jit

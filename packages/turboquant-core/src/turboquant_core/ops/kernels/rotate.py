@@ -55,19 +55,18 @@ def rotate_mean(mean, parts, head_dim: tl.constexpr, num_parts: tl.constexpr, ch
 
 
 @triton.jit
-def load_vectors(x_rows, present, first, head_dim: tl.constexpr, block_k: tl.constexpr):
+def load_vectors(x_rows, first, head_dim: tl.constexpr, block_k: tl.constexpr):
     """Channels first to first + block_k - 1 of the vectors at x_rows, [rows, block_k], with zeros past head_dim."""
     channel = first + tl.arange(0, block_k)
-    mask = present[:, None]
     if head_dim % block_k:
-        mask = mask & (channel < head_dim)[None, :]
-    return tl.load(x_rows[:, None] + channel[None, :], mask=mask, other=0.0)
+        return tl.load(x_rows[:, None] + channel[None, :], mask=(channel < head_dim)[None, :], other=0.0)
+    return tl.load(x_rows[:, None] + channel[None, :])
 
 
 @triton.jit
-def load_centred(x_rows, present, mean, first, head_dim: tl.constexpr, block_k: tl.constexpr, centred: tl.constexpr):
+def load_centred(x_rows, mean, first, head_dim: tl.constexpr, block_k: tl.constexpr, centred: tl.constexpr):
     """`load_vectors` of float32 less the mean, where there is one."""
-    x = load_vectors(x_rows, present, first, head_dim, block_k)
+    x = load_vectors(x_rows, first, head_dim, block_k)
     if centred:
         channel = first + tl.arange(0, block_k)
         x = x - tl.load(mean + channel, mask=channel < head_dim, other=0.0)[None, :]
@@ -97,7 +96,6 @@ def multiply_halves(x, high, middle, low, accumulator, num_parts: tl.constexpr):
 @triton.jit
 def power_for_halves(
     x_rows,
-    present,
     mean,
     head_dim: tl.constexpr,
     rows: tl.constexpr,
@@ -107,7 +105,7 @@ def power_for_halves(
     """The power of two, float32 [rows], that scales every norm into [2^14, 2^15)."""
     squares = tl.zeros([rows], tl.float32)
     for first in range(0, head_dim, block_k):
-        x = load_centred(x_rows, present, mean, first, head_dim, block_k, centred)
+        x = load_centred(x_rows, mean, first, head_dim, block_k, centred)
         squares += tl.sum(x * x, axis=1)
     exponent = ((squares.to(tl.int32, bitcast=True) >> FLOAT_MANTISSA_BITS) - FLOAT_BIAS) >> 1
     return ((-exponent + (TOP_EXPONENT + FLOAT_BIAS)) << FLOAT_MANTISSA_BITS).to(tl.float32, bitcast=True)

@@ -45,7 +45,7 @@ def decode_attention(
         The output like `query` and its log-sum-exp [num_tokens, num_heads], both in the type of the arithmetic.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    num_tokens, num_heads, head_dim = query.shape
+    num_tokens, num_heads, _ = query.shape
     batch = len(seq_lens)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=dtype, device=query.device)

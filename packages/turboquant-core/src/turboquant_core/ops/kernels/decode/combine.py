@@ -8,7 +8,7 @@ from turboquant_core.ops.kernels.decode.schedule import owner, query_heads
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_heads", "num_workers", "query_len"])
 def combine_kernel(
     partial,  # float32 [num_workers + batch, num_kv_heads, num_columns, num_positions]
     partial_stats,  # float32 [num_workers + batch, num_kv_heads, 2, num_columns]: reference exponent (log2), sum
@@ -35,8 +35,11 @@ def combine_kernel(
     block_dim: tl.constexpr,
     block_channels: tl.constexpr,
     precision: tl.constexpr,
+    overlap: tl.constexpr,
 ):
     """One program for `block_heads` query heads, counted through all tokens of all rows."""
+    if overlap:
+        tl.extra.cuda.gdc_wait()
     row, head, column, token, used = query_heads(
         tl.program_id(0) * block_heads + tl.arange(0, block_heads), query_start_loc, batch, num_heads, query_len, group
     )
@@ -62,7 +65,9 @@ def combine_kernel(
     # Scores were those of centred keys: the mean's own score shifts every logit of a head alike.
     offset = tl.zeros([block_heads], tl.float32)
     if centred_scores:
-        offset = tl.load(bias + (row.to(tl.int64) * num_kv_heads + kv_head) * num_columns + column, mask=used, other=0.0)
+        offset = tl.load(
+            bias + (row.to(tl.int64) * num_kv_heads + kv_head) * num_columns + column, mask=used, other=0.0
+        )
     if sinks is not None:
         sink = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) / LN_2 - offset
         highest = tl.maximum(top, sink)

@@ -2,17 +2,25 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from turboquant_core.ops.kernels.decode.fragment_tiles import (
+    allocate_roots,
+    allocate_words,
+    copy_tile,
+    read_words,
+    tile_pages,
+)
 from turboquant_core.ops.kernels.decode.fragments import (
     key_operand,
     key_word_layout,
     lane_constant,
-    load_words,
+    let_next_kernel_start,
     mma_layout,
     right_layout,
     value_operand,
     value_word_layout,
+    wait_for_previous_kernel,
     weight_operand,
 )
 from turboquant_core.ops.kernels.decode.schedule import first_position, share_start
@@ -20,7 +28,7 @@ from turboquant_core.ops.kernels.decode.schedule import first_position, share_st
 LOWEST = gl.constexpr(-1e30)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["batch", "num_kv_heads", "block_table_stride", "query_len"])
 def fragment_kernel(
     operand,  # float16 [batch, num_kv_heads, num_columns, head_dim]: rotated queries in operand order
     factor,  # float32 [batch, num_kv_heads, num_columns]: scores to log2 units
@@ -60,7 +68,7 @@ def fragment_kernel(
     subtiles: gl.constexpr,
     window: gl.constexpr,
     has_softcap: gl.constexpr,
-    prefetch: gl.constexpr,
+    stages: gl.constexpr,
     block_batch: gl.constexpr,
     key_asm: gl.constexpr,
     key_constraints: gl.constexpr,
@@ -68,12 +76,16 @@ def fragment_kernel(
     value_asm: gl.constexpr,
     value_constraints: gl.constexpr,
     value_constants: gl.constexpr,
+    overlap: gl.constexpr,
 ):
     """Grid (num_workers, num_kv_heads * num_columns / columns), one warp each."""
     mma: gl.constexpr = mma_layout()
     right: gl.constexpr = right_layout()
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
     tile_tokens: gl.constexpr = 16 * subtiles
+    if overlap:
+        wait_for_previous_kernel()
+        let_next_kernel_start()
     worker = gl.program_id(0)
     num_workers = gl.num_programs(0)
     head = gl.program_id(1) // (num_columns // columns)
@@ -94,10 +106,19 @@ def fragment_kernel(
         value_table = value_table + (lane_constant(table, key_constants + i),)
 
     wide_head = head.to(gl.int64)
-    key_codes += wide_head * key_head_stride
-    value_codes += wide_head * value_head_stride
-    key_scales += wide_head * key_scale_head_stride
-    value_scales += wide_head * value_scale_head_stride
+    cache = (
+        key_codes + wide_head * key_head_stride,
+        value_codes + wide_head * value_head_stride,
+        key_scales + wide_head * key_scale_head_stride,
+        value_scales + wide_head * value_scale_head_stride,
+    )
+    strides = (key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride)
+    buffers = (
+        allocate_words(stages, subtiles, head_dim, key_bits),
+        allocate_words(stages, subtiles, head_dim, value_bits),
+        allocate_roots(stages, subtiles),
+        allocate_roots(stages, subtiles),
+    )
     column = first_column + gl.arange(0, columns, by_column)
     operand_column = first_column + gl.arange(0, columns, gl.SliceLayout(0, right))[None, :]
     operand_channel = gl.arange(0, head_dim, gl.SliceLayout(1, right))[:, None]
@@ -139,20 +160,47 @@ def fragment_kernel(
                 first = gl.maximum(start, length - window)
             full_begin = gl.minimum(gl.maximum(begin, (first + tile_tokens - 1) // tile_tokens), end)
             full_end = gl.maximum(gl.minimum(end, (length - row_len + 1) // tile_tokens), full_begin)
-            top, total, result = _attend_tiles(
-                full_begin, full_end, 0, 0, False, length, start, position, query, scale, shift, softcap, pages,
-                top, total, result, key_codes, value_codes, key_scales, value_scales,
-                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
-                key_table, value_table, head_dim, key_bits, value_bits, columns, block_size, subtiles, window,
-                has_softcap, prefetch, key_asm, key_constraints, value_asm, value_constraints,
-            )  # fmt: skip
-            top, total, result = _attend_tiles(
-                begin, end, full_begin, full_end - full_begin, True, length, start, position, query, scale, shift,
-                softcap, pages, top, total, result, key_codes, value_codes, key_scales, value_scales,
-                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
-                key_table, value_table, head_dim, key_bits, value_bits, columns, block_size, subtiles, window,
-                has_softcap, False, key_asm, key_constraints, value_asm, value_constraints,
-            )  # fmt: skip
+            if full_end > full_begin:
+                last = full_end - 1
+                for ahead in gl.static_range(stages - 1):
+                    early = gl.minimum(full_begin + ahead, last)
+                    numbers = tile_pages(early, False, length, pages, block_size, subtiles)
+                    copy_tile(
+                        early, ahead, numbers, False, length, cache, strides, buffers,
+                        head_dim, key_bits, value_bits, block_size, subtiles,
+                    )  # fmt: skip
+                numbers = tile_pages(
+                    gl.minimum(full_begin + stages - 1, last), False, length, pages, block_size, subtiles
+                )
+                for full in range(full_begin, full_end):
+                    turn = full - full_begin
+                    async_copy.wait_group(stages - 2)
+                    copy_tile(
+                        gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, length,
+                        cache, strides, buffers, head_dim, key_bits, value_bits, block_size, subtiles,
+                    )  # fmt: skip
+                    numbers = tile_pages(gl.minimum(full + stages, last), False, length, pages, block_size, subtiles)
+                    top, total, result = _attend_tile(
+                        full, turn % stages, buffers, False, length, start, position, query, scale, shift, softcap,
+                        top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
+                        window, has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                    )  # fmt: skip
+                async_copy.wait_group(0)
+            for n in range(0, end - begin - (full_end - full_begin)):
+                edge = begin + n
+                if edge >= full_begin:
+                    edge += full_end - full_begin
+                edge_numbers = tile_pages(edge, True, length, pages, block_size, subtiles)
+                copy_tile(
+                    edge, 0, edge_numbers, True, length, cache, strides, buffers,
+                    head_dim, key_bits, value_bits, block_size, subtiles,
+                )  # fmt: skip
+                async_copy.wait_group(0)
+                top, total, result = _attend_tile(
+                    edge, 0, buffers, True, length, start, position, query, scale, shift, softcap,
+                    top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
+                    window, has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                )  # fmt: skip
 
             slot = ((worker + row).to(gl.int64) * num_kv_heads + head) * num_columns
             gl.store(partial + (slot + column[None, :]) * head_dim + channel, result)
@@ -163,114 +211,12 @@ def fragment_kernel(
 
 
 @gluon.jit
-def _attend_tiles(
-    begin, end, skip_begin, skip_count, masked: gl.constexpr, length, start, position, query, scale, shift, softcap,
-    pages, top, total, result, key_codes, value_codes, key_scales, value_scales,
-    key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
-    key_table, value_table, head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr,
-    columns: gl.constexpr, block_size: gl.constexpr, subtiles: gl.constexpr, window: gl.constexpr,
-    has_softcap: gl.constexpr, prefetch: gl.constexpr, key_asm: gl.constexpr, key_constraints: gl.constexpr,
-    value_asm: gl.constexpr, value_constraints: gl.constexpr,
-):  # fmt: skip
-    """The tiles from `begin` to `end` without the `skip_count` ones from `skip_begin` on."""
-    if prefetch:
-        last = gl.maximum(end - 1, 0)
-        stored = _load_tile(
-            gl.minimum(begin, last), masked, length, pages, key_codes, value_codes, key_scales, value_scales,
-            key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
-            head_dim, key_bits, value_bits, block_size, subtiles,
-        )  # fmt: skip
-        for index in range(begin, end):
-            # The next tile is on its way while this one is worked on.
-            following = _load_tile(
-                gl.minimum(index + 1, last), masked, length, pages, key_codes, value_codes, key_scales, value_scales,
-                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
-                head_dim, key_bits, value_bits, block_size, subtiles,
-            )  # fmt: skip
-            top, total, result = _attend_tile(
-                index, stored, masked, start, position, query, scale, shift, softcap, top, total, result,
-                key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles, window,
-                has_softcap, key_asm, key_constraints, value_asm, value_constraints,
-            )  # fmt: skip
-            stored = following
-    else:
-        for n in range(0, end - begin - skip_count):
-            index = begin + n
-            if index >= skip_begin:
-                index += skip_count
-            stored = _load_tile(
-                index, masked, length, pages, key_codes, value_codes, key_scales, value_scales,
-                key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
-                head_dim, key_bits, value_bits, block_size, subtiles,
-            )  # fmt: skip
-            top, total, result = _attend_tile(
-                index, stored, masked, start, position, query, scale, shift, softcap, top, total, result,
-                key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles, window,
-                has_softcap, key_asm, key_constraints, value_asm, value_constraints,
-            )  # fmt: skip
-    return top, total, result
-
-
-@gluon.jit
-def _load_tile(
-    index, masked: gl.constexpr, length, pages, key_codes, value_codes, key_scales, value_scales,
-    key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride,
-    head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr, block_size: gl.constexpr,
-    subtiles: gl.constexpr,
-):  # fmt: skip
-    """Code words and scale roots of a tile's keys and values, one entry for each sixteen tokens."""
-    mma: gl.constexpr = mma_layout()
-    words: gl.constexpr = head_dim // 8
-    key_layout: gl.constexpr = key_word_layout(words)
-    value_layout: gl.constexpr = value_word_layout(words)
-    key_token = gl.arange(0, 16, gl.SliceLayout(1, key_layout))[:, None]
-    key_word = gl.arange(0, words, gl.SliceLayout(0, key_layout))[None, :]
-    value_token = gl.arange(0, 16, gl.SliceLayout(1, value_layout))[:, None]
-    value_word = gl.arange(0, words, gl.SliceLayout(0, value_layout))[None, :]
-    token = gl.arange(0, 16, gl.SliceLayout(1, mma))
-    key_row: gl.constexpr = head_dim * key_bits // 32
-    value_row: gl.constexpr = head_dim * value_bits // 32
-
-    key_words = ()
-    value_words = ()
-    key_roots = ()
-    value_roots = ()
-    for j in gl.static_range(subtiles):
-        first = (index * subtiles + j) * 16
-        if block_size == 0:
-            page = pages.to(gl.int64)
-            slot = first
-        else:
-            if masked:
-                page = gl.load(pages + first // block_size, mask=first < length, other=0).to(gl.int64)
-            else:
-                page = gl.load(pages + first // block_size).to(gl.int64)
-            slot = first % block_size
-        # Past the end a contiguous row has no memory: read the row's first tokens, which the mask drops.
-        if masked and block_size == 0:
-            slot = gl.where(first < length, slot, 0)
-        key_base = key_codes + page * key_page_stride + slot.to(gl.int64) * key_row
-        value_base = value_codes + page * value_page_stride + slot.to(gl.int64) * value_row
-        key_words = key_words + (load_words(key_base, key_token, key_word, head_dim, key_bits),)
-        value_words = value_words + (load_words(value_base, value_token, value_word, head_dim, value_bits),)
-        key_root = key_scales + page * key_scale_page_stride + slot + token
-        value_root = value_scales + page * value_scale_page_stride + slot + token
-        if masked:
-            valid = first + token < length
-            key_roots = key_roots + (gl.load(key_root, mask=valid, other=0.0),)
-            value_roots = value_roots + (gl.load(value_root, mask=valid, other=0.0),)
-        else:
-            key_roots = key_roots + (gl.load(key_root),)
-            value_roots = value_roots + (gl.load(value_root),)
-    return key_words, value_words, key_roots, value_roots
-
-
-@gluon.jit
 def _attend_tile(
-    index, stored, masked: gl.constexpr, start, position, query, scale, shift, softcap, top, total, result,
-    key_table, value_table, head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr,
-    columns: gl.constexpr, subtiles: gl.constexpr, window: gl.constexpr, has_softcap: gl.constexpr,
-    key_asm: gl.constexpr, key_constraints: gl.constexpr, value_asm: gl.constexpr, value_constraints: gl.constexpr,
+    index, stage, buffers, masked: gl.constexpr, length, start, position, query, scale, shift, softcap,
+    top, total, result, key_table, value_table,
+    head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr, columns: gl.constexpr,
+    subtiles: gl.constexpr, window: gl.constexpr, has_softcap: gl.constexpr, key_asm: gl.constexpr,
+    key_constraints: gl.constexpr, value_asm: gl.constexpr, value_constraints: gl.constexpr,
 ):  # fmt: skip
     """One tile of online softmax.
 
@@ -280,28 +226,37 @@ def _attend_tile(
     mma: gl.constexpr = mma_layout()
     token = gl.arange(0, 16, gl.SliceLayout(1, mma))
     zeros = gl.zeros([16, columns], gl.float32, mma)
-    key_words, value_words, key_roots, value_roots = stored
+    words: gl.constexpr = head_dim // 8
+    row_layout: gl.constexpr = gl.SliceLayout(1, mma)
     scores = ()
     value_scale = ()
     highest = top
     scale_tile = scale[None, :] + zeros
     for j in gl.static_range(subtiles):
-        keys = key_operand(key_words[j], key_table, head_dim, key_asm, key_constraints, key_bits > 4)
+        at = stage * subtiles + j
+        key_words = read_words(buffers[0], at, key_word_layout(words), head_dim, key_bits)
+        keys = key_operand(key_words, key_table, head_dim, key_asm, key_constraints, key_bits > 4)
         score = mma_v2(keys, query, zeros)
-        root = key_roots[j].to(gl.float32)
+        token_at = (index * subtiles + j) * 16 + token
+        root = buffers[2].index(at).load(row_layout).to(gl.float32)
+        if masked:
+            root = gl.where(token_at < length, root, 0.0)
         score = score * (root * root)[:, None]
         if has_softcap:
             score = _softcap(score * scale_tile + shift[None, :], softcap)
         if masked:
-            at = (index * subtiles + j) * 16 + token
-            seen = (at[:, None] <= position[None, :]) & (at[:, None] >= start)
+            seen = (token_at[:, None] <= position[None, :]) & (token_at[:, None] >= start)
             if window > 0:
-                seen = seen & (at[:, None] > position[None, :] - window)
+                seen = seen & (token_at[:, None] > position[None, :] - window)
             score = gl.where(seen, score, float("-inf"))
-        root = value_roots[j].to(gl.float32)
+        root = buffers[3].index(at).load(row_layout).to(gl.float32)
+        if masked:
+            root = gl.where(token_at < length, root, 0.0)
         weight_scale = root * root
-        # log2 from the bits of a float, low by less than 0.09.
+        # log2 from the bits of a float, low by less than 0.09. Zero counts as the smallest scale there is, 2^-48:
+        # farther below, sums of weights would overflow.
         exponent = weight_scale.to(gl.int32, bitcast=True).to(gl.float32) * (1.0 / 8388608.0) - 127.0
+        exponent = gl.maximum(exponent, -48.0)
         if has_softcap:
             reach = score + exponent[:, None]
         else:
@@ -325,16 +280,15 @@ def _attend_tile(
             weight = gl.exp2(gl.fma(scores[j], scale_tile, floor))
         total += weight
         right = weight_operand(weight * value_scale[j][:, None], columns)
-        values = value_operand(
-            value_words[j], value_table, head_dim, value_asm, value_constraints, value_bits > 4
-        )
+        value_words = read_words(buffers[1], stage * subtiles + j, value_word_layout(words), head_dim, value_bits)
+        values = value_operand(value_words, value_table, head_dim, value_asm, value_constraints, value_bits > 4)
         result = mma_v2(values, right, result)
     return highest, total, result
 
 
 @gluon.jit
 def _softcap(score, cap):
-    """cap * tanh(score / cap) in log2 units, without overflow."""
+    """The score bounded by cap * tanh(score / cap), without overflow."""
     x = score / cap
     decay = gl.exp2(-2.8853900817779268 * gl.abs(x))  # e^(-2|x|)
     size = (1.0 - decay) / (1.0 + decay)

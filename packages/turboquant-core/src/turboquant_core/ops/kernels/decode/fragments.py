@@ -1,9 +1,9 @@
-"""Gluon primitives: codes from memory to tensor-core operands without shared memory.
+"""Gluon primitives: codes to tensor-core operands in registers.
 
 A warp reads the codes of sixteen tokens straight into the registers in which the tensor cores want their operand, looks
 the centroids up there and multiplies. Which lane holds which channel is free as long as the query (for keys) and the
-un-rotation (for values) list channels in the same order: `operand_channels` is that order, and every `convert_layout`
-here is asserted to be no instruction.
+un-rotation (for values) list channels in the same order: `operand_channels` is that order, and the `convert_layout`s to
+operands are asserted to be no instruction.
 """
 
 from triton.experimental import gluon
@@ -32,7 +32,7 @@ def right_layout():
 
 @gluon.constexpr_function
 def key_word_layout(words):
-    """[16 tokens, words]: neighbouring words in a lane, for wide loads; four lanes a token."""
+    """[16 tokens, words]: neighbouring words in a lane, for wide reads; four lanes a token."""
     registers = [[0, 1 << i] for i in range(words.bit_length() - 3)]
     lanes = [[0, words // 4], [0, words // 2], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout([*registers, [8, 0]], lanes, [], [], [16, words])
@@ -55,39 +55,6 @@ def value_pair_layout(words):
 
 
 @gluon.jit
-def load_words(codes, token, word, head_dim: gl.constexpr, bits: gl.constexpr):
-    """Eight codes a word (two words above four bits), from packed rows of 16 tokens.
-
-    Nibble 2b of word n is channel 4n + b and nibble 2b + 1 channel 4n + b + head_dim / 2 (bytes b of the two words above
-    four bits). Every plane of the packing has those channels in one word, `field` fields up.
-    """
-    row = codes + token * (head_dim * bits // 32)
-    if bits == 8:
-        return gl.load(row + word), gl.load(row + word + head_dim // 8)
-    elif bits == 4:
-        return gl.load(row + word), 0
-    elif bits > 4:
-        low = gl.load(row + word)
-        high = _narrow_plane(row + head_dim // 8, word, head_dim, bits - 4)
-        even = (low & 0x0F0F0F0F) | ((high & 0x0F0F0F0F) << 4)
-        odd = ((low >> 4) & 0x0F0F0F0F) | (high & ~0x0F0F0F0F)
-        return even, odd
-    else:
-        packed = _narrow_plane(row, word, head_dim, 2)
-        if bits == 3:
-            packed |= _narrow_plane(row + head_dim // 16, word, head_dim, 1) << 2
-        return packed, 0
-
-
-@gluon.jit
-def _narrow_plane(plane, word, head_dim: gl.constexpr, width: gl.constexpr):
-    """The fields of a plane of one or two bits, at the bottom of nibbles."""
-    plane_words: gl.constexpr = head_dim * width // 32
-    mask: gl.constexpr = 0x33333333 if width == 2 else 0x11111111
-    return (gl.load(plane + word % plane_words) >> (width * (word // plane_words))) & mask
-
-
-@gluon.jit
 def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr):
     """Words of 16 tokens to operand A, float16 [16 tokens, head_dim]; `pair` says whether codes come in two words."""
     count: gl.constexpr = head_dim // 8
@@ -95,8 +62,9 @@ def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constra
         args = (_twice(words[0]), _twice(words[1])) + table
     else:
         args = (_twice(words[0]),) + table
-    halves: gl.constexpr = (gl.float16,) * 4
-    a, b, c, d = gl.inline_asm_elementwise(asm, constraints, args, dtype=halves, is_pure=True, pack=2)
+    a, b, c, d = gl.inline_asm_elementwise(
+        asm, constraints, args, dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2
+    )
     x = gl.reshape(_join4(a, b, c, d), [16, 4, count // 4, 2, 4])  # token, word over lanes, word in a lane, half, pair
     x = gl.reshape(gl.permute(x, [0, 2, 4, 1, 3]), [16, head_dim])
     return gl.convert_layout(x, left_layout(), assert_trivial=True)
@@ -114,8 +82,14 @@ def value_operand(
         args = (_twice(even), _twice(even_high), _twice(odd), _twice(odd_high)) + table
     else:
         args = (_twice(even), _twice(odd)) + table
-    halves: gl.constexpr = (gl.float16,) * 8
-    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(asm, constraints, args, dtype=halves, is_pure=True, pack=2)
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        asm,
+        constraints,
+        args,
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
     x = gl.join(_join4(a, b, c, d), _join4(e, f, g, h))
     # token pair, word over lanes, word in a lane, token of the pair, place in the half, half of the word
     x = gl.reshape(x, [8, 8, count // 8, 2, 4, 2])
@@ -154,6 +128,20 @@ def lane_constant(table, index: gl.constexpr):
         "ld.global.b32 $0, [at]; }"
     )
     return gl.inline_asm_elementwise(asm, "=r,l", [table + index * 32], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Wait until the kernel before this one has finished, where this one was launched while that one ran."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def let_next_kernel_start():
+    """Let the next kernel be launched, as far as it does not wait for this one."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

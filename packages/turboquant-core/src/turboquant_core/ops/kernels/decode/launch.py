@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+MANY_ROWS = 16
+
 
 @dataclass(frozen=True)
 class Card:
@@ -50,10 +52,13 @@ class DecodeLaunch:
         num_workers: Programs for each KV head and group of columns.
         num_warps: Warps of a program.
         max_registers: Registers that a thread may use, or None for what the compiler likes.
-        prefetch: Load the next tile before the work on this one.
+        stages: Tiles in flight: the one that is worked on and those on their way.
         prepare_heads: Query heads of a program that prepares.
+        prepare_positions: Operand positions that it rotates to.
         merge_heads: Query heads of a program that merges.
         merge_slots: Partial results that it reads at a time.
+        merge_warps: Its warps.
+        overlap: Launch each kernel while the one before it runs.
     """
 
     columns: int
@@ -62,20 +67,36 @@ class DecodeLaunch:
     num_workers: int
     num_warps: int
     max_registers: int | None
-    prefetch: bool
+    stages: int
     prepare_heads: int
+    prepare_positions: int
     merge_heads: int
     merge_slots: int
+    merge_warps: int
+    overlap: bool
+
+
+def padded_batch(batch: int) -> int:
+    """Rows as a power of two, at least 32: every size is another kernel to compile."""
+    return max(32, 1 << (batch - 1).bit_length())
+
+
+def overlapped(launch: DecodeLaunch) -> dict[str, bool]:
+    """The launch option of a kernel that may start before the previous one has finished."""
+    return {"launch_pdl": True} if launch.overlap else {}
 
 
 def fragment_launch(shape: DecodeShape, card: Card) -> DecodeLaunch:
     """The launch of the register-fragment kernel."""
     # The tensor cores take eight columns; sixteen still fit the registers beside head_dim 128.
     columns = 8 if shape.num_columns <= 8 or shape.head_dim > 128 else 16
-    # One warp a program and no shared memory: registers alone (about 168 a thread, more columns more) bound how many
-    # programs a multiprocessor holds, and one wave of them is balanced by the schedule.
+    # Longer tiles share the softmax's reductions among more tokens. Where a look-up takes a polynomial's registers, or
+    # head_dim 256 twice the registers, half the length keeps enough warps on a multiprocessor.
+    wide = shape.head_dim > 128 or max(shape.key_bits, shape.value_bits) > 4
+    # One warp a program: registers alone (160 to 250 a thread) bound how many programs a multiprocessor holds. One wave
+    # of them is balanced by the schedule.
     resident = 12 if columns * shape.head_dim <= 1024 else 8
-    return _launch(shape, card, columns, tile=64, resident=resident, num_warps=1, prefetch=False)
+    return _launch(shape, card, columns, tile=32 if wide else 64, resident=resident, stages=2)
 
 
 def portable_launch(shape: DecodeShape, card: Card) -> DecodeLaunch:
@@ -83,7 +104,7 @@ def portable_launch(shape: DecodeShape, card: Card) -> DecodeLaunch:
     # tl.dot takes at least sixteen rows.
     columns = 16 if shape.num_columns <= 16 or shape.head_dim > 128 else 32
     tile = 64 if shape.head_dim <= 128 else 32
-    return _launch(shape, card, columns, tile=tile, resident=4, num_warps=2, prefetch=False)
+    return _launch(shape, card, columns, tile=tile, resident=4, num_warps=2)
 
 
 def _launch(
@@ -95,17 +116,22 @@ def _launch(
     resident: int,
     num_warps: int = 1,
     max_registers: int | None = None,
-    prefetch: bool = False,
+    stages: int = 1,
 ) -> DecodeLaunch:
     padded = -(-shape.num_columns // columns) * columns
-    # One wave of programs, but no more than there can be tiles.
-    wave = card.num_multiprocessors * resident // (shape.num_kv_heads * padded // columns)
+    # Multiprocessors are not equally fast: with many rows a second wave evens them out. With few, merging twice as many
+    # partial results costs more than that.
+    waves = 2 if shape.batch >= MANY_ROWS else 1
+    programs = waves * resident * card.num_multiprocessors
     most_tiles = -(-shape.max_tokens // tile) + shape.batch
-    num_workers = max(1, min(wave, most_tiles))
+    num_workers = max(1, min(programs // (shape.num_kv_heads * padded // columns), most_tiles))
     # Few rows have many partial results each: a program for every head reads many at a time. Many rows have few: a
     # program un-rotates sixteen heads at once on the tensor cores.
     many_slots = num_workers > 16 * shape.batch
     num_query_heads = shape.batch * shape.num_kv_heads * shape.num_columns
+    # Small calls are latency: many programs that each read little of the rotation.
+    small = num_query_heads <= 16 * card.num_multiprocessors
+    narrow = 1 if shape.head_dim <= 128 else 2
     return DecodeLaunch(
         columns=columns,
         padded_columns=padded,
@@ -113,8 +139,12 @@ def _launch(
         num_workers=num_workers,
         num_warps=num_warps,
         max_registers=max_registers,
-        prefetch=prefetch,
-        prepare_heads=16 if num_query_heads <= 16 * card.num_multiprocessors else 64,
+        stages=stages,
+        prepare_heads=16 if small else 64,
+        prepare_positions=32 if small else 64,
         merge_heads=1 if many_slots else 16,
-        merge_slots=(64 if many_slots else 4) if shape.head_dim <= 128 else (32 if many_slots else 2),
+        merge_slots=(128 if many_slots else 4) // narrow,
+        merge_warps=8 if many_slots else 4,
+        # Programmatic dependent launch came with Hopper.
+        overlap=card.capability >= (9, 0),
     )

@@ -2,8 +2,8 @@
 
 Two ways, both without memory:
 
-- `prmt` (2 to 4 bits): a byte permute looks four codes up in a table of eight bytes. One table holds the high and one the
-  low bytes of the float16 centroids. Sixteen centroids are eight magnitudes and a sign.
+- `prmt` (2 to 4 bits): a byte permute looks four codes up in a table of eight bytes. One table holds the high and one
+  the low bytes of the float16 centroids. Sixteen centroids are eight magnitudes and a sign.
 - polynomial (5, 6 and 8 bits): Lloyd-Max centroids are a smooth odd function of the code. A polynomial in float16 pairs
   runs on the FMA units; its error is that of rounding centroids to bfloat16.
 
@@ -19,6 +19,8 @@ import numpy.typing as npt
 from turboquant_core.codebook import lloyd_max_codebook
 
 MAX_PRMT_BITS = 4
+# Rounding centroids of unit variance to bfloat16 costs 0.0016; the other roundings of a bfloat16 attention cost more.
+MAX_POLYNOMIAL_ERROR = 0.0027
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,14 @@ def lookup(head_dim: int, bits: int) -> Lookup:
 
 def unit_variance_centroids(head_dim: int, bits: int) -> npt.NDArray[np.float64]:
     """The centroids times sqrt(head_dim), ascending."""
-    centroids: npt.NDArray[np.float64] = lloyd_max_codebook(head_dim, bits).centroids.numpy()
-    return centroids * np.sqrt(head_dim)
+    return np.asarray(lloyd_max_codebook(head_dim, bits).centroids.numpy() * np.sqrt(head_dim), dtype=np.float64)
 
 
 def _prmt_lookup(head_dim: int, bits: int) -> Lookup:
     centroids = unit_variance_centroids(head_dim, bits)
     entries = -centroids[8:] if bits == MAX_PRMT_BITS else centroids
     halves = entries.astype(np.float16).view(np.uint16)
-    low, high = (_packed_bytes(halves >> shift & 0xFF) for shift in (0, 8))
+    low, high = (_packed_bytes(plane) for plane in halves.view(np.uint8).reshape(-1, 2).T)
     table = (*low, *high)
     names = [f"t{i}" for i in range(len(table))]
     low_names, high_names = names[: len(low)], names[len(low) :]
@@ -90,28 +91,28 @@ def _prmt_lookup(head_dim: int, bits: int) -> Lookup:
 
 def _polynomial_lookup(head_dim: int, bits: int) -> Lookup:
     coefficients = odd_polynomial(head_dim, bits)
-    table = tuple(_pair(c) for c in coefficients)
+    # From registers, mask and exponent are one instruction together; two immediates would be two.
+    table = (*_byte_pair_constants(bits), *(_pair(c) for c in coefficients))
     names = [f"t{i}" for i in range(len(table))]
 
     key = _Assembly(4, 2, names)
-    key.prepare_bytes(bits, ["w0", "w1"])
-    key_order = []
+    key_order: list[int] = []
     for word in range(2):
-        for half, selector in enumerate(("0x4140", "0x4342")):
-            key.add(f"prmt.b32 y, w{word}, z, {selector}")
-            key.polynomial(bits, names, 2 * word + half)
-            key_order += [4 * half + word, 4 * half + 2 + word]
+        for parity in range(2):
+            key.byte_pair(f"w{word}", bits, parity)
+            key.polynomial(bits, names[2:], 2 * word + parity)
+            key_order += [2 * parity + word, 4 + 2 * parity + word]
 
     value = _Assembly(8, 4, names)
-    value.prepare_bytes(bits, ["w0", "w1", "w2", "w3"])
-    value_order = []
+    value_order: list[int] = []
     for word in range(2):
-        for half, selector in enumerate(("0x5140", "0x7362")):
+        for half, selector in enumerate(("0x5410", "0x7632")):
+            # Two bytes of token 0, then the same two of token 1.
             value.add(f"prmt.b32 m, w{word}, w{2 + word}, {selector}")
-            for byte, pair in enumerate(("0x4140", "0x4342")):
-                value.add(f"prmt.b32 y, m, z, {pair}")
-                value.polynomial(bits, names, len(value_order))
-                value_order.append(2 * (2 * half + byte) + word)
+            for parity in range(2):
+                value.byte_pair("m", bits, parity)
+                value.polynomial(bits, names[2:], len(value_order))
+                value_order.append(2 * (2 * half + parity) + word)
     return Lookup(2, table, key.text(), tuple(key_order), value.text(), tuple(value_order))
 
 
@@ -163,41 +164,56 @@ class _Assembly:
                 self.output_pair(first_pair + 2 * part + half)
         return tuple(codes)
 
-    def prepare_bytes(self, bits: int, words: list[str]) -> None:
-        """Shift every code to the top of its byte, and have z turn a byte into a float16 by `prmt`."""
-        if bits < 8:
-            self.add(*(f"shl.b32 {word}, {word}, {8 - bits}" for word in words))
-        # 0x6400 is 1024, whose last place is 1: a byte below it is 1024 + byte.
-        self.add("mov.b32 z, 0x64646464")
+    def byte_pair(self, word: str, bits: int, parity: int) -> None:
+        """Make y the pair of float16 1024 + f of bytes `parity` and `parity` + 2 of `word`, both codes k.
+
+        f is k in the top bits of a byte, or 2k + 1 for eight bits: either way (f - middle) times a power of two is
+        (2k + 1 - 2^bits) / 2^bits, and a float16. 0x6400 is 1024, whose last place is one: an OR converts.
+        """
+        shift = (1 if bits == 8 else 8 - bits) - 8 * parity
+        source = word
+        if shift:
+            self.add(f"sh{'l.b32' if shift > 0 else 'r.u32'} y, {word}, {abs(shift)}")
+            source = "y"
+        self.add(f"and.b32 y, {source}, t0", "or.b32 y, y, t1")
 
     def polynomial(self, bits: int, coefficients: list[str], index: int) -> None:
-        """The pair y of 1024 + shifted code to output `index`."""
-        # u = (2 code + 1 - 2^bits) / 2^bits, exactly.
-        offset = -8 - (2**bits - 1) / 2**bits
-        if bits == 8:
-            # 1151.5 is no float16: two steps.
-            self.add(f"mov.b32 q, {_pair(-1152.0):#x}", "add.rn.f16x2 y, y, q")
-            offset = 1 / 256
-        self.add(f"mov.b32 q, {_pair(1 / 128):#x}", f"mov.b32 r, {_pair(offset):#x}", "fma.rn.f16x2 u, y, q, r")
+        """The pair y of `byte_pair` to output `index`."""
+        scale, offset = (1 / 256, -5.0) if bits == 8 else (1 / 128, -8 - (2**bits - 1) / 2**bits)
+        self.add(f"mov.b32 q, {_pair(scale):#x}", f"mov.b32 r, {_pair(offset):#x}", "fma.rn.f16x2 u, y, q, r")
         self.add("mul.rn.f16x2 q, u, u", f"mov.b32 r, {coefficients[-1]}")
         self.add(*(f"fma.rn.f16x2 r, r, q, {name}" for name in reversed(coefficients[:-1])))
         self.add("mul.rn.f16x2 r, r, u")
         self.output_pair(index)
 
 
+def _byte_pair_constants(bits: int) -> tuple[int, int]:
+    """Mask and exponent of `_Assembly.byte_pair`."""
+    if bits == 8:
+        return 0x01FE01FE, 0x64016401
+    return (0xFF << (8 - bits) & 0xFF) * 0x10001, 0x64006400
+
+
 def odd_polynomial(head_dim: int, bits: int) -> tuple[float, ...]:
     """float16 coefficients of u, u³, u⁵ … that give the centroid of code k at u = (2k + 1 - 2^bits) / 2^bits.
 
     Least squares weighted by how often a code occurs; each coefficient is rounded to float16 before the lower ones are
-    fitted. The number of terms is the one with the smallest error after float16 arithmetic.
+    fitted. As few terms as keep the error, root mean square after float16 arithmetic, within MAX_POLYNOMIAL_ERROR.
+
+    Raises:
+        ArithmeticError: If no number of terms does.
     """
     centroids = unit_variance_centroids(head_dim, bits)
     positive = centroids[len(centroids) // 2 :]
     u = (2 * np.arange(len(positive)) + 1) / len(centroids)
-    weight = np.sqrt(np.exp(-(positive**2) / 2) * np.gradient(positive))
-    candidates = [_fit_odd(u, positive, weight, terms) for terms in range(2, 9)]
-    errors = [np.sum((weight * (evaluate_odd(c, u) - positive)) ** 2) for c in candidates]
-    return candidates[int(np.argmin(errors))]
+    probability = np.exp(-(positive**2) / 2) * np.gradient(positive)
+    probability /= probability.sum()
+    for terms in range(2, 9):
+        coefficients = _fit_odd(u, positive, np.sqrt(probability), terms)
+        error = evaluate_odd(coefficients, u) - positive
+        if np.sqrt(np.sum(probability * error**2)) <= MAX_POLYNOMIAL_ERROR:
+            return coefficients
+    raise ArithmeticError(f"no odd polynomial fits the codebook of {bits} bits at head_dim {head_dim}")
 
 
 def evaluate_odd(coefficients: tuple[float, ...], u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -235,9 +251,8 @@ def _pair(value: float) -> int:
     return _signed(half << 16 | half)
 
 
-def _packed_bytes(values: npt.NDArray[np.uint16]) -> list[int]:
-    packed = values.astype(np.uint8).view("<u4")
-    return [_signed(int(word)) for word in packed]
+def _packed_bytes(values: npt.NDArray[np.uint8]) -> list[int]:
+    return [_signed(int(word)) for word in np.ascontiguousarray(values).view("<u4")]
 
 
 def _signed(word: int) -> int:

@@ -4,7 +4,13 @@ import triton
 import triton.language as tl
 
 from turboquant_core.ops.kernels.codes import load_codes
-from turboquant_core.ops.kernels.decode.portable_lookup import PARTS, gather_centroids, permute_bytes, permute_halves
+from turboquant_core.ops.kernels.decode.portable_lookup import (
+    PARTS,
+    gather_centroids,
+    permute_fp8,
+    permute_halves,
+    permute_int8,
+)
 from turboquant_core.ops.kernels.decode.schedule import first_position, share_start
 
 LOWEST = tl.constexpr(-1e30)
@@ -14,7 +20,7 @@ FP8_FULL = tl.constexpr(PARTS["fp8"].full)
 FP8_LOW_UNIT = tl.constexpr(PARTS["fp8"].low_unit)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_kv_heads", "block_table_stride", "query_len"])
 def portable_kernel(
     operand,  # float16 [batch, num_kv_heads, num_columns, num_positions]: rotated queries over their length
     factor,  # float32 [batch, num_kv_heads, num_columns]: scores to log2 units
@@ -62,6 +68,7 @@ def portable_kernel(
     key_permute: tl.constexpr,
     value_permute: tl.constexpr,
     widen: tl.constexpr,
+    overlap: tl.constexpr,
 ):
     """Grid (num_workers, num_kv_heads * num_columns / columns).
 
@@ -70,6 +77,9 @@ def portable_kernel(
     """
     num_positions: tl.constexpr = 8 * padded_octet
     octet: tl.constexpr = head_dim // 8
+    if overlap:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     worker = tl.program_id(0)
     num_workers = tl.num_programs(0)
     head = tl.program_id(1) // (num_columns // columns)
@@ -101,9 +111,7 @@ def portable_kernel(
 
             used = column < row_len * group
             place = (row.to(tl.int64) * num_kv_heads + head) * num_columns + column
-            query = tl.load(
-                operand + place[:, None] * num_positions + position[None, :], mask=used[:, None], other=0.0
-            )
+            query = tl.load(operand + place[:, None] * num_positions + position[None, :], mask=used[:, None], other=0.0)
             high, low, query_unit = _split_query(query, key_product)
             scale = tl.load(factor + place, mask=used, other=0.0) * query_unit * key_unit
             shift = tl.zeros([columns], tl.float32)
@@ -125,9 +133,7 @@ def portable_kernel(
                     page = tl.load(blocks + token // block_size, mask=valid, other=0).to(tl.int64)
                     slot = (token % block_size).to(tl.int64)
                 key_rows = key_codes + page * key_page_stride + wide_head * key_head_stride
-                codes = load_codes(
-                    key_rows + slot * (octet * key_bits), valid, key_bits, tile, octet, padded_octet
-                )
+                codes = load_codes(key_rows + slot * (octet * key_bits), valid, key_bits, tile, octet, padded_octet)
                 root_at = key_scales + page * key_scale_page_stride + wide_head * key_scale_head_stride + slot
                 root = tl.load(root_at, mask=valid, other=0.0).to(tl.float32)
                 score = _key_product(high, low, codes, key_entries, key_bits, key_product, key_permute, widen)
@@ -142,8 +148,10 @@ def portable_kernel(
                 root_at = value_scales + page * value_scale_page_stride + wide_head * value_scale_head_stride + slot
                 root = tl.load(root_at, mask=valid, other=0.0).to(tl.float32)
                 value_scale = root * root
-                # log2 from the bits of a float, low by less than 0.09.
+                # log2 from the bits of a float, low by less than 0.09. Zero counts as the smallest scale there is,
+                # 2^-48: farther below, sums of weights would overflow.
                 exponent = value_scale.to(tl.int32, bitcast=True).to(tl.float32) * (1.0 / 8388608.0) - 127.0
+                exponent = tl.maximum(exponent, -48.0)
                 highest = tl.maximum(top, tl.max(score + exponent[None, :], axis=1))
                 rescale = tl.exp2(top - highest)
                 weight = tl.exp2(score - highest[:, None])
@@ -169,23 +177,32 @@ def portable_kernel(
 @triton.jit
 def _split_query(query, kind: tl.constexpr):
     """A float16 query as it is, or as its two parts of eight bits; and the unit [columns] of the parts."""
-    unit = tl.full([query.shape[0]], 1.0, tl.float32)
     if kind == "float16":
-        return query, query, unit
-    wide = query.to(tl.float32)
-    size = tl.max(tl.abs(wide), axis=1)
-    size = tl.where(size > 0, size, 1.0)
-    if kind == "int8":
-        unit = size / INT8_FULL
-        scaled = wide / unit[:, None]
-        high = tl.floor(scaled + 0.5)
-        low = tl.floor((scaled - high) / INT8_LOW_UNIT + 0.5)
-        return high.to(tl.int8), low.to(tl.int8), unit
-    unit = size / FP8_FULL
-    scaled = wide / unit[:, None]
-    high = scaled.to(tl.float8e4nv)
-    low = ((scaled - high.to(tl.float32)) / FP8_LOW_UNIT).to(tl.float8e4nv)
-    return high, low, unit
+        return query, query, tl.full([query.shape[0]], 1.0, tl.float32)
+    else:
+        wide = query.to(tl.float32)
+        size = tl.max(tl.abs(wide), axis=1)
+        size = tl.where(size > 0, size, 1.0)
+        if kind == "int8":
+            unit = size / INT8_FULL
+            scaled = wide / unit[:, None]
+            high = tl.floor(scaled + 0.5)
+            low = tl.floor((scaled - high) / INT8_LOW_UNIT + 0.5)
+            return high.to(tl.int8), low.to(tl.int8), unit
+        else:
+            unit = size / FP8_FULL
+            scaled = wide / unit[:, None]
+            high = _three_bits(scaled)
+            low = _three_bits((scaled - high) / FP8_LOW_UNIT)
+            return high.to(tl.float8e4nv), low.to(tl.float8e4nv), unit
+
+
+@triton.jit
+def _three_bits(x):
+    """float32 rounded to e4m3's three bits behind the point: the interpreter's cast does not carry."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+    return rounded.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -198,19 +215,31 @@ def _key_product(
     """
     if kind == "float16":
         return tl.dot(high, tl.trans(_look_up_halves(codes, entries, bits, permute)))
-    if permute:
-        key_high = tl.trans(permute_bytes(codes, entries, high.dtype))
-        key_low = tl.trans(permute_bytes(codes, entries + 4, high.dtype))
     else:
-        entry = tl.arange(0, 1 << bits)
-        key_high = tl.trans(gather_centroids(codes, tl.load(entries + entry)))
-        key_low = tl.trans(gather_centroids(codes, tl.load(entries + (1 << bits) + entry)))
+        if permute and kind == "int8":
+            key_high = permute_int8(codes, entries)
+            key_low = permute_int8(codes, entries + 4)
+        elif permute:
+            key_high = permute_fp8(codes, entries)
+            key_low = permute_fp8(codes, entries + 4)
+        else:
+            entry = tl.arange(0, 1 << bits)
+            key_high = gather_centroids(codes, tl.load(entries + entry))
+            key_low = gather_centroids(codes, tl.load(entries + (1 << bits) + entry))
+        low_unit: tl.constexpr = INT8_LOW_UNIT if kind == "int8" else FP8_LOW_UNIT
+        return _eight_bit_product(high, low, tl.trans(key_high), tl.trans(key_low), low_unit, widen)
+
+
+@triton.jit
+def _eight_bit_product(high, low, key_high, key_low, low_unit: tl.constexpr, widen: tl.constexpr):
     if widen:
-        high, low = high.to(tl.float32), low.to(tl.float32)
-        key_high, key_low = key_high.to(tl.float32), key_low.to(tl.float32)
-    low_unit: tl.constexpr = INT8_LOW_UNIT if kind == "int8" else FP8_LOW_UNIT
-    cross = tl.dot(low, key_high).to(tl.float32) + tl.dot(high, key_low).to(tl.float32)
-    return tl.dot(high, key_high).to(tl.float32) + cross * low_unit
+        wide_high = high.to(tl.float32)
+        wide_key = key_high.to(tl.float32)
+        cross = tl.dot(low.to(tl.float32), wide_key) + tl.dot(wide_high, key_low.to(tl.float32))
+        return tl.dot(wide_high, wide_key) + cross * low_unit
+    else:
+        cross = tl.dot(low, key_high).to(tl.float32) + tl.dot(high, key_low).to(tl.float32)
+        return tl.dot(high, key_high).to(tl.float32) + cross * low_unit
 
 
 @triton.jit
@@ -218,12 +247,13 @@ def _look_up_halves(codes, entries, bits: tl.constexpr, permute: tl.constexpr):
     """float16 centroids of codes."""
     if permute:
         return permute_halves(codes, entries)
-    return gather_centroids(codes, tl.load(entries + tl.arange(0, 1 << bits)))
+    else:
+        return gather_centroids(codes, tl.load(entries + tl.arange(0, 1 << bits)))
 
 
 @triton.jit
 def _softcap(score, cap):
-    """cap * tanh(score / cap) without overflow."""
+    """The score bounded by cap * tanh(score / cap), without overflow."""
     x = score / cap
     decay = tl.exp2(-2.8853900817779268 * tl.abs(x))  # e^(-2|x|)
     size = (1.0 - decay) / (1.0 + decay)

@@ -4,6 +4,7 @@ A table of sixteen bytes is four words. The permute looks up the lower and the u
 bit selects. Every output byte depends on its own code only, so the compiler may move the assembly anywhere.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,7 +31,7 @@ def _look_up_byte(target: str, first: int) -> str:
     return f"""
     prmt.b32 x, ${first}, ${first + 4}, s;
     prmt.b32 y, ${first + 8}, ${first + 12}, s;
-    lop3.b32 {target}, x, y, m, 0xB8;
+    lop3.b32 {target}, x, y, m, 0xD8;
 """
 
 
@@ -56,15 +57,20 @@ def gather_centroids(codes, entries):
 
 
 @triton.jit
-def permute_bytes(codes, words, dtype: tl.constexpr):
-    """One-byte centroids of codes below 16 by byte permute; words int32 [4]."""
+def permute_int8(codes, words):
+    """int8 entries of codes below 16 by byte permute; words int32 [4]."""
+    w0, w1, w2, w3 = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
     return tl.inline_asm_elementwise(
-        BYTE_ASM,
-        BYTE_CONSTRAINTS,
-        [codes.to(tl.uint8), tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)],
-        dtype=dtype,
-        is_pure=True,
-        pack=4,
+        BYTE_ASM, BYTE_CONSTRAINTS, [codes.to(tl.uint8), w0, w1, w2, w3], dtype=tl.int8, is_pure=True, pack=4
+    )
+
+
+@triton.jit
+def permute_fp8(codes, words):
+    """fp8 entries of codes below 16 by byte permute; words int32 [4]."""
+    w0, w1, w2, w3 = tl.load(words), tl.load(words + 1), tl.load(words + 2), tl.load(words + 3)
+    return tl.inline_asm_elementwise(
+        BYTE_ASM, BYTE_CONSTRAINTS, [codes.to(tl.uint8), w0, w1, w2, w3], dtype=tl.float8e4nv, is_pure=True, pack=4
     )
 
 
@@ -134,8 +140,9 @@ def entry_words(head_dim: int, bits: int, kind: str, device: torch.device) -> to
     sixteen = torch.zeros(len(table), 16, dtype=table.dtype)
     sixteen.view(torch.uint8)[:, : table.shape[1] * table.itemsize] = table.view(torch.uint8)
     planes = sixteen.view(torch.uint8).view(len(table), 16, table.itemsize).transpose(1, 2).contiguous()
-    return planes.view(torch.int32).flatten().to(device)
+    return planes.flatten().view(torch.int32).to(device)
 
 
 def _unit_variance(head_dim: int, bits: int) -> torch.Tensor:
-    return lloyd_max_codebook(head_dim, bits).centroids * head_dim**0.5
+    centroids = lloyd_max_codebook(head_dim, bits).centroids
+    return centroids * math.sqrt(head_dim)

@@ -8,7 +8,7 @@ from turboquant_core.ops.kernels.decode.schedule import first_position, query_he
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "num_heads", "query_len"])
 def prepare_kernel(
     query,  # [num_tokens, num_heads, head_dim]
     query_start_loc,  # int32 [batch + 1], or None: query_len tokens a row
@@ -38,9 +38,13 @@ def prepare_kernel(
     block_dim: tl.constexpr,
     block_positions: tl.constexpr,
     precision: tl.constexpr,
+    overlap: tl.constexpr,
 ):
-    """One program for `block_heads` query heads, counted through all tokens of all rows."""
-    if tl.program_id(0) == 0:
+    """One program for `block_heads` query heads, counted through all tokens of all rows, and some of the positions."""
+    if overlap:
+        tl.extra.cuda.gdc_launch_dependents()
+    first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    if first_program:
         _write_cu_tiles(cu_tiles, query_start_loc, seq_lens, seq_starts, batch, query_len, tile, window, block_batch)
     row, head, column, token, used = query_heads(
         tl.program_id(0) * block_heads + tl.arange(0, block_heads), query_start_loc, batch, num_heads, query_len, group
@@ -54,20 +58,18 @@ def prepare_kernel(
     size = tl.where(size > 0, size, 1.0)
     kv_head = head // group
     place = (row.to(tl.int64) * (num_heads // group) + kv_head) * num_columns + column
-    for base in tl.static_range(0, num_positions, block_positions):
-        position = base + tl.arange(0, block_positions)
-        matrix = tl.load(rotation + channel[:, None] + position[None, :] * head_dim, mask=real[:, None], other=0.0)
-        # [heads, channels] x [channels, positions]
-        rotated = tl.dot(q, matrix, input_precision=precision) / size[:, None]
-        tl.store(
-            operand + place[:, None] * num_positions + position[None, :], rotated.to(tl.float16), mask=used[:, None]
-        )
-    tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
-    if key_mean is not None:
-        mean = tl.load(
-            key_mean + kv_head[:, None] * head_dim + channel[None, :], mask=used[:, None] & real[None, :], other=0.0
-        )
-        tl.store(bias + place, tl.sum(q * mean, axis=1) * (scale * LOG2_E), mask=used)
+    position = tl.program_id(1) * block_positions + tl.arange(0, block_positions)
+    matrix = tl.load(rotation + channel[:, None] + position[None, :] * head_dim, mask=real[:, None], other=0.0)
+    # [heads, channels] x [channels, positions]
+    rotated = tl.dot(q, matrix, input_precision=precision) / size[:, None]
+    tl.store(operand + place[:, None] * num_positions + position[None, :], rotated.to(tl.float16), mask=used[:, None])
+    if tl.program_id(1) == 0:
+        tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
+        if key_mean is not None:
+            mean = tl.load(
+                key_mean + kv_head[:, None] * head_dim + channel[None, :], mask=used[:, None] & real[None, :], other=0.0
+            )
+            tl.store(bias + place, tl.sum(q * mean, axis=1) * (scale * LOG2_E), mask=used)
 
 
 @triton.jit

@@ -8,10 +8,18 @@ import triton
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import PageViews
 from turboquant_core.ops.kernels.decode.combine import combine_kernel
-from turboquant_core.ops.kernels.decode.launch import Card, DecodeLaunch, DecodeShape, fragment_launch, portable_launch
+from turboquant_core.ops.kernels.decode.launch import (
+    Card,
+    DecodeLaunch,
+    DecodeShape,
+    fragment_launch,
+    overlapped,
+    padded_batch,
+    portable_launch,
+)
 from turboquant_core.ops.kernels.decode.prepare import prepare_kernel
-from turboquant_core.ops.paths import KernelPath
 from turboquant_core.ops.kernels.split_rotation import padded_octet
+from turboquant_core.ops.paths import KernelPath
 from turboquant_core.rotation import Rotation
 
 LOG2_E = 1.4426950408889634
@@ -62,12 +70,13 @@ def run_decode_attention(
     block_dim = triton.next_power_of_2(head_dim)
     precision = "tf32x3" if device.type == "cuda" and card_of(device).capability >= (8, 0) else "ieee"
     heads = batch * query_len * num_heads
-    prepare_kernel[(triton.cdiv(heads, launch.prepare_heads),)](
+    block_positions = min(launch.prepare_positions, num_positions)
+    prepare_kernel[(triton.cdiv(heads, launch.prepare_heads), num_positions // block_positions)](
         query, query_start_loc, seq_lens, seq_starts, query_rotation, key_mean, operand, factor, bias, cu_tiles,
         scale, scale / head_dim**0.5, batch, num_heads, query.stride(0), query.stride(1), query_len,
-        group=group, num_columns=padded, head_dim=head_dim, num_positions=num_positions, tile=launch.tile, window=window,
-        block_batch=triton.next_power_of_2(batch), block_heads=launch.prepare_heads, block_dim=block_dim,
-        block_positions=min(64, num_positions), precision=precision, num_warps=4,
+        group=group, num_columns=padded, head_dim=head_dim, num_positions=num_positions, tile=launch.tile,
+        window=window, block_batch=padded_batch(batch), block_heads=launch.prepare_heads, block_dim=block_dim,
+        block_positions=block_positions, precision=precision, overlap=launch.overlap, num_warps=4,
     )  # fmt: skip
     arguments = (
         operand, factor, bias, views, block_table, seq_lens, seq_starts, query_start_loc, cu_tiles, partial, stats,
@@ -85,8 +94,9 @@ def run_decode_attention(
         partial, stats, cu_tiles, query_start_loc, output_rotation, bias, sinks, out, lse,
         batch, num_heads, launch.num_workers, out.stride(0), out.stride(1), query_len,
         centred_scores=bias is not None and softcap == 0, group=group, num_columns=padded, head_dim=head_dim,
-        num_positions=num_positions, block_heads=launch.merge_heads, block_slots=launch.merge_slots, block_dim=block_dim,
-        block_channels=min(64, block_dim), precision=precision, num_warps=4,
+        num_positions=num_positions, block_heads=launch.merge_heads, block_slots=launch.merge_slots,
+        block_dim=block_dim, block_channels=min(64, block_dim), precision=precision,
+        overlap=launch.overlap, num_warps=launch.merge_warps, **overlapped(launch),
     )  # fmt: skip
 
 
@@ -95,6 +105,9 @@ def card_of(device: torch.device) -> Card:
     """The card behind a device; the interpreter's CPU counts as a small one that has no inline assembly."""
     if device.type != "cuda":
         return Card((0, 0), 2)
+    if torch.version.hip is not None:
+        # Capabilities are NVIDIA's numbers, and what follows from them NVIDIA's features.
+        return Card((0, 0), torch.cuda.get_device_properties(device).multi_processor_count)
     properties = torch.cuda.get_device_properties(device)
     return Card((properties.major, properties.minor), properties.multi_processor_count)
 

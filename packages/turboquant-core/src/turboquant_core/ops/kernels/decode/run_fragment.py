@@ -7,7 +7,7 @@ import torch
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import PageViews
 from turboquant_core.ops.kernels.decode.fragment_kernel import fragment_kernel
-from turboquant_core.ops.kernels.decode.launch import DecodeLaunch
+from turboquant_core.ops.kernels.decode.launch import DecodeLaunch, overlapped, padded_batch
 from turboquant_core.ops.kernels.decode.lookup import lookup
 
 
@@ -44,10 +44,11 @@ def run_fragment(
         views.value_scales.stride(0), views.value_scales.stride(1), query_len, softcap,
         head_dim=head_dim, key_bits=key_bits, value_bits=value_bits, group=group, num_columns=padded,
         columns=launch.columns, block_size=0 if block_table is None else views.key_codes.shape[2],
-        subtiles=launch.tile // 16, window=window, has_softcap=softcap > 0, prefetch=launch.prefetch, block_batch=_power_of_two(batch),
+        subtiles=launch.tile // 16, window=window, has_softcap=softcap > 0, stages=launch.stages,
+        block_batch=padded_batch(batch),
         key_asm=key.key_asm, key_constraints=key.key_constraints, key_constants=len(key.table),
         value_asm=value.value_asm, value_constraints=value.value_constraints, value_constants=len(value.table),
-        num_warps=1, maxnreg=launch.max_registers,
+        overlap=launch.overlap, num_warps=1, maxnreg=launch.max_registers, **overlapped(launch),
     )  # fmt: skip
 
 
@@ -60,7 +61,3 @@ def words(codes: torch.Tensor) -> torch.Tensor:
 def _table(head_dim: int, key_bits: int, value_bits: int, device: torch.device) -> torch.Tensor:
     constants = (*lookup(head_dim, key_bits).table, *lookup(head_dim, value_bits).table)
     return torch.tensor(constants, dtype=torch.int32, device=device)[:, None].repeat(1, 32)
-
-
-def _power_of_two(batch: int) -> int:
-    return max(32, 1 << (batch - 1).bit_length())

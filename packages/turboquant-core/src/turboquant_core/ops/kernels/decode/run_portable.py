@@ -3,12 +3,11 @@
 from typing import Literal
 
 import torch
-import triton
 
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import PageViews
 from turboquant_core.ops._dispatch import interpreting
-from turboquant_core.ops.kernels.decode.launch import DecodeLaunch
+from turboquant_core.ops.kernels.decode.launch import DecodeLaunch, overlapped, padded_batch
 from turboquant_core.ops.kernels.decode.portable_kernel import portable_kernel
 from turboquant_core.ops.kernels.decode.portable_lookup import entries, entry_unit, entry_words
 from turboquant_core.ops.kernels.split_rotation import padded_octet
@@ -60,6 +59,7 @@ def run_portable(
         entry_unit(head_dim, key_bits, key_product),
         head_dim=head_dim, padded_octet=padded_octet(head_dim), key_bits=key_bits, value_bits=value_bits, group=group,
         num_columns=padded, columns=launch.columns, block_size=views.key_codes.shape[2], tile=launch.tile,
-        window=window, has_softcap=softcap > 0, block_batch=triton.next_power_of_2(batch), key_product=key_product,
-        key_permute=key_permute, value_permute=value_permute, widen=interpreting(), num_warps=launch.num_warps,
+        window=window, has_softcap=softcap > 0, block_batch=padded_batch(batch), key_product=key_product,
+        key_permute=key_permute, value_permute=value_permute, widen=interpreting(), overlap=launch.overlap,
+        num_warps=launch.num_warps, **overlapped(launch),
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Row b owns the tiles cu_tiles[b] to cu_tiles[b + 1] - 1 of T. Each of W workers takes T // W neighbouring tiles, and the
 first T % W workers one more. So a grid of fixed size is balanced whatever the lengths are. A worker leaves one partial
-result for each row that it touches, in slot w + b: along the line either w or b grows, so no two partial results share a
-slot, and num_workers + batch slots suffice.
+result for each row that it touches, in slot w + b: along the line either w or b grows, so no two of them share a slot,
+and num_workers + batch slots suffice.
 
 The primitives on scalars are plain arithmetic, which the Triton and the Gluon kernels share.
 """
@@ -33,9 +33,7 @@ def owner(tile, num_workers, num_tiles):
     small = num_tiles // num_workers
     longer = num_tiles % num_workers
     in_longer = longer * (small + 1)
-    return tl.where(
-        tile < in_longer, tile // (small + 1), longer + (tile - in_longer) // tl.maximum(small, 1)
-    )
+    return tl.where(tile < in_longer, tile // (small + 1), longer + (tile - in_longer) // tl.maximum(small, 1))
 
 
 @triton.jit

@@ -1,0 +1,239 @@
+"""Decode attention and cache writes on codes against FlashAttention 3, on a GPU; refuses to time what is not correct.
+
+Without vLLM's packages the peers are missing and only our own times are printed.
+"""
+
+import argparse
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from peers import (
+    BLOCK_SIZE,
+    copies_beyond_l2,
+    copy_bandwidth,
+    flash_attention_3,
+    graph_milliseconds,
+    shuffled_table,
+    vllm_turboquant,
+)
+from results_file import write_result
+from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.ops import cache_update, decode_attention
+from turboquant_core.ops.reference.decode_attention import decode_attention as reference
+from turboquant_core.ops.reference.decode_attention import stored_row
+from turboquant_core.testing import MODEL_SHAPES
+
+MODEL = next(shape for shape in MODEL_SHAPES if shape.name == "Llama-3.1-8B")
+HEADS, KV_HEADS, HEAD_DIM = MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim
+SHAPES = (
+    (1, 8192),
+    (1, 32768),
+    (1, 131072),
+    (8, 32768),
+    (32, 1024),
+    (32, 4096),
+    (32, 8192),
+    (32, 16384),
+    (32, 32768),
+    (128, 8192),
+)
+PRESET_SHAPE = (32, 32768)
+PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")
+CHECKED_ROWS = 2
+UPDATE_TOKENS = 8192
+
+
+class Cache:
+    """Pages of `batch` rows of `context` tokens: quantised Gaussian vectors, a few of them many times."""
+
+    def __init__(self, preset: str, batch: int, context: int) -> None:
+        self.layout = KVCacheLayout(TurboQuantConfig.preset(preset, HEAD_DIM), KV_HEADS, BLOCK_SIZE)
+        self.table = shuffled_table(batch, context)
+        self.lengths = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        blocks = 4096
+        some = self.layout.allocate(blocks, "cuda")
+        tokens = blocks * BLOCK_SIZE
+        key, value = (torch.randn(tokens, KV_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        cache_update(key, value, some, torch.arange(tokens, device="cuda"), self.layout, path="reference")
+        self.pages = some[torch.randint(0, blocks, (self.table.numel(),), device="cuda")]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that attention has to read."""
+        return self.pages.numel()
+
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        """Attention of query tokens on the cache."""
+        out = decode_attention(query, self.pages, self.table, self.lengths, self.layout)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+def queries(batch: int, query_len: int) -> torch.Tensor:
+    """Random queries."""
+    return torch.randn(batch * query_len, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+
+
+def check(cache: Cache, query: torch.Tensor) -> dict[str, float]:
+    """Relative error of the first and last rows against float64, and that of a bf16 attention on the same values.
+
+    Raises:
+        SystemExit: If ours is the larger one.
+    """
+    batch = len(cache.lengths)
+    query_len = len(query) // batch
+    out = cache.attend(query).reshape(batch, query_len, HEADS, HEAD_DIM)
+    views = cache.layout.views(cache.pages)
+    ours = eager = norm = 0.0
+    for row in sorted({0, batch - 1} if batch > 1 else {0})[:CHECKED_ROWS]:
+        rows = slice(row, row + 1)
+        part = query.reshape(batch, query_len, HEADS, HEAD_DIM)[row]
+        table, lengths = cache.table[rows], cache.lengths[rows]
+        exact, _ = reference(part.double(), views, table, lengths, cache.layout.config, scale=HEAD_DIM**-0.5)
+        ours += float((out[row].double() - exact).square().sum())
+        eager += float((bfloat16_attention(part, cache, row).double() - exact).square().sum())
+        norm += float(exact.square().sum())
+    error, bound = (ours / norm) ** 0.5, (eager / norm) ** 0.5
+    if not error <= bound:
+        raise SystemExit(f"not timed: relative error {error:.2e}, a bf16 attention makes {bound:.2e}")
+    return {"relative_error": error, "bf16_relative_error": bound}
+
+
+def bfloat16_attention(query: torch.Tensor, cache: Cache, row: int) -> torch.Tensor:
+    """Plain bf16 attention of query [query_len, HEADS, HEAD_DIM] on the dequantised values of one row."""
+    length = int(cache.lengths[row])
+    stored = stored_row(cache.layout.views(cache.pages), cache.table, row, length, cache.layout.config, torch.float32)
+    keys, values = (x.bfloat16().repeat_interleave(HEADS // KV_HEADS, dim=0) for x in stored)
+    scores = query.transpose(0, 1) @ keys.transpose(1, 2) * HEAD_DIM**-0.5
+    position = torch.arange(length, device="cuda")
+    last = length - len(query) + torch.arange(len(query), device="cuda")
+    scores = scores.masked_fill(position > last[:, None], -torch.inf)
+    out: torch.Tensor = scores.softmax(-1, dtype=torch.float32).bfloat16() @ values
+    return out.transpose(0, 1)
+
+
+def time_attention(preset: str, batch: int, context: int, query_len: int = 1) -> dict[str, Any]:
+    """One checked measurement."""
+    first = Cache(preset, batch, context)
+    caches = [first] + [Cache(preset, batch, context) for _ in range(copies_beyond_l2(first.nbytes) - 1)]
+    query = queries(batch, query_len)
+    errors = check(first, query)
+    calls: list[Callable[[], object]] = [lambda cache=cache: cache.attend(query) for cache in caches]  # type: ignore[misc]
+    milliseconds = graph_milliseconds(calls)
+    return {"ms": milliseconds, "bytes": first.nbytes, "gb_per_s": first.nbytes / milliseconds / 1e6, **errors}
+
+
+def time_update(preset: str, centred: bool, bandwidth: float) -> dict[str, Any]:
+    """Writing UPDATE_TOKENS tokens: milliseconds, and the share of copy bandwidth over the bytes it must move."""
+    layout = KVCacheLayout(TurboQuantConfig.preset(preset, HEAD_DIM), KV_HEADS, BLOCK_SIZE)
+    shape = (UPDATE_TOKENS, KV_HEADS, HEAD_DIM)
+    mean = torch.randn(KV_HEADS, HEAD_DIM, device="cuda") if centred else None
+    moved = UPDATE_TOKENS * KV_HEADS * (2 * 2 * HEAD_DIM + layout.slot_bytes)
+
+    def prepare() -> Callable[[], object]:
+        pages = layout.allocate(UPDATE_TOKENS // BLOCK_SIZE, "cuda")
+        key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        slots = torch.arange(UPDATE_TOKENS, device="cuda")
+        check_update(key, value, pages, slots, layout, mean)
+        return lambda: cache_update(key, value, pages, slots, layout, key_mean=mean)
+
+    milliseconds = graph_milliseconds([prepare() for _ in range(copies_beyond_l2(moved))])
+    return {"ms": milliseconds, "bytes": moved, "share_of_copy": moved / milliseconds / 1e-3 / bandwidth}
+
+
+def check_update(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: KVCacheLayout,
+    mean: torch.Tensor | None,
+) -> None:
+    """Refuse to go on when more than one byte in ten thousand differs from the reference."""
+    cache_update(key, value, pages, slots, layout, key_mean=mean)
+    expected = torch.zeros_like(pages)
+    cache_update(key, value, expected, slots, layout, key_mean=mean, path="reference")
+    differing = float((pages != expected).float().mean())
+    if differing > 1e-4:
+        raise SystemExit(f"not timed: {differing:.1e} of the bytes differ from the reference")
+
+
+def main() -> None:
+    """Measure, print, and with --json keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="write benchmarks/results/decode_attention.json")
+    parser.add_argument("--quick", action="store_true", help="only the shapes that the goals name")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: this benchmark times kernels on one")
+    torch.manual_seed(0)
+    peers = find_spec("vllm") is not None
+    shapes = [
+        shape
+        for shape in SHAPES
+        if not arguments.quick or shape in {(1, 32768), (1, 131072), PRESET_SHAPE, (128, 8192)}
+    ]
+    bandwidth = copy_bandwidth()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s")
+
+    model = (HEADS, KV_HEADS, HEAD_DIM)
+    contexts = []
+    for batch, context in shapes:
+        row: dict[str, Any] = {"batch": batch, "context": context, "tq4": time_attention("tq4", batch, context)}
+        if peers:
+            row["fa3_bf16_ms"] = flash_attention_3(batch, context, *model, fp8=False)
+            row["fa3_fp8_ms"] = flash_attention_3(batch, context, *model, fp8=True)
+            row["vllm_turboquant_4bit_nc_ms"] = vllm_turboquant(batch, context, *model)
+        contexts.append(row)
+        print(describe(f"tq4 {batch} x {context}", row["tq4"], row, bandwidth), flush=True)
+    peer = next(row for row in contexts if (row["batch"], row["context"]) == PRESET_SHAPE)
+    presets = {preset: time_attention(preset, *PRESET_SHAPE) for preset in PRESETS}
+    for preset, measured in presets.items():
+        print(describe(f"{preset} {PRESET_SHAPE[0]} x {PRESET_SHAPE[1]}", measured, peer, bandwidth), flush=True)
+    verification = {query_len: time_attention("tq4", *PRESET_SHAPE, query_len) for query_len in (1, 2, 4, 8)}
+    for query_len, measured in verification.items():
+        ratio = measured["ms"] / verification[1]["ms"]
+        print(f"{query_len} query tokens: {measured['ms']:.4f} ms, {ratio:.2f} of one", flush=True)
+    updates = {}
+    for preset in ("tq4", "tq3", "k8v4"):
+        for centred in (False, True):
+            name = f"{preset}{' centred' if centred else ''}"
+            updates[name] = time_update(preset, centred, bandwidth)
+            print(
+                f"cache_update {name}: {updates[name]['ms'] * 1e3:.1f} us, {updates[name]['share_of_copy']:.0%} of copy"
+            )
+    if arguments.json:
+        print(
+            write_result(
+                "decode_attention",
+                {
+                    "shape": {
+                        "num_heads": HEADS,
+                        "num_kv_heads": KV_HEADS,
+                        "head_dim": HEAD_DIM,
+                        "block_size": BLOCK_SIZE,
+                    },
+                    "copy_bytes_per_s": bandwidth,
+                    "contexts": contexts,
+                    "presets": presets,
+                    "verification": verification,
+                    "cache_update": updates,
+                },
+            )
+        )
+
+
+def describe(name: str, measured: dict[str, Any], peer: dict[str, Any], bandwidth: float) -> str:
+    """One line of the table."""
+    line = f"{name}: {measured['ms']:.4f} ms, {measured['bytes'] / measured['ms'] / 1e-3 / bandwidth:.0%} of copy"
+    for key in ("fa3_bf16_ms", "fa3_fp8_ms", "vllm_turboquant_4bit_nc_ms"):
+        if key in peer:
+            line += f", {peer[key] / measured['ms']:.2f}x {key.removesuffix('_ms')}"
+    return line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,615 @@
+import sys
+from dataclasses import replace
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.ops import paths
+from turboquant_core.ops.kernels.decode import portable_lookup
+from turboquant_core.ops.kernels.decode.launch import Card, DecodeShape, fragment_launch, portable_launch
+from turboquant_core.ops.kernels.decode.lookup import (
+    MAX_POLYNOMIAL_ERROR,
+    evaluate_odd,
+    lookup,
+    odd_polynomial,
+    unit_variance_centroids,
+)
+from turboquant_core.ops.kernels.decode.portable_lookup import PARTS, entries, entry_unit, entry_words
+from turboquant_core.ops.kernels.decode.prepare import _write_cu_tiles
+from turboquant_core.ops.kernels.decode.run import card_of, run_decode_attention
+from turboquant_core.ops.kernels.decode.schedule import owner, query_heads, share_start
+from turboquant_core.testing import MODEL_SHAPES
+from turboquant_core.testing.decode import DecodeCase, build, relative_error
+
+# The interpreter computes in NumPy, which warns of the logarithm of zero.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+BITS = (2, 3, 4, 5, 6, 8)
+CPU = torch.device("cpu")
+
+# ---------------------------------------------------------------------------------------------------------- look-up
+
+
+class Ptx:
+    """Runs the integer and float16-pair instructions of a look-up on NumPy arrays of registers."""
+
+    def __init__(self, operands):
+        self.registers = {f"${i}": np.asarray(x, dtype=np.uint32) for i, x in enumerate(operands) if x is not None}
+
+    def run(self, text):
+        for line in text.strip().strip("{}").split(";"):
+            words = line.replace(",", " ").split()
+            if words and words[0] != ".reg":
+                name, target, *sources = words
+                self.registers[target] = np.asarray(self._compute(name, *map(self._value, sources)), dtype=np.uint32)
+        return self
+
+    def _value(self, name):
+        return np.uint32(int(name, 0) & 0xFFFFFFFF) if name[0] in "-0123456789" else self.registers[name]
+
+    def _compute(self, name, *sources):
+        name = name.removesuffix(".b32").removesuffix(".u32")
+        if name.endswith(".f16x2"):
+            return self._halves(name, *sources)
+        if name == "prmt":
+            low, high, selector = (np.uint64(x) for x in sources)
+            packed = low | high << np.uint64(32)
+            result = np.uint64(0)
+            for byte in range(4):
+                nibble = selector >> np.uint64(4 * byte) & np.uint64(15)
+                value = packed >> np.uint64(8) * (nibble & np.uint64(7)) & np.uint64(255)
+                sign = np.uint64(255) * (value >> np.uint64(7))
+                result = result | np.where(nibble > 7, sign, value) << np.uint64(8 * byte)
+            return result
+        if name == "lop3":
+            *operands, table = sources
+            minterms = [i for i in range(8) if int(table) >> i & 1]
+            chosen = [[x if i >> 2 - j & 1 else ~x for j, x in enumerate(operands)] for i in minterms]
+            return np.bitwise_or.reduce([np.bitwise_and.reduce(np.broadcast_arrays(*terms)) for terms in chosen])
+        a, *rest = (np.asarray(x, dtype=np.uint64) for x in sources)
+        b = rest[0] if rest else None
+        compute = {
+            "mov": lambda: a,
+            "not": lambda: ~a,
+            "and": lambda: a & b,
+            "or": lambda: a | b,
+            "xor": lambda: a ^ b,
+            "shl": lambda: a << b,
+            "shr": lambda: a >> b,
+            "mul.hi": lambda: a * b >> np.uint64(32),
+        }[name]
+        return compute() & np.uint64(0xFFFFFFFF)
+
+    def _halves(self, name, *sources):
+        results = []
+        for shift in (0, 16):
+            a, b, *c = ((x >> shift & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float64) for x in sources)
+            exact = a + b if name == "add.rn.f16x2" else a * b + (c[0] if c else 0)
+            results.append(exact.astype(np.float16).view(np.uint16).astype(np.uint32))
+        return results[0] | results[1] << 16
+
+    def halves(self, names):
+        """The float16 pairs of registers, [pairs, 2, ...]."""
+        registers = [self.registers[name] for name in names]
+        return np.stack(
+            [np.stack([(x >> s & 0xFFFF).astype(np.uint16).view(np.float16) for s in (0, 16)]) for x in registers]
+        )
+
+
+def random_codes(bits, count, seed):
+    """Codes [count, 8] in which every code is at every place."""
+    random = np.random.default_rng(seed)
+    codes = np.stack([np.concatenate([random.permutation(2**bits) for _ in range(8)]) for _ in range(8)], axis=1)
+    return codes[:count]
+
+
+def code_words(codes, bits):
+    """Codes [count, 8] to the words that a look-up takes."""
+    shifts = np.arange(4, dtype=np.uint32) * 8
+    even, odd = codes[:, ::2].astype(np.uint32), codes[:, 1::2].astype(np.uint32)
+    if bits <= 4:
+        return [((even | odd << 4) << shifts).sum(1, dtype=np.uint32)]
+    return [(x << shifts).sum(1, dtype=np.uint32) for x in (even, odd)]
+
+
+def looked_up(head_dim, bits, codes):
+    """What the assembly's float16 should be."""
+    centroids = unit_variance_centroids(head_dim, bits)
+    if bits > 4:
+        u = (2 * np.arange(2**bits) + 1 - 2**bits) / 2**bits
+        return evaluate_odd(odd_polynomial(head_dim, bits), u).astype(np.float16)[codes]
+    return centroids.astype(np.float16)[codes]
+
+
+def table_operands(table):
+    return [np.uint32(x & 0xFFFFFFFF) for x in table for _ in range(2)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("bits", BITS)
+def test_key_assembly_looks_every_code_up_in_its_order(head_dim, bits):
+    found, codes = lookup(head_dim, bits), random_codes(bits, 256, 1)
+    words = [word for word in code_words(codes, bits) for _ in range(2)]
+    assert found.words == len(words) // 2
+    operands = [None] * 4 + words + table_operands(found.table)
+    assert found.key_constraints.count("=r") == 4
+    assert found.key_constraints.count(",") + 1 == len(operands)
+    pairs = Ptx(operands).run(found.key_asm).halves(["$0", "$1", "$2", "$3"])
+    assert sorted(found.key_order) == list(range(8))
+    expected = looked_up(head_dim, bits, codes)[:, list(found.key_order)]
+    np.testing.assert_array_equal(pairs.reshape(8, -1).T, expected)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("bits", BITS)
+def test_value_assembly_pairs_the_same_code_of_two_tokens(head_dim, bits):
+    found, codes = lookup(head_dim, bits), [random_codes(bits, 256, seed) for seed in (2, 3)]
+    words = [word for token in codes for word in code_words(token, bits) for _ in range(2)]
+    operands = [None] * 8 + words + table_operands(found.table)
+    assert found.value_constraints.count("=r") == 8
+    assert found.value_constraints.count(",") + 1 == len(operands)
+    pairs = Ptx(operands).run(found.value_asm).halves([f"${i}" for i in range(8)])
+    assert sorted(found.value_order) == list(range(8))
+    for token in range(2):
+        expected = looked_up(head_dim, bits, codes[token])[:, list(found.value_order)]
+        np.testing.assert_array_equal(pairs[:, token].T, expected)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_polynomials_are_as_accurate_as_centroids_in_bfloat16(head_dim, bits):
+    centroids = unit_variance_centroids(head_dim, bits)
+    u = (2 * np.arange(2**bits) + 1 - 2**bits) / 2**bits
+    coefficients = odd_polynomial(head_dim, bits)
+    assert all(float(np.float16(c)) == c for c in coefficients)
+    found = evaluate_odd(coefficients, u)
+    np.testing.assert_array_equal(found, -found[::-1])
+    rounded = torch.from_numpy(centroids).bfloat16().double().numpy()
+    probability = np.exp(-(centroids**2) / 2) * np.gradient(centroids)
+    probability /= probability.sum()
+    error, bfloat16_error = (np.sum(probability * (x - centroids) ** 2) ** 0.5 for x in (found, rounded))
+    assert error <= MAX_POLYNOMIAL_ERROR
+    assert error < 1.8 * bfloat16_error
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("float16", 2**-11), ("int8", 0.501 / 127 / 254), ("fp8", 2**-8)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("bits", BITS)
+def test_parts_add_up_to_the_centroids(head_dim, bits, kind, tolerance):
+    table = entries(head_dim, bits, kind, CPU).double()
+    total = table[0] if kind == "float16" else table[0] + table[1] * PARTS[kind].low_unit
+    centroids = torch.from_numpy(unit_variance_centroids(head_dim, bits))
+    found = total * entry_unit(head_dim, bits, kind)
+    # A part of fp8 is relative to the centroid, one of int8 to the largest.
+    size = centroids.abs().max() if kind == "int8" else centroids.abs()
+    assert ((found - centroids).abs() <= tolerance * size).all()
+    torch.testing.assert_close(total, -total.flip(0), rtol=0, atol=0)
+    if kind != "float16":
+        assert table[0].abs().max() == PARTS[kind].full
+        assert table.dtype == torch.float64
+        assert entries(head_dim, bits, kind, CPU).dtype == PARTS[kind].dtype
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8", "fp8"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_permute_assembly_looks_every_code_up(kind, bits):
+    table, words = entries(128, bits, kind, CPU), entry_words(128, bits, kind, CPU)
+    assert words.dtype == torch.int32
+    assert words.shape == (8,)
+    operands = [np.uint32(x & 0xFFFFFFFF) for x in words.tolist()]
+    codes = random_codes(bits, 64, 4)[:, :4]
+    packed = (codes.astype(np.uint32) << np.arange(4, dtype=np.uint32) * 8).sum(1, dtype=np.uint32)
+    if kind == "float16":
+        scalars = [x for x in operands for _ in range(4)]
+        machine = Ptx([None, None, packed, *scalars]).run(portable_lookup._HALF_ASM)
+        found = machine.halves(["$0", "$1"]).reshape(4, -1).T
+        np.testing.assert_array_equal(found, table[0].numpy()[codes])
+        return
+    for part in range(2):
+        scalars = [x for x in operands[4 * part : 4 * part + 4] for _ in range(4)]
+        result = Ptx([None, packed, *scalars]).run(portable_lookup._BYTE_ASM).registers["$0"]
+        found = result[:, None] >> np.arange(4, dtype=np.uint32) * 8 & 255
+        np.testing.assert_array_equal(found, table[part].view(torch.uint8).numpy()[codes])
+
+
+FRAGMENT_CHANNELS = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+from turboquant_core.ops.kernels.decode.fragments import operand_channels
+from turboquant_core.ops.paths import FRAGMENT_HEAD_DIMS
+for head_dim in FRAGMENT_HEAD_DIMS:
+    for bits in (2, 3, 4, 5, 6, 8):
+        for order in operand_channels(head_dim, bits, bits):
+            print(sorted(order) == list(range(head_dim)))
+"""
+
+
+def test_operand_orders_are_permutations_of_the_channels(run_python):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
+    assert run_python(FRAGMENT_CHANNELS).split() == ["True"] * 36
+
+
+# --------------------------------------------------------------------------------------------------------- schedule
+
+
+@triton.jit
+def _schedule_kernel(starts, owners, num_workers, num_tiles, size: tl.constexpr):
+    index = tl.arange(0, size)
+    tl.store(starts + index, share_start(index, num_workers, num_tiles))
+    tl.store(owners + index, owner(index, num_workers, num_tiles))
+
+
+WORKERS_AND_TILES = [*product((1, 2, 3, 7, 16, 63), (0, 1, 2, 6, 7, 8, 50, 63)), (5, 13), (10, 20), (33, 62)]
+
+
+@pytest.mark.parametrize(("num_workers", "num_tiles"), WORKERS_AND_TILES)
+def test_shares_are_even_and_every_tile_has_its_owner(device, num_workers, num_tiles):
+    starts, owners = (torch.full((64,), -1, dtype=torch.int32, device=device) for _ in range(2))
+    _schedule_kernel[(1,)](starts, owners, num_workers, num_tiles, 64)
+    shares = list(pairwise(starts[: num_workers + 1].tolist()))
+    assert shares[0][0] == 0
+    assert shares[-1][1] == num_tiles
+    sizes = [end - begin for begin, end in shares]
+    assert min(sizes) >= 0
+    assert max(sizes) - min(sizes) <= 1
+    expected = [worker for worker, size in enumerate(sizes) for _ in range(size)]
+    assert owners[:num_tiles].tolist() == expected
+
+
+@triton.jit
+def _query_heads_kernel(found, query_start_loc, batch, num_heads, query_len, group: tl.constexpr, size: tl.constexpr):
+    index = tl.arange(0, size)
+    row, head, column, token, used = query_heads(index, query_start_loc, batch, num_heads, query_len, group)
+    tl.store(found + index, row)
+    tl.store(found + size + index, head)
+    tl.store(found + 2 * size + index, column)
+    tl.store(found + 3 * size + index, token)
+    tl.store(found + 4 * size + index, used.to(tl.int64))
+
+
+@pytest.mark.parametrize("row_lens", [(2, 2, 2), (1, 0, 3, 2), (0, 0, 1)])
+@pytest.mark.parametrize(("num_heads", "group"), [(4, 2), (3, 3), (5, 1)])
+def test_every_query_head_is_visited_once(device, row_lens, num_heads, group):
+    even = len(set(row_lens)) == 1
+    start_loc = torch.tensor((0, *row_lens), device=device).cumsum(0, dtype=torch.int32)
+    found = torch.empty(5, 64, dtype=torch.int64, device=device)
+    arguments = (len(row_lens), num_heads, max(row_lens), group, 64)
+    _query_heads_kernel[(1,)](found, None if even else start_loc, *arguments)
+    visited = sorted(tuple(x[:4]) for x in found.T.tolist() if x[4])
+    starts = start_loc.tolist()
+    assert visited == sorted(
+        (row, head, token * group + head % group, starts[row] + token)
+        for row, row_len in enumerate(row_lens)
+        for token in range(row_len)
+        for head in range(num_heads)
+    )
+
+
+@triton.jit
+def _cu_tiles_kernel(cu_tiles, start_loc, lens, starts, batch, query_len, tile: tl.constexpr, window: tl.constexpr):
+    _write_cu_tiles(cu_tiles, start_loc, lens, starts, batch, query_len, tile, window, 16)
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("window", [0, 1, 20, 100])
+@pytest.mark.parametrize("row_lens", [None, (1, 3, 2, 1, 0, 4, 2, 1, 3)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_only_tiles_that_are_seen_count(device, tile, window, row_lens, padded):
+    lens = [0, 3, 16, 64, 65, 200, 129, 1, 90]
+    starts = [0, 1, 15, 63, 65, 90, 200, 0, 17] if padded else [0] * len(lens)
+    start_loc = None if row_lens is None else torch.tensor((0, *row_lens)).cumsum(0, dtype=torch.int32).to(device)
+    cu_tiles = torch.full((len(lens) + 1,), -1, dtype=torch.int32, device=device)
+    int32 = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lens, starts)]
+    _cu_tiles_kernel[(1,)](cu_tiles, start_loc, int32[0], int32[1] if padded else None, len(lens), 2, tile, window)
+    expected = []
+    for length, start, row_len in zip(lens, starts, row_lens or [2] * len(lens), strict=True):
+        ends = [length - row_len + token + 1 for token in range(row_len)]
+        seen = {
+            position // tile
+            for end in ends
+            for position in range(max(start, end - window if window else 0, 0), max(end, 0))
+        }
+        expected.append(len(seen))
+    counts = cu_tiles.diff().tolist()
+    # Rows shorter than their query tokens may count a tile that only the first position is in.
+    assert cu_tiles[0] == 0
+    assert all(count == want or (want == 0 and count <= 1) for count, want in zip(counts, expected, strict=True))
+    assert counts[0] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- launch
+
+CARDS = [Card((9, 0), 132), Card((8, 0), 108), Card((8, 6), 84), Card((7, 5), 40), Card((0, 0), 2)]
+
+
+@pytest.mark.parametrize("choose", [fragment_launch, portable_launch])
+@pytest.mark.parametrize("shape", MODEL_SHAPES, ids=lambda shape: shape.name)
+def test_launches_fit_the_shape(choose, shape):
+    group = shape.num_heads // shape.num_kv_heads
+    for card, batch, query_len, context in product(CARDS, (1, 2, 7, 64, 256), (1, 4, 8), (16, 1000, 131072)):
+        columns = group * query_len
+        decode = DecodeShape(batch, shape.num_kv_heads, shape.head_dim, 4, 4, columns, batch * context)
+        launch = choose(decode, card)
+        assert launch == choose(decode, card)
+        assert launch.padded_columns % launch.columns == 0
+        assert 0 <= launch.padded_columns - columns < launch.columns
+        sizes = vars(launch).keys() - {"padded_columns", "num_workers", "max_registers", "overlap"}
+        powers = [getattr(launch, name) for name in sizes]
+        assert all(x > 0 and x & (x - 1) == 0 for x in powers)
+        # tl.dot takes no dimension under 16, and a program that merges one head does without.
+        assert launch.tile % 16 == 0
+        assert launch.prepare_heads >= 16
+        assert launch.merge_heads == 1 or launch.merge_heads >= 16
+        assert launch.columns >= (8 if choose is fragment_launch else 16)
+        most_tiles = batch * (-(-context // launch.tile) + 1)
+        assert 1 <= launch.num_workers <= most_tiles
+        # The instructions that wait for the kernel before came with sm_90.
+        assert card.capability >= (9, 0) or not launch.overlap
+        programs = shape.num_kv_heads * launch.padded_columns // launch.columns
+        assert launch.num_workers == 1 or launch.num_workers * programs <= 32 * card.num_multiprocessors
+
+
+def test_long_rows_fill_the_card():
+    card = Card((9, 0), 132)
+    for choose in (fragment_launch, portable_launch):
+        launch = choose(DecodeShape(1, 8, 128, 4, 4, 4, 131072), card)
+        assert launch.num_workers * 8 > 2 * card.num_multiprocessors
+
+
+def forced(inputs, path, **changes):
+    """Output and log-sum-exp of a launch with some sizes changed."""
+    case, layout = inputs.case, inputs.case.layout
+    options = inputs.reference_options()
+    columns = case.num_heads // case.num_kv_heads * options["query_len"]
+    tokens = len(case.seq_lens) * inputs.block_table.shape[1] * case.block_size
+    bits = (case.key_bits, case.value_bits)
+    shape = DecodeShape(len(case.seq_lens), case.num_kv_heads, case.head_dim, *bits, columns, tokens)
+    launch = (fragment_launch if path == "fragment" else portable_launch)(shape, card_of(inputs.query.device))
+    launch = replace(launch, **changes)
+    launch = replace(launch, padded_columns=-(-columns // launch.columns) * launch.columns)
+    out = torch.full_like(inputs.query, torch.nan)
+    lse = torch.full(inputs.query.shape[:2], torch.nan, device=out.device)
+    arguments = (inputs.query, layout.views(inputs.pages), inputs.block_table, inputs.seq_lens, layout.config, path)
+    run_decode_attention(*arguments, out=out, lse=lse, launch=launch, **options)
+    return out, lse
+
+
+LAUNCH_CASES = {
+    "rows": DecodeCase(seq_lens=(70, 0, 200, 3, 64), query_lens=(1, 2, 3, 1, 0), num_heads=8),
+    "window": DecodeCase(
+        seq_lens=(70, 150, 0, 300), query_lens=4, num_heads=10, num_kv_heads=2, window=90, sinks=True, key_mean=True,
+        seq_starts=(10, 0, 0, 250), softcap=3.0,
+    ),
+}  # fmt: skip
+CHANGES = [
+    *({"num_workers": n} for n in (1, 2, 7, 64)),
+    *({"tile": n, "num_workers": 5} for n in (16, 32, 64)),
+    *({"merge_heads": heads, "merge_slots": slots, "num_workers": 9} for heads in (1, 16) for slots in (1, 2, 4)),
+    {"merge_heads": 16, "merge_slots": 3, "num_workers": 9},
+    *({"prepare_heads": heads, "prepare_positions": n} for heads, n in ((16, 128), (64, 16))),
+    {"merge_warps": 1},
+    {"columns": 32},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+@pytest.mark.parametrize("name", LAUNCH_CASES)
+def test_how_work_is_shared_does_not_matter(device, name, changes):
+    inputs = build(LAUNCH_CASES[name], device)
+    expected, expected_lse = inputs.exact()
+    names = ["portable"] if device.type == "cpu" else ["fragment", "fp16", "int8", "fp8", "portable"]
+    for path in names:
+        if paths.obstacle(path, inputs.case.layout, device) is None:
+            own = {"columns": 16} if path == "fragment" and "columns" in changes else changes
+            out, lse = forced(inputs, path, **own)
+            assert relative_error(out, expected) < 2e-3
+            torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=4e-3)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize("name", LAUNCH_CASES)
+def test_how_many_tiles_are_in_flight_does_not_matter(device, name, stages):
+    inputs = build(LAUNCH_CASES[name], device)
+    if reason := paths.obstacle("fragment", inputs.case.layout, device):
+        pytest.skip(reason)
+    (out, lse), (other, other_lse) = forced(inputs, "fragment"), forced(inputs, "fragment", stages=stages)
+    assert relative_error(other, out) < 1e-5
+    torch.testing.assert_close(other_lse, lse)
+
+
+def test_the_interpreter_s_card_is_small():
+    assert card_of(CPU) == Card((0, 0), 2)
+
+
+# ----------------------------------------------------------------------------------------------------- path choice
+
+LAYOUT = KVCacheLayout(TurboQuantConfig(128), 2, 16)
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretends that a card is there."""
+
+    def pretend(capability, hip=None):
+        monkeypatch.setattr(paths, "interpreting", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 0), "portable"), ((7, 5), "fp16"), ((8, 0), "fragment"), ((8, 9), "fragment"), ((12, 0), "fragment")],
+)
+def test_auto_takes_the_fastest_that_the_card_can_run(card, capability, expected):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
+    card(capability)
+    assert paths.choose_path("auto", LAYOUT, GPU) == expected
+
+
+def test_auto_minds_the_layout(card):
+    card((9, 0))
+    assert paths.choose_path("auto", KVCacheLayout(TurboQuantConfig(96), 2, 16), GPU) == "fp16"
+    assert paths.choose_path("auto", KVCacheLayout(TurboQuantConfig(128), 2, 24), GPU) == "fp16"
+
+
+def test_auto_is_portable_on_amd(card):
+    card((9, 4), hip="6.4")
+    assert paths.choose_path("auto", LAYOUT, GPU) == "portable"
+
+
+def test_auto_does_without_gluon(card, monkeypatch):
+    card((9, 0))
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
+    assert paths.choose_path("auto", LAYOUT, GPU) == "fp16"
+
+
+@pytest.mark.parametrize("missing", ["triton.experimental", "triton.experimental.gluon"])
+def test_auto_does_without_the_package_that_gluon_would_be_in(card, monkeypatch, missing):
+    """Triton before 3.4, which torch 2.6 brings, has neither: find_spec raises when a parent is missing."""
+    card((9, 0))
+    for name in [name for name in sys.modules if name.startswith(missing)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert paths.choose_path("auto", LAYOUT, GPU) == "fp16"
+
+
+@pytest.mark.parametrize("path", ["auto", "fragment", "fp16", "int8", "fp8", "portable", "reference"])
+def test_names_mean_themselves(card, path):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
+    card((9, 0))
+    assert paths.choose_path(path, LAYOUT, GPU) == ("fragment" if path == "auto" else path)
+    if path in ("auto", "reference"):
+        assert paths.choose_path(path, LAYOUT, CPU) == "reference"
+    else:
+        with pytest.raises(ValueError, match=rf"path is '{path}', which cannot run here: the tensors are on cpu"):
+            paths.choose_path(path, LAYOUT, CPU)
+
+
+@pytest.mark.parametrize(
+    ("path", "capability", "layout", "hip", "message"),
+    [
+        ("fragment", (7, 5), LAYOUT, None, "the card is sm_75, and it needs sm_80"),
+        ("fp16", (7, 0), LAYOUT, None, "the card is sm_70, and it needs sm_75"),
+        ("int8", (7, 0), LAYOUT, None, "the card is sm_70, and it needs sm_75"),
+        ("fp8", (8, 6), LAYOUT, None, "the card is sm_86, and it needs sm_89"),
+        ("fp16", (9, 4), LAYOUT, "6.4", "its inline assembly is NVIDIA's"),
+        ("fragment", (9, 0), KVCacheLayout(TurboQuantConfig(128, 4, 8), 1, 16), None, "value_bits is 8, .*"),
+        (
+            "fragment",
+            (9, 0),
+            KVCacheLayout(TurboQuantConfig(96), 1, 16),
+            None,
+            "head_dim is 96, and it takes 64, 128, 256",
+        ),
+        ("fragment", (9, 0), KVCacheLayout(TurboQuantConfig(64), 1, 24), None, "block_size is 24, .* multiples of 16"),
+    ],
+)
+def test_what_cannot_run_is_refused(card, path, capability, layout, hip, message):
+    card(capability, hip)
+    with pytest.raises(ValueError, match=rf"path is '{path}', which cannot run here: {message}. Use path='auto'"):
+        paths.choose_path(path, layout, GPU)
+
+
+def test_fragments_without_gluon_are_refused(card, monkeypatch):
+    card((9, 0))
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"this Triton has no Gluon for sm_80; 3\.6 has"):
+        paths.choose_path("fragment", LAYOUT, GPU)
+
+
+def test_fragments_have_no_interpreter(monkeypatch):
+    monkeypatch.setattr(paths, "interpreting", lambda: True)
+    with pytest.raises(ValueError, match="path is 'fragment', which cannot run here: Gluon has no interpreter"):
+        paths.choose_path("fragment", LAYOUT, CPU)
+    assert paths.choose_path("int8", LAYOUT, CPU) == "int8"
+
+
+# ----------------------------------------------------------------------------------------------- compiled fragments
+
+# The kernel's arguments are those that `run_fragment` passes, so they need no list here.
+COMPILE = """
+import os, re, subprocess
+os.environ.pop("TRITON_INTERPRET", None)
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from turboquant_core.ops.kernels.decode import run_fragment as module
+from turboquant_core.ops.kernels.decode.launch import Card, DecodeShape, fragment_launch
+from turboquant_core.testing.decode import DecodeCase, build
+
+TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+kernel = module.fragment_kernel
+
+class Recorder:
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **kwargs):
+        passed = dict(zip(kernel.arg_names, args)) | kwargs
+        self.arguments = {name: passed.pop(name) for name in kernel.arg_names}
+        self.options = {name: x for name, x in passed.items() if x is not None}
+
+def report(arch, case):
+    columns, batch = case.num_heads // case.num_kv_heads * max(case.row_lens), len(case.seq_lens)
+    bits = (case.key_bits, case.value_bits)
+    shape = DecodeShape(batch, case.num_kv_heads, case.head_dim, *bits, columns, 10**6)
+    launch = fragment_launch(shape, Card(divmod(arch, 10), 132))
+    inputs, layout = build(case, torch.device("cpu")), case.layout
+    operand = torch.empty(batch, case.num_kv_heads, launch.padded_columns, case.head_dim, dtype=torch.float16)
+    floats, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
+    module.fragment_kernel = Recorder()
+    module.run_fragment(
+        operand, floats, floats if case.key_mean else None, layout.views(inputs.pages), inputs.block_table,
+        inputs.seq_lens, inputs.options["seq_starts"], inputs.options["query_start_loc"], ints, floats, floats,
+        max(case.row_lens), case.softcap or 0.0, case.num_heads // case.num_kv_heads, case.window or 0, layout.config,
+        launch,
+    )
+    kinds, constants, attributes = {}, {}, {}
+    for i, (name, x) in enumerate(module.fragment_kernel.arguments.items()):
+        if kernel.params[i].is_constexpr or x is None or (type(x) is int and x == 1):
+            kinds[name], constants[(i,)] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            kinds[name], attributes[(i,)] = TYPES[x.dtype], [["tt.divisibility", 16]]
+        else:
+            kinds[name] = "fp32" if isinstance(x, float) else "i32"
+            if kinds[name] == "i32" and x % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, kinds, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=module.fragment_kernel.options)
+    cubin = os.path.join(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
+    open(cubin, "wb").write(compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack = (re.search(name + r":([0-9]+)", usage)[1] for name in ("REG", "STACK"))
+    buffers = getattr(launch, "stages", 0) * launch.tile * layout.slot_bytes
+    products = compiled.asm["ptx"].count("mma.sync")
+    print(products, compiled.metadata.shared, buffers, registers, stack, launch.tile, columns)
+"""
+COMPILED = {
+    "4 bits on sm_90": (90, DecodeCase(seq_lens=(40, 40))),
+    "4 bits on sm_80": (80, DecodeCase(seq_lens=(40, 40))),
+    "8 and 4 bits, contiguous": (90, DecodeCase(128, 8, 4, seq_lens=(40, 40), paged=False)),
+    "3 bits, all options": (80, replace(LAUNCH_CASES["window"], head_dim=64, key_bits=3, value_bits=3, num_heads=4)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_fragments_compile_without_spills_and_keep_to_registers(run_python, monkeypatch, tmp_path, name):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    arch, case = COMPILED[name]
+    printed = run_python(f"{COMPILE}\nreport({arch}, {case})").split()
+    products, shared, buffers, registers, stack, tile, columns = map(int, printed)
+    # One product of 16 x 8 x 16 for every sixteen channels of keys and of values, of every sixteen tokens, at least.
+    assert products >= 2 * (tile // 16) * (case.head_dim // 16) * -(-columns // 8)
+    assert stack == 0, f"{registers} registers do not suffice"
+    # No conversion between layouts goes through shared memory; only tiles that are loaded ahead lie there.
+    assert shared <= buffers
