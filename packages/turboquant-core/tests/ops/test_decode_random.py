@@ -7,7 +7,7 @@ from turboquant_core.ops import decode_attention
 from turboquant_core.ops.paths import FASTEST_FIRST, obstacle
 from turboquant_core.testing.decode import DecodeCase, build, relative_error
 
-# head_dim, key_bits, value_bits, num_heads, num_kv_heads, block_size, query tokens, window: each is a kernel to compile.
+# head_dim, key_bits, value_bits, num_heads, num_kv_heads, block_size, query tokens, window: a kernel to compile each.
 KERNELS = [
     (128, 4, 4, 32, 8, 16, 1, None),
     (128, 4, 4, 32, 8, 16, 4, None),
