@@ -542,6 +542,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from turboquant_core.ops.kernels.decode import run_fragment as module
+from turboquant_core.ops.kernels.decode.call import AttendCall
 from turboquant_core.ops.kernels.decode.launch import Card, DecodeShape, fragment_launch
 from turboquant_core.testing.decode import DecodeCase, build
 
@@ -566,12 +567,13 @@ def report(arch, case):
     operand = torch.empty(batch, case.num_kv_heads, launch.padded_columns, case.head_dim, dtype=torch.float16)
     floats, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
     module.fragment_kernel = Recorder()
-    module.run_fragment(
+    call = AttendCall(
         operand, floats, floats if case.key_mean else None, layout.views(inputs.pages), inputs.block_table,
         inputs.seq_lens, inputs.options["seq_starts"], inputs.options["query_start_loc"], ints, floats, floats,
-        max(case.row_lens), case.softcap or 0.0, case.num_heads // case.num_kv_heads, case.window or 0, layout.config,
+        max(case.row_lens), case.num_heads // case.num_kv_heads, case.window or 0, case.softcap or 0.0, layout.config,
         launch,
     )
+    module.run_fragment(call)
     kinds, constants, attributes = {}, {}, {}
     for i, (name, x) in enumerate(module.fragment_kernel.arguments.items()):
         if kernel.params[i].is_constexpr or x is None or (type(x) is int and x == 1):

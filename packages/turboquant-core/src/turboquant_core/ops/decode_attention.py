@@ -130,9 +130,20 @@ def decode_attention(
     elif query.numel() and batch:
         from turboquant_core.ops.kernels.decode.run import run_decode_attention
 
-        run_decode_attention(
-            query, views, block_table, seq_lens, layout.config, chosen, query_len=query_len, out=out, lse=lse, **options
-        )
+        # Triton launches on the current device, whatever the tensors' is.
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+            run_decode_attention(
+                query,
+                views,
+                block_table,
+                seq_lens,
+                layout.config,
+                chosen,
+                query_len=query_len,
+                out=out,
+                lse=lse,
+                **options,
+            )
     return out if lse is None else (out, lse)
 
 

@@ -7,6 +7,7 @@ import triton
 
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import PageViews
+from turboquant_core.ops.kernels.decode.call import AttendCall
 from turboquant_core.ops.kernels.decode.combine import combine_kernel
 from turboquant_core.ops.kernels.decode.launch import (
     Card,
@@ -18,6 +19,7 @@ from turboquant_core.ops.kernels.decode.launch import (
     portable_launch,
 )
 from turboquant_core.ops.kernels.decode.prepare import prepare_kernel
+from turboquant_core.ops.kernels.decode.run_portable import run_portable
 from turboquant_core.ops.kernels.split_rotation import padded_octet
 from turboquant_core.ops.paths import KernelPath
 from turboquant_core.rotation import Rotation
@@ -78,18 +80,16 @@ def run_decode_attention(
         window=window, block_batch=padded_batch(batch), block_heads=launch.prepare_heads, block_dim=block_dim,
         block_positions=block_positions, precision=precision, overlap=launch.overlap, num_warps=4,
     )  # fmt: skip
-    arguments = (
+    call = AttendCall(
         operand, factor, bias, views, block_table, seq_lens, seq_starts, query_start_loc, cu_tiles, partial, stats,
-        query_len, softcap * LOG2_E, group, window, config, launch,
+        query_len, group, window, softcap * LOG2_E, config, launch,
     )  # fmt: skip
     if path == "fragment":
         from turboquant_core.ops.kernels.decode.run_fragment import run_fragment
 
-        run_fragment(*arguments)
+        run_fragment(call)
     else:
-        from turboquant_core.ops.kernels.decode.run_portable import run_portable
-
-        run_portable(*arguments, path=path)
+        run_portable(call, path)
     combine_kernel[(triton.cdiv(heads, launch.merge_heads),)](
         partial, stats, cu_tiles, query_start_loc, output_rotation, bias, sinks, out, lse,
         batch, num_heads, launch.num_workers, out.stride(0), out.stride(1), query_len,
