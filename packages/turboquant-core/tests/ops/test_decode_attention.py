@@ -309,8 +309,9 @@ def test_strides_do_not_matter(device, path):
     fused = torch.full((tokens, (heads + 4) * head_dim), math.nan, device=device)
     fused[:, : heads * head_dim] = inputs.query.flatten(1)
     query = fused[:, : heads * head_dim].unflatten(1, (heads, head_dim))
-    buffer = torch.full((len(inputs.pages), 3, 2, inputs.pages.shape[2] + 8), 0xFF, dtype=torch.uint8, device=device)
-    pages = buffer[:, 1, :, 4:-4]
+    # Fragments take pages at multiples of 64 bytes.
+    buffer = torch.full((len(inputs.pages), 3, 2, inputs.pages.shape[2] + 128), 0xFF, dtype=torch.uint8, device=device)
+    pages = buffer[:, 1, :, 64:-64]
     pages.copy_(inputs.pages)
     table = torch.full((len(inputs.seq_lens), 20), 2**30, dtype=torch.int32, device=device)
     table = table[:, 3 : 3 + inputs.block_table.shape[1]].copy_(inputs.block_table)

@@ -615,3 +615,17 @@ def test_fragments_compile_without_spills_and_keep_to_registers(run_python, monk
     assert stack == 0, f"{registers} registers do not suffice"
     # No conversion between layouts goes through shared memory; only tiles that are loaded ahead lie there.
     assert shared <= buffers
+
+
+@pytest.mark.parametrize(("padding", "path"), [(0, "fragment"), (64, "fragment"), (32, "fp16")])
+def test_fragments_want_aligned_pages(card, padding, path):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
+    card((9, 0))
+    pages = torch.zeros(3, LAYOUT.num_kv_heads, LAYOUT.head_bytes + padding, dtype=torch.uint8)[
+        ..., : LAYOUT.head_bytes
+    ]
+    assert LAYOUT.head_bytes % 64 == 0
+    assert paths.choose_path("auto", LAYOUT, GPU, pages) == path
+    if path != "fragment":
+        with pytest.raises(ValueError, match="it takes multiples of 64 bytes"):
+            paths.choose_path("fragment", LAYOUT, GPU, pages)

@@ -44,7 +44,7 @@ def decode_attention(
     in a CUDA graph and replayed with other lengths; work is shared evenly whatever the lengths are.
 
     Values of `seq_lens`, `block_table` and `query_start_loc` are not read back to be checked: blocks beyond the cache
-    are undefined behaviour.
+    are undefined behaviour, and what the output holds for tokens after the last row's is unspecified.
 
     Args:
         query: float16, bfloat16 or float32 [num_tokens, num_heads, head_dim], rows one after another; last stride 1.
@@ -118,7 +118,7 @@ def decode_attention(
         "sinks": sinks,
         "key_mean": key_mean,
     }
-    chosen = choose_path(path, layout, query.device)
+    chosen = choose_path(path, layout, query.device, pages)
     views = layout.views(pages)
     if chosen == "reference":
         result, result_lse = reference_decode_attention(

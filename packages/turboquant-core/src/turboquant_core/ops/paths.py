@@ -25,12 +25,16 @@ Values are float16 centroids in every one. In Triton's interpreter all but "frag
 _GLUON = "triton.experimental.gluon.language.nvidia.ampere"
 SUBTILE = 16
 FRAGMENT_HEAD_DIMS = (64, 128, 256)
+# Strides in words, and in scales, that Triton sees to be multiples of sixteen.
+FRAGMENT_ALIGNMENT = 64
 MIN_CAPABILITY: dict[KernelPath, tuple[int, int]] = {"fragment": (8, 0), "fp16": (7, 5), "int8": (7, 5), "fp8": (8, 9)}
 FASTEST_FIRST: tuple[KernelPath, ...] = ("fragment", "fp16", "portable")
 
 
-def choose_path(path: DecodePath, layout: KVCacheLayout, device: torch.device) -> KernelPath | Literal["reference"]:
-    """The path that a name means: itself, or for "auto" the fastest that can run.
+def choose_path(
+    path: DecodePath, layout: KVCacheLayout, device: torch.device, pages: torch.Tensor | None = None
+) -> KernelPath | Literal["reference"]:
+    """The path that a name means: itself, or for "auto" the fastest that can run; `pages` where they are known.
 
     Raises:
         ValueError: If there is no such path or it cannot run there; the message says why.
@@ -40,14 +44,16 @@ def choose_path(path: DecodePath, layout: KVCacheLayout, device: torch.device) -
     if path == "reference" or (path == "auto" and device.type != "cuda"):
         return "reference"
     if path == "auto":
-        return next(name for name in FASTEST_FIRST if obstacle(name, layout, device) is None)
-    if reason := obstacle(path, layout, device):
+        return next(name for name in FASTEST_FIRST if obstacle(name, layout, device, pages) is None)
+    if reason := obstacle(path, layout, device, pages):
         raise ValueError(f"path is {path!r}, which cannot run here: {reason}. Use path='auto'.")
     return path
 
 
-def obstacle(path: KernelPath, layout: KVCacheLayout, device: torch.device) -> str | None:
-    """Why a kernel cannot run for this layout on this device; None if it can."""
+def obstacle(
+    path: KernelPath, layout: KVCacheLayout, device: torch.device, pages: torch.Tensor | None = None
+) -> str | None:
+    """Why a kernel cannot run for this layout on this device, and these pages; None if it can."""
     if interpreting():
         return "Gluon has no interpreter" if path == "fragment" else None
     if device.type != "cuda":
@@ -59,10 +65,10 @@ def obstacle(path: KernelPath, layout: KVCacheLayout, device: torch.device) -> s
     needed, have = MIN_CAPABILITY[path], torch.cuda.get_device_capability(device)
     if have < needed:
         return f"the card is sm_{have[0]}{have[1]}, and it needs sm_{needed[0]}{needed[1]}"
-    return _fragment_obstacle(layout) if path == "fragment" else None
+    return _fragment_obstacle(layout, pages) if path == "fragment" else None
 
 
-def _fragment_obstacle(layout: KVCacheLayout) -> str | None:
+def _fragment_obstacle(layout: KVCacheLayout, pages: torch.Tensor | None) -> str | None:
     if layout.config.head_dim not in FRAGMENT_HEAD_DIMS:
         known = ", ".join(map(str, FRAGMENT_HEAD_DIMS))
         return f"head_dim is {layout.config.head_dim}, and it takes {known}"
@@ -70,6 +76,11 @@ def _fragment_obstacle(layout: KVCacheLayout) -> str | None:
         return "value_bits is 8, whose outermost centroids its polynomial misses by more than a short row averages out"
     if layout.block_size % SUBTILE:
         return f"block_size is {layout.block_size}, and it takes multiples of {SUBTILE}"
+    if pages is not None and any(at % FRAGMENT_ALIGNMENT for at in (*pages.stride()[:2], pages.data_ptr())):
+        return (
+            f"pages start at {pages.data_ptr():#x} with strides {list(pages.stride())}, and it takes multiples of "
+            f"{FRAGMENT_ALIGNMENT} bytes"
+        )
     if not _has_gluon():
         return "this Triton has no Gluon for sm_80; 3.6 has"
     return None

@@ -81,6 +81,8 @@ def allocate_roots(stages: gl.constexpr, subtiles: gl.constexpr):
 @gluon.jit
 def tile_pages(index, masked: gl.constexpr, length, pages, block_size: gl.constexpr, subtiles: gl.constexpr):
     """The page of every sixteen tokens of a tile; page 0 past the end."""
+    # Where one is a multiple of the other, sixteen tokens inside a page lie in the page of those before them.
+    aligned: gl.constexpr = block_size > 0 and (block_size % (16 * subtiles) == 0 or 16 * subtiles % block_size == 0)
     numbers = ()
     for j in gl.static_range(subtiles):
         first = (index * subtiles + j) * 16
@@ -88,11 +90,10 @@ def tile_pages(index, masked: gl.constexpr, length, pages, block_size: gl.conste
             numbers = numbers + (pages,)
         elif masked:
             numbers = numbers + (gl.load(pages + first // block_size, mask=first < length, other=0),)
-        elif j * 16 % block_size == 0:
-            numbers = numbers + (gl.load(pages + first // block_size),)
-        else:
-            # Tiles and pages are powers of two of tokens: these lie in the page of the sixteen before them.
+        elif aligned and j * 16 % block_size != 0:
             numbers = numbers + (numbers[j - 1],)
+        else:
+            numbers = numbers + (gl.load(pages + first // block_size),)
     return numbers
 
 

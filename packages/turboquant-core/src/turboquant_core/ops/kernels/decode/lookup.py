@@ -5,7 +5,7 @@ Two ways, both without memory:
 - `prmt` (2 to 4 bits): a byte permute looks four codes up in a table of eight bytes. One table holds the high and one
   the low bytes of the float16 centroids. Sixteen centroids are eight magnitudes and a sign.
 - polynomial (5, 6 and 8 bits): Lloyd-Max centroids are a smooth odd function of the code. A polynomial in float16 pairs
-  runs on the FMA units; its error is that of rounding centroids to bfloat16.
+  runs on the FMA units; its error is at most 1.7 times that of rounding centroids to bfloat16.
 
 Centroids are those of a coordinate of unit variance, sqrt(head_dim) times those of a unit vector.
 """
