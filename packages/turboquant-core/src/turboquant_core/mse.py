@@ -60,7 +60,7 @@ class MSEQuantizer:
         """
         norm, unit = split_norm(x, self.head_dim)
         unit = self.rotation.rotate(unit)
-        centroids, boundaries = _tables(self.head_dim, self.bits, unit.device, unit.dtype)
+        centroids, boundaries = codebook_tables(self.head_dim, self.bits, unit.device, unit.dtype)
         codes = torch.bucketize(unit, boundaries, out_int32=True)
         scale = corrected_scale(norm, unit, centroids[codes], self.scale)
         return QuantizedTensor(pack(codes, self.bits, check=False), encode_scale(scale))
@@ -78,7 +78,7 @@ class MSEQuantizer:
         if q.scales.shape != (*q.shape, 1):
             raise ValueError(f"scales are {list(q.scales.shape)}; codes {list(q.codes.shape)} have {[*q.shape, 1]}")
         codes = unpack(q.codes, self.bits, self.head_dim)
-        centroids, _ = _tables(self.head_dim, self.bits, codes.device, torch.float32)
+        centroids, _ = codebook_tables(self.head_dim, self.bits, codes.device, torch.float32)
         return centroids[codes.int()] * decode_scale(q.scales)
 
 
@@ -96,6 +96,9 @@ def split_norm(x: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @cache
-def _tables(head_dim: int, bits: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def codebook_tables(
+    head_dim: int, bits: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Centroids and boundaries on a device, kept there."""
     codebook = lloyd_max_codebook(head_dim, bits)
     return codebook.centroids.to(device, dtype), codebook.boundaries.to(device, dtype)

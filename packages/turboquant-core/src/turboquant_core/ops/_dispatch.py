@@ -10,6 +10,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.scale import SCALE_DTYPE
 
 Path = Literal["auto", "triton", "reference"]
+VECTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def runs_triton(path: Path, device: torch.device) -> bool:
@@ -54,6 +55,18 @@ def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, shape: tuple[in
     if x.dtype != dtype or not fits:
         expected = ", ".join("any" if size == -1 else str(size) for size in shape)
         raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be {dtype} [{expected}]")
+
+
+def check_vector_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError for a type that vectors do not come in."""
+    if dtype not in VECTOR_DTYPES:
+        raise ValueError(f"{name} is {dtype}; it must be one of {', '.join(map(str, VECTOR_DTYPES))}")
+
+
+def check_rows(name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless every vector of x lies together."""
+    if x.stride(-1) != 1:
+        raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1. Call contiguous() on it.")
 
 
 def check_one_device(tensors: Mapping[str, torch.Tensor | None]) -> None:

@@ -8,10 +8,10 @@ from turboquant_core.ops._dispatch import (
     check_one_device,
     check_pages,
     check_tensor,
+    check_vector_dtype,
     check_whole_bits,
     runs_triton,
 )
-from turboquant_core.ops.cache_update import INPUT_DTYPES as OUTPUT_DTYPES
 from turboquant_core.ops.reference.cache_gather import cache_gather as reference_cache_gather
 
 
@@ -55,8 +55,7 @@ def cache_gather(
     check_tensor("seq_lens", seq_lens, torch.int32, (batch,))
     if starts is not None:
         check_tensor("starts", starts, torch.int32, (batch,))
-    if dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"dtype is {dtype}; it must be one of {', '.join(map(str, OUTPUT_DTYPES))}")
+    check_vector_dtype("dtype", dtype)
     if max_tokens < 0:
         raise ValueError(f"max_tokens is {max_tokens}; it must not be negative")
     check_one_device({"pages": pages, "block_table": block_table, "seq_lens": seq_lens, "starts": starts})

@@ -7,13 +7,13 @@ from turboquant_core.ops._dispatch import (
     Path,
     check_one_device,
     check_pages,
+    check_rows,
     check_tensor,
+    check_vector_dtype,
     check_whole_bits,
     runs_triton,
 )
 from turboquant_core.ops.reference.cache_update import cache_update as reference_cache_update
-
-INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def cache_update(
@@ -63,10 +63,8 @@ def cache_update(
 
 
 def _check_input(key: torch.Tensor, value: torch.Tensor, layout: KVCacheLayout) -> None:
-    if key.dtype not in INPUT_DTYPES:
-        raise ValueError(f"key is {key.dtype}; it must be one of {', '.join(map(str, INPUT_DTYPES))}")
+    check_vector_dtype("key", key.dtype)
     check_tensor("key", key, key.dtype, (-1, layout.num_kv_heads, layout.config.head_dim))
     check_tensor("value", value, key.dtype, tuple(key.shape))
     for name, x in (("key", key), ("value", value)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1. Call contiguous() on it.")
+        check_rows(name, x)

@@ -8,13 +8,14 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import (
     check_one_device,
     check_pages,
+    check_rows,
     check_tensor,
+    check_vector_dtype,
     check_whole_bits,
 )
 from turboquant_core.ops.paths import DecodePath, choose_path
 from turboquant_core.ops.reference.decode_attention import decode_attention as reference_decode_attention
 
-QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_QUERY_LEN = 8
 
 
@@ -148,11 +149,9 @@ def decode_attention(
 
 
 def _check_query(name: str, x: torch.Tensor, layout: KVCacheLayout) -> None:
-    if x.dtype not in QUERY_DTYPES:
-        raise ValueError(f"{name} is {x.dtype}; it must be one of {', '.join(map(str, QUERY_DTYPES))}")
+    check_vector_dtype(name, x.dtype)
     check_tensor(name, x, x.dtype, (-1, -1, layout.config.head_dim))
-    if x.stride(-1) != 1:
-        raise ValueError(f"{name} has strides {list(x.stride())}; the last must be 1. Call contiguous() on it.")
+    check_rows(name, x)
     if x.shape[1] == 0 or x.shape[1] % layout.num_kv_heads:
         raise ValueError(
             f"{name} has {x.shape[1]} heads; they must be a positive multiple of the {layout.num_kv_heads} KV heads"

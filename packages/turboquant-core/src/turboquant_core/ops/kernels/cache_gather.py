@@ -1,13 +1,11 @@
 """`cache_gather` as one Triton kernel."""
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 
-from turboquant_core.codebook import lloyd_max_codebook
 from turboquant_core.layout import KVCacheLayout
+from turboquant_core.mse import codebook_tables
 from turboquant_core.ops.kernels.codes import channels, load_codes, load_scales
 from turboquant_core.ops.kernels.split_rotation import padded_octet
 from turboquant_core.ops.reference.cache_gather import cumulative_lengths, empty_output
@@ -42,8 +40,8 @@ def cache_gather(
             block_table,
             cu_seqlens,
             cu_seqlens if starts is None else starts.contiguous(),
-            _centroids(config.head_dim, key_bits, pages.device),
-            _centroids(config.head_dim, value_bits, pages.device),
+            codebook_tables(config.head_dim, key_bits, pages.device, torch.float32)[0],
+            codebook_tables(config.head_dim, value_bits, pages.device, torch.float32)[0],
             batch,
             max_tokens,
             block_table.stride(0),
@@ -68,11 +66,6 @@ def cache_gather(
             block_tokens=BLOCK_TOKENS,
         )
     return keys, values, cu_seqlens
-
-
-@cache
-def _centroids(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
-    return lloyd_max_codebook(head_dim, bits).centroids.to(device, torch.float32)
 
 
 @triton.jit(do_not_specialize=["batch", "max_tokens"])

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_core.codebook import lloyd_max_codebook
 from turboquant_core.layout import KVCacheLayout
+from turboquant_core.mse import codebook_tables
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops.kernels.codes import store_codes, store_scales
 from turboquant_core.ops.kernels.grid_table import grid_table
@@ -62,8 +62,8 @@ def cache_update(
             _multipliable(rotation.parts),
             key_grid.entries,
             value_grid.entries,
-            _centroids(config.head_dim, key_bits, device),
-            _centroids(config.head_dim, value_bits, device),
+            codebook_tables(config.head_dim, key_bits, device, torch.float32)[0],
+            codebook_tables(config.head_dim, value_bits, device, torch.float32)[0],
             num_tokens,
             key.stride(0),
             key.stride(1),
@@ -113,11 +113,6 @@ def _processor(device: torch.device) -> Processor:
     properties = torch.cuda.get_device_properties(device)
     shared_bytes = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     return Processor(properties.multi_processor_count, shared_bytes)
-
-
-@cache
-def _centroids(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
-    return lloyd_max_codebook(head_dim, bits).centroids.to(device, torch.float32)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

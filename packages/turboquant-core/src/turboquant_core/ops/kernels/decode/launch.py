@@ -51,7 +51,6 @@ class DecodeLaunch:
         tile: Tokens that a program attends to at a time.
         num_workers: Programs for each KV head and group of columns.
         num_warps: Warps of a program.
-        max_registers: Registers that a thread may use, or None for what the compiler likes.
         stages: Tiles in flight: the one that is worked on and those on their way.
         prepare_heads: Query heads of a program that prepares.
         prepare_positions: Operand positions that it rotates to.
@@ -66,7 +65,6 @@ class DecodeLaunch:
     tile: int
     num_workers: int
     num_warps: int
-    max_registers: int | None
     stages: int
     prepare_heads: int
     prepare_positions: int
@@ -115,7 +113,6 @@ def _launch(
     tile: int,
     resident: int,
     num_warps: int = 1,
-    max_registers: int | None = None,
     stages: int = 1,
 ) -> DecodeLaunch:
     padded = -(-shape.num_columns // columns) * columns
@@ -138,7 +135,6 @@ def _launch(
         tile=tile,
         num_workers=num_workers,
         num_warps=num_warps,
-        max_registers=max_registers,
         stages=stages,
         prepare_heads=16 if small else 64,
         prepare_positions=32 if small else 64,

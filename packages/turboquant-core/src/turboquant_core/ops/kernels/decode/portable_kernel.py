@@ -6,12 +6,12 @@ import triton.language as tl
 from turboquant_core.ops.kernels.codes import load_codes
 from turboquant_core.ops.kernels.decode.portable_lookup import (
     PARTS,
-    gather_centroids,
     permute_fp8,
     permute_halves,
     permute_int8,
 )
 from turboquant_core.ops.kernels.decode.schedule import first_position, share_start
+from turboquant_core.ops.kernels.quantize import look_up
 
 LOWEST = tl.constexpr(-1e30)
 INT8_FULL = tl.constexpr(PARTS["int8"].full)
@@ -224,8 +224,8 @@ def _key_product(
             key_low = permute_fp8(codes, entries + 4)
         else:
             entry = tl.arange(0, 1 << bits)
-            key_high = gather_centroids(codes, tl.load(entries + entry))
-            key_low = gather_centroids(codes, tl.load(entries + (1 << bits) + entry))
+            key_high = look_up(tl.load(entries + entry), codes)
+            key_low = look_up(tl.load(entries + (1 << bits) + entry), codes)
         low_unit: tl.constexpr = INT8_LOW_UNIT if kind == "int8" else FP8_LOW_UNIT
         return _eight_bit_product(high, low, tl.trans(key_high), tl.trans(key_low), low_unit, widen)
 
@@ -248,7 +248,7 @@ def _look_up_halves(codes, entries, bits: tl.constexpr, permute: tl.constexpr):
     if permute:
         return permute_halves(codes, entries)
     else:
-        return gather_centroids(codes, tl.load(entries + tl.arange(0, 1 << bits)))
+        return look_up(tl.load(entries + tl.arange(0, 1 << bits)), codes)
 
 
 @triton.jit

@@ -4,7 +4,6 @@ A table of sixteen bytes is four words. The permute looks up the lower and the u
 bit selects. Every output byte depends on its own code only, so the compiler may move the assembly anywhere.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_core.codebook import lloyd_max_codebook
-from turboquant_core.ops.kernels.quantize import look_up
+from turboquant_core.ops.kernels.decode.lookup import unit_variance_centroids
 
 # Four codes, one a byte, to four nibbles that select; then what their fourth bits select, as bytes of ones.
 _SELECT = """
@@ -48,12 +46,6 @@ BYTE_ASM = tl.constexpr(_BYTE_ASM)
 BYTE_CONSTRAINTS = tl.constexpr(",".join(["=r", "r"] + ["r"] * 16))
 HALF_ASM = tl.constexpr(_HALF_ASM)
 HALF_CONSTRAINTS = tl.constexpr(",".join(["=r", "=r", "r"] + ["r"] * 32))
-
-
-@triton.jit
-def gather_centroids(codes, entries):
-    """Entries [2^bits] of int32 codes."""
-    return look_up(entries, codes)
 
 
 @triton.jit
@@ -144,5 +136,4 @@ def entry_words(head_dim: int, bits: int, kind: str, device: torch.device) -> to
 
 
 def _unit_variance(head_dim: int, bits: int) -> torch.Tensor:
-    centroids = lloyd_max_codebook(head_dim, bits).centroids
-    return centroids * math.sqrt(head_dim)
+    return torch.from_numpy(unit_variance_centroids(head_dim, bits))

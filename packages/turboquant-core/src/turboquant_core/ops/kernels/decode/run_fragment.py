@@ -30,7 +30,7 @@ def run_fragment(call: AttendCall) -> None:
         block_batch=padded_batch(batch),
         key_asm=key.key_asm, key_constraints=key.key_constraints, key_constants=len(key.table),
         value_asm=value.value_asm, value_constraints=value.value_constraints, value_constants=len(value.table),
-        overlap=launch.overlap, num_warps=1, maxnreg=launch.max_registers, **overlapped(launch),
+        overlap=launch.overlap, num_warps=1, **overlapped(launch),
     )  # fmt: skip
 
 

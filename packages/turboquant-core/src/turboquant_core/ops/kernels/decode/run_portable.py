@@ -5,13 +5,12 @@ from typing import Literal
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops.kernels.decode.call import AttendCall
 from turboquant_core.ops.kernels.decode.launch import overlapped, padded_batch
+from turboquant_core.ops.kernels.decode.lookup import MAX_PRMT_BITS
 from turboquant_core.ops.kernels.decode.portable_kernel import portable_kernel
 from turboquant_core.ops.kernels.decode.portable_lookup import entries, entry_unit, entry_words
 from turboquant_core.ops.kernels.split_rotation import padded_octet
 
 PortablePath = Literal["fp16", "int8", "fp8", "portable"]
-# A byte permute selects among sixteen.
-MAX_PERMUTE_BITS = 4
 
 
 def run_portable(call: AttendCall, path: PortablePath) -> None:
@@ -21,8 +20,8 @@ def run_portable(call: AttendCall, path: PortablePath) -> None:
     key_product = path if path in ("int8", "fp8") else "float16"
     # The interpreter has no inline assembly: there every path looks the same entries up by gathering.
     assembly = path != "portable" and not interpreting()
-    key_permute = assembly and call.key_bits <= MAX_PERMUTE_BITS
-    value_permute = assembly and call.value_bits <= MAX_PERMUTE_BITS
+    key_permute = assembly and call.key_bits <= MAX_PRMT_BITS
+    value_permute = assembly and call.value_bits <= MAX_PRMT_BITS
     key_table = (entry_words if key_permute else entries)(head_dim, call.key_bits, key_product, device)
     value_table = (entry_words if value_permute else entries)(head_dim, call.value_bits, "float16", device)
     portable_kernel[call.grid](
