@@ -265,7 +265,7 @@ def test_reference_is_attention_on_dequantised_keys_and_values(device, name):
     assert relative_error(out, exact) < 1e-5
 
 
-@pytest.mark.parametrize("path", [*kernels(DecodeCase()), "reference"])
+@pytest.mark.parametrize("path", [*kernels(DecodeCase(key_bits=8, value_bits=8)), "reference"])
 @pytest.mark.parametrize("centred", [False, True])
 def test_eight_bits_give_the_attention_of_what_was_stored(device, path, centred):
     layout = KVCacheLayout(TurboQuantConfig(128, 8, 8), 2, 16)

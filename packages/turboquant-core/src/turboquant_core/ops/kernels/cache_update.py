@@ -12,15 +12,16 @@ from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops.kernels.codes import store_codes, store_scales
 from turboquant_core.ops.kernels.grid_table import grid_table
 from turboquant_core.ops.kernels.launch_update import INTERPRETER, Processor, update_launch
-from turboquant_core.ops.kernels.quantize import corrected_scale, decoded_sums, halve, inverse_root, nearest_codes
+from turboquant_core.ops.kernels.quantize import corrected_scale, decoded_sums, inverse_root, nearest_codes
 from turboquant_core.ops.kernels.rotate import (
     load_centred,
     load_slices,
     load_vectors,
     multiply,
     multiply_halves,
+    offset_factor,
     power_for_halves,
-    rotate_mean,
+    subtract_offset,
 )
 from turboquant_core.ops.kernels.split_rotation import MATRIX_SCALE, padded_octet, split_rotation
 
@@ -95,7 +96,7 @@ def cache_update(
             num_parts=rotation.num_parts,
             block_rows=launch.block_rows,
             block_k=launch.block_k,
-            groups=launch.groups,
+            depth=launch.depth,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -158,142 +159,34 @@ def _update_kernel(
     num_parts: tl.constexpr,
     block_rows: tl.constexpr,
     block_k: tl.constexpr,
-    groups: tl.constexpr,
+    depth: tl.constexpr,
 ):
-    # All tiles of a program are keys, or values, of one head: the loop has no branch and one set of constants,
-    # the rotated mean is a constant, and the scales of a page lie together.
-    head = tl.program_id(0) % num_kv_heads
+    # All tiles of a program are keys, or values, of one head: the rotated mean is a constant, and the scales of a page
+    # lie together.
     channels: tl.constexpr = 8 * padded_octet
+    octet: tl.constexpr = head_dim // 8
+    halves: tl.constexpr = key.dtype.element_ty == tl.float32
+    head = tl.program_id(0) % num_kv_heads
+    is_key = tl.program_id(0) // num_kv_heads % 2 == 0
+    first_block = tl.program_id(0) // (2 * num_kv_heads)
+    step = tl.num_programs(0) // (2 * num_kv_heads)
+    token_stride = tl.where(is_key, key_token_stride, value_token_stride)
+    x = tl.where(is_key, key, value) + head.to(tl.int64) * tl.where(is_key, key_head_stride, value_head_stride)
+    mean = key_mean + head * head_dim
+    codes_at = pages + head.to(tl.int64) * page_head_stride + tl.where(is_key, key_codes, value_codes)
+    scales_at = pages + head.to(tl.int64) * page_head_stride + tl.where(is_key, key_scales, value_scales)
     high, middle, low = parts, parts, parts
     if block_k == channels:
         high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
-    first_block = tl.program_id(0) // (2 * num_kv_heads)
-    step = tl.num_programs(0) // (2 * num_kv_heads)
-    if tl.program_id(0) // num_kv_heads % 2 == 0:
-        _update_head(
-            key,
-            key_mean + head * head_dim,
-            pages,
-            slot_mapping,
-            parts,
-            high,
-            middle,
-            low,
-            key_grid,
-            key_centroids,
-            num_tokens,
-            key_token_stride,
-            key_head_stride,
-            page_stride,
-            page_head_stride,
-            slot_stride,
-            head,
-            first_block,
-            step,
-            block_size,
-            head_dim,
-            padded_octet,
-            key_bits,
-            key_cells,
-            key_shift,
-            key_rule,
-            key_codes,
-            key_code_stride,
-            key_scales,
-            scale_stride,
-            centred,
-            num_parts,
-            block_rows,
-            block_k,
-            groups,
-        )
-    else:
-        _update_head(
-            value,
-            key_mean,
-            pages,
-            slot_mapping,
-            parts,
-            high,
-            middle,
-            low,
-            value_grid,
-            value_centroids,
-            num_tokens,
-            value_token_stride,
-            value_head_stride,
-            page_stride,
-            page_head_stride,
-            slot_stride,
-            head,
-            first_block,
-            step,
-            block_size,
-            head_dim,
-            padded_octet,
-            value_bits,
-            value_cells,
-            value_shift,
-            value_rule,
-            value_codes,
-            value_code_stride,
-            value_scales,
-            scale_stride,
-            False,
-            num_parts,
-            block_rows,
-            block_k,
-            groups,
-        )
-
-
-@triton.jit
-def _update_head(
-    x,
-    mean,
-    pages,
-    slot_mapping,
-    parts,
-    high,
-    middle,
-    low,
-    grid,
-    centroids,
-    num_tokens,
-    token_stride,
-    head_stride,
-    page_stride,
-    page_head_stride,
-    slot_stride,
-    head,
-    first_block,
-    step,
-    block_size: tl.constexpr,
-    head_dim: tl.constexpr,
-    padded_octet: tl.constexpr,
-    bits: tl.constexpr,
-    num_cells: tl.constexpr,
-    shift: tl.constexpr,
-    rule: tl.constexpr,
-    codes_at: tl.constexpr,
-    code_stride: tl.constexpr,
-    scales_at: tl.constexpr,
-    scale_stride: tl.constexpr,
-    centred: tl.constexpr,
-    num_parts: tl.constexpr,
-    block_rows: tl.constexpr,
-    block_k: tl.constexpr,
-    groups: tl.constexpr,
-):
-    """Store every step-th tile of the keys, or the values, of one head."""
-    # A 16-bit input is rotated as it is, exactly, and its mean is subtracted after.
-    offset = tl.zeros([8 * padded_octet], tl.float32)
-    if centred and x.dtype.element_ty != tl.float32:
-        offset = rotate_mean(mean, parts, head_dim, num_parts, 8 * padded_octet)
-    head_x = x + head.to(tl.int64) * head_stride
-    heads = pages + head.to(tl.int64) * page_head_stride
+    offset = parts
+    if centred and not halves:
+        offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
+    key_entries = tl.load(key_grid + tl.arange(0, key_cells))
+    key_table = tl.load(key_centroids + tl.arange(0, 2**key_bits))
+    value_entries = tl.load(value_grid + tl.arange(0, value_cells))
+    value_table = tl.load(value_centroids + tl.arange(0, 2**value_bits))
     # What does not change between tiles, hoisted, would spill: it costs less to compute it again.
-    for block in tl.range(first_block, tl.cdiv(num_tokens, block_rows), step, disable_licm=True):
+    for block in tl.range(first_block, tl.cdiv(num_tokens, block_rows), step, num_stages=depth, disable_licm=True):
         first_token = block * block_rows
         # Rows past the last token repeat it: loads without a mask are cheaper, and nothing of them is stored.
         last = num_tokens - 1 - first_token
@@ -303,32 +196,60 @@ def _update_head(
         keep = (slot >= 0) & (row <= last)
         # Unsigned, both are single bit operations.
         position = (slot.to(tl.uint64) % block_size).to(tl.int32)
-        head_rows = heads + slot.to(tl.uint64) // block_size * page_stride
-        _update_tile(
-            _start(head_x, first_token, token_stride) + token * token_stride,
-            mean,
-            offset,
-            parts,
-            head_rows + codes_at + position * code_stride,
-            head_rows + scales_at + position * scale_stride,
-            keep,
-            high,
-            middle,
-            low,
-            grid,
-            centroids,
-            head_dim,
-            padded_octet,
-            bits,
-            num_cells,
-            shift,
-            rule,
-            centred,
-            num_parts,
-            block_rows,
-            block_k,
-            groups,
-        )
+        page = slot.to(tl.uint64) // block_size * page_stride
+        scale_rows = scales_at + page + position * scale_stride
+
+        x_rows = _start(x, first_token, token_stride) + token * token_stride
+        power = 1.0
+        if halves:
+            power = power_for_halves(x_rows, mean, is_key, head_dim, block_rows, block_k, centred)
+        rotated = tl.zeros([block_rows, channels], tl.float32)
+        if block_k == channels:
+            rotated = _add_slice(
+                rotated,
+                x_rows,
+                mean,
+                is_key,
+                power,
+                0,
+                high,
+                middle,
+                low,
+                head_dim,
+                centred,
+                num_parts,
+                block_k,
+                halves,
+            )
+        else:
+            for first in range(0, head_dim, block_k):
+                high_k, middle_k, low_k = load_slices(parts, first, num_parts, block_k, channels)
+                rotated = _add_slice(
+                    rotated, x_rows, mean, is_key, power, first, high_k, middle_k, low_k, head_dim, centred, num_parts,
+                    block_k, halves,
+                )  # fmt: skip
+        if centred and not halves:
+            rotated = subtract_offset(rotated, offset, block_rows)
+        # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
+        squares = tl.sum(rotated * rotated, axis=1)
+        per_length = inverse_root(squares)
+        norm = tl.sqrt(squares) * MATRIX_UNSCALE / power
+        if key_bits == value_bits:
+            _store_tile(
+                rotated, per_length, norm, codes_at + page + position * key_code_stride, scale_rows, keep, is_key,
+                key_entries, key_table, octet, padded_octet, key_bits, key_shift, key_rule, value_rule,
+            )  # fmt: skip
+        else:
+            if is_key:
+                _store_tile(
+                    rotated, per_length, norm, codes_at + page + position * key_code_stride, scale_rows, keep, is_key,
+                    key_entries, key_table, octet, padded_octet, key_bits, key_shift, key_rule, key_rule,
+                )  # fmt: skip
+            else:
+                _store_tile(
+                    rotated, per_length, norm, codes_at + page + position * value_code_stride, scale_rows, keep, is_key,
+                    value_entries, value_table, octet, padded_octet, value_bits, value_shift, value_rule, value_rule,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -338,120 +259,40 @@ def _start(pointer, first_token, stride):
 
 
 @triton.jit
-def _update_tile(
-    x_rows,
-    mean,
-    offset,
-    parts,
-    code_rows,
-    scale_rows,
-    keep,
-    high,
-    middle,
-    low,
-    grid,
-    centroids,
-    head_dim: tl.constexpr,
-    padded_octet: tl.constexpr,
-    bits: tl.constexpr,
-    num_cells: tl.constexpr,
-    shift: tl.constexpr,
-    rule: tl.constexpr,
-    centred: tl.constexpr,
-    num_parts: tl.constexpr,
-    rows: tl.constexpr,
-    block_k: tl.constexpr,
-    groups: tl.constexpr,
-):
-    channels: tl.constexpr = 8 * padded_octet
-    octet: tl.constexpr = head_dim // 8
-    halves: tl.constexpr = x_rows.dtype.element_ty == tl.float32
-    rotated = tl.zeros([rows, channels], tl.float32)
-    power = 1.0
-    if halves:
-        power = power_for_halves(x_rows, mean, head_dim, rows, block_k, centred)
-    if block_k == channels:
-        rotated = _add_slice(
-            rotated, x_rows, mean, power, 0, high, middle, low, head_dim, centred, num_parts, block_k, halves
-        )
-    else:
-        for first in range(0, head_dim, block_k):
-            high_k, middle_k, low_k = load_slices(parts, first, num_parts, block_k, channels)
-            rotated = _add_slice(
-                rotated,
-                x_rows,
-                mean,
-                power,
-                first,
-                high_k,
-                middle_k,
-                low_k,
-                head_dim,
-                centred,
-                num_parts,
-                block_k,
-                halves,
-            )
-    if centred and not halves:
-        rotated = rotated - offset[None, :]
-    # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
-    squares = tl.sum(rotated * rotated, axis=1)
-    per_length = inverse_root(squares)
-    norm = tl.sqrt(squares) * MATRIX_UNSCALE / power
-    inner, code_squares = _store_tile(
-        rotated,
-        per_length,
-        code_rows,
-        keep,
-        grid,
-        centroids,
-        octet,
-        padded_octet,
-        bits,
-        num_cells,
-        shift,
-        rule,
-        rows,
-        groups,
-    )
-    store_scales(scale_rows, corrected_scale(norm, per_length * inner, code_squares, rule), keep)
-
-
-@triton.jit
 def _store_tile(
     rotated,
     per_length,
+    norm,
     code_rows,
+    scale_rows,
     keep,
-    grid,
+    is_key,
+    entries,
     centroids,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
     bits: tl.constexpr,
-    num_cells: tl.constexpr,
     shift: tl.constexpr,
-    rule: tl.constexpr,
-    rows: tl.constexpr,
-    groups: tl.constexpr,
+    key_rule: tl.constexpr,
+    value_rule: tl.constexpr,
 ):
-    """Store the codes of rotated [rows, 8 * padded_octet] in groups, for fewer registers: see `decoded_sums`."""
-    tiles = (rotated,)
-    if groups >= 2:
-        tiles = halve(rotated, rows, padded_octet)
-    if groups == 4:
-        tiles = halve(tiles[0], rows, padded_octet // 2) + halve(tiles[1], rows, padded_octet // 2)
-    span: tl.constexpr = padded_octet // groups
-    inner = tl.zeros([rows], tl.float32)
-    squares = inner
-    for group in tl.static_range(groups):
-        tile = tiles[group]
-        codes = nearest_codes(tile, per_length, tl.load(grid + tl.arange(0, num_cells)), shift)
-        table = tl.load(centroids + tl.arange(0, 2**bits))
-        tile_inner, tile_squares = decoded_sums(tile, codes, table, rule, octet, group * span, span)
-        inner += tile_inner
-        squares += tile_squares
-        store_codes(code_rows, codes, keep, bits, rows, octet, padded_octet, group * span, span)
-    return inner, squares
+    """Store codes and scales of rotated [rows, 8 * padded_octet]."""
+    codes = nearest_codes(rotated, per_length, entries, shift)
+    inner, squares = decoded_sums(
+        rotated,
+        codes,
+        centroids,
+        key_rule != "norm" or value_rule != "norm",
+        key_rule == "least_squares" or value_rule == "least_squares",
+        octet,
+        padded_octet,
+    )
+    store_codes(code_rows, codes, keep, bits, rotated.shape[0], octet, padded_octet)
+    inner *= per_length
+    scale = corrected_scale(norm, inner, squares, key_rule)
+    if key_rule != value_rule:
+        scale = tl.where(is_key, scale, corrected_scale(norm, inner, squares, value_rule))
+    store_scales(scale_rows, scale, keep)
 
 
 @triton.jit
@@ -459,6 +300,7 @@ def _add_slice(
     rotated,
     x_rows,
     mean,
+    is_key,
     power,
     first,
     high,
@@ -472,6 +314,6 @@ def _add_slice(
 ):
     """Add what block_k input channels from `first` on contribute to the product."""
     if halves:
-        x = load_centred(x_rows, mean, first, head_dim, block_k, centred)
+        x = load_centred(x_rows, mean, is_key, first, head_dim, block_k, centred)
         return multiply_halves(x * power[:, None], high, middle, low, rotated, num_parts)
     return multiply(load_vectors(x_rows, first, head_dim, block_k), high, middle, low, rotated, num_parts)

@@ -31,15 +31,15 @@ def is_channel(place, octet: tl.constexpr, padded_octet: tl.constexpr):
 
 @triton.jit
 def pack_plane(
-    codes, width: tl.constexpr, shift: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, span: tl.constexpr
+    codes, width: tl.constexpr, shift: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, padded_octet: tl.constexpr
 ):
-    """Bits [shift, shift + width) of codes [rows, 8 * span] as bytes, int32 [rows, width * span]."""
+    """Bits [shift, shift + width) of codes [rows, 8 * padded_octet] as bytes, int32 [rows, width * padded_octet]."""
     field = codes >> shift
     if shift + width < bits:
         field = field & ((1 << width) - 1)
     if width == 8:
         return field
-    fields = tl.reshape(field, [rows, 8 // width, width * span])
+    fields = tl.reshape(field, [rows, 8 // width, width * padded_octet])
     position = tl.arange(0, 8 // width) * width
     return tl.sum(fields << position[None, :, None], axis=1)
 
@@ -62,15 +62,9 @@ def plane_bytes(
     shift: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
-    first: tl.constexpr,
-    span: tl.constexpr,
 ):
-    """Pointers to the bytes of a plane, [rows, width * span], and where they may be used.
-
-    Of every eighth, they are those of `span` channels from `first` on.
-    """
-    byte = tl.arange(0, width * span)
-    byte = byte // span * padded_octet + byte % span + first
+    """Pointers to the bytes of a plane, [rows, width * padded_octet], and where they may be used."""
+    byte = tl.arange(0, width * padded_octet)
     # Wider planes come first; together they hold the `shift` lower bits.
     pointers = code_rows[:, None] + (shift * octet + unpadded(byte, octet, padded_octet))[None, :]
     mask = keep[:, None]
@@ -90,12 +84,10 @@ def store_plane(
     rows: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
-    first: tl.constexpr,
-    span: tl.constexpr,
 ):
     """Store one plane of codes."""
-    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet, first, span)
-    packed = pack_plane(codes, width, shift, bits, rows, span)
+    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
+    packed = pack_plane(codes, width, shift, bits, rows, padded_octet)
     tl.store(pointers, packed.to(tl.uint8), mask=mask)
 
 
@@ -110,7 +102,7 @@ def load_plane(
     padded_octet: tl.constexpr,
 ):
     """The bits of one plane at their position in the codes, int32 [rows, 8 * padded_octet]."""
-    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet, 0, padded_octet)
+    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
     packed = tl.load(pointers, mask=mask, other=0).to(tl.int32)
     return unpack_plane(packed, width, rows, padded_octet) << shift
 
@@ -124,18 +116,11 @@ def store_codes(
     rows: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
-    first: tl.constexpr,
-    span: tl.constexpr,
 ):
-    """Pack codes [rows, 8 * span] and store them at byte pointers code_rows [rows] where `keep` [rows].
-
-    Of every eighth, they are those of `span` channels from `first` on.
-    """
+    """Pack codes [rows, 8 * padded_octet] and store them at byte pointers code_rows [rows] where `keep` [rows]."""
     for step in tl.static_range(4):
         if bits & (8 >> step):
-            store_plane(
-                code_rows, codes, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet, first, span
-            )
+            store_plane(code_rows, codes, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet)
 
 
 @triton.jit
@@ -167,3 +152,14 @@ def load_scales(scale_bytes, keep):
     """Stored scales as float32 [rows]."""
     root = tl.load(scale_pointers(scale_bytes), mask=keep, other=0.0).to(tl.float32)
     return root * root
+
+
+@triton.jit
+def scale_exponents(scale):
+    """log2 of scales from the bits of their float32, low by less than 0.09, in plain arithmetic that Gluon shares.
+
+    Zero counts as the smallest scale there is, 2^-48: farther below, sums of weights would overflow. Infinity and NaN
+    count as the largest, 2^32: farther above, all other weights would underflow, and with them the sum.
+    """
+    exponent = scale.to(tl.int32, bitcast=True).to(tl.float32) * (1.0 / 8388608.0) - 127.0
+    return tl.minimum(tl.maximum(exponent, -48.0), 32.0)

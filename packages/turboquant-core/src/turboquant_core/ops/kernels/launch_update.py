@@ -31,19 +31,19 @@ class UpdateLaunch:
     Attributes:
         block_rows: Tokens of one head in a tile.
         block_k: Input channels of one tensor-core product; all of them keep the rotation on chip across tiles.
-        groups: Groups of output channels that are quantized one after another.
         num_programs: Programs, a multiple of 2 * num_kv_heads: each takes every so many-th tile of the keys, or of the
             values, of one head.
         num_warps: Warps of a program.
         num_stages: Depth of the pipeline over input channels.
+        depth: Depth of the pipeline over tiles.
     """
 
     block_rows: int
     block_k: int
-    groups: int
     num_programs: int
     num_warps: int
     num_stages: int
+    depth: int
 
 
 def update_launch(
@@ -53,21 +53,17 @@ def update_launch(
 
     They are multiplied in input_parts halves, or whole, with a rotation of num_parts [channels, channels].
     """
-    # 64 rows are one warpgroup's tensor-core tile; 16, the least that a product takes, waste less when decoding. On an
-    # H200, 8,192 tokens of 8 heads take 31 us so (44 with a mean); 128 rows by 8 warps of 128 registers take 30 (56).
+    # 64 rows are one warpgroup's tensor-core tile; 16, the least that a product takes, waste less when decoding.
     block_rows, num_warps = (64 if num_tokens > 16 else 16), 4
-    block_k, groups, num_stages = channels, 1, 1
-    # The rotation, and next to it the input, which the output takes the place of.
-    resident_bytes = ELEMENT_BYTES * channels * (num_parts * channels + input_parts * block_rows)
+    block_k, num_stages, depth = channels, 1, 2
+    # The rotation, and next to it the input of two tiles.
+    resident_bytes = ELEMENT_BYTES * channels * (num_parts * channels + 2 * input_parts * block_rows)
     programs_per_sm = min(MAX_PROGRAMS_PER_SM, processor.shared_bytes // resident_bytes)
     if channels > 128 or not programs_per_sm:
         # The rotation is read in slices of 16 KiB; more warps hold the wider accumulators.
         num_warps = max(8, channels // 32)
-        block_k, num_stages, programs_per_sm = 8192 // channels, 2, 1
-    elif channels == 128 and block_rows > 16:
-        # Halves of an eighth are whole tensor-core columns from 128 channels on: halving moves nothing.
-        groups = 2
+        block_k, num_stages, depth, programs_per_sm = 8192 // channels, 2, 1, 1
     blocks = -(-num_tokens // block_rows)
     pairs_per_head = max(1, processor.num_sms * programs_per_sm // (2 * num_kv_heads))
     num_programs = 2 * num_kv_heads * min(blocks, pairs_per_head)
-    return UpdateLaunch(block_rows, block_k, groups, num_programs, num_warps, num_stages)
+    return UpdateLaunch(block_rows, block_k, num_programs, num_warps, num_stages, depth)

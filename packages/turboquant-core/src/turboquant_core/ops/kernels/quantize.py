@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from turboquant_core.ops.kernels import grid_table
+from turboquant_core.ops.kernels.codes import is_channel
 
 UNITS = tl.constexpr(float(grid_table.UNITS))
 FIXED_ZERO = tl.constexpr(float(2**grid_table.FIXED_BITS + grid_table.CENTER))
@@ -41,35 +42,24 @@ def inverse_root(squares):
 
 
 @triton.jit
-def halve(tile, rows: tl.constexpr, span: tl.constexpr):
-    """A tile [rows, 8 * span] as two [rows, 4 * span]: of every eighth the first half, and of every eighth the second.
-
-    In the layout of products that moves nothing: a thread has the same places of both.
-    """
-    pairs = tl.permute(tl.reshape(tile, [rows, 8, 2, span // 2]), (0, 1, 3, 2))
-    first, second = tl.split(pairs)
-    return tl.reshape(first, [rows, 4 * span]), tl.reshape(second, [rows, 4 * span])
-
-
-@triton.jit
 def decoded_sums(
     rotated,
     codes,
     centroids,
-    rule: tl.constexpr,
+    with_inner: tl.constexpr,
+    with_squares: tl.constexpr,
     octet: tl.constexpr,
-    first: tl.constexpr,
-    span: tl.constexpr,
+    padded_octet: tl.constexpr,
 ):
-    """What the corrected scale needs of decoded codes c: the sums of c * rotated and, for some rules, of c * c."""
+    """What corrected scales need of decoded codes c, each where asked for: the sums of c * rotated and of c * c."""
     inner = tl.zeros([rotated.shape[0]], tl.float32)
     squares = inner
-    if rule != "norm":
+    if with_inner:
         decoded = look_up(centroids, codes)
         inner = tl.sum(decoded * rotated, axis=1)
-        if rule != "unbiased":
-            if first + span > octet:
-                real = first + tl.arange(0, 8 * span) % span < octet
+        if with_squares:
+            if octet != padded_octet:
+                real = is_channel(tl.arange(0, 8 * padded_octet), octet, padded_octet)
                 decoded = tl.where(real[None, :], decoded, 0.0)
             squares = tl.sum(decoded * decoded, axis=1)
     return inner, squares

@@ -38,6 +38,10 @@ def combine_kernel(
     overlap: tl.constexpr,
 ):
     """One program for `block_heads` query heads, counted through all tokens of all rows."""
+    position = tl.arange(0, num_positions)
+    if block_heads == 1:
+        # Few heads are latency: what no kernel before this one writes comes while it waits for them.
+        matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
     if overlap:
         tl.extra.cuda.gdc_wait()
     row, head, column, token, used = query_heads(
@@ -77,12 +81,12 @@ def combine_kernel(
         top = highest
     # No key and no sink: the output is zero and the log-sum-exp minus infinity.
     merged = tl.where(total[:, None] == 0, 0.0, merged / tl.where(total == 0, 1.0, total)[:, None])
-    position = tl.arange(0, num_positions)
     target = out + token * out_token_stride + head * out_head_stride
     for base in tl.static_range(0, block_dim, block_channels):
         channel = base + tl.arange(0, block_channels)
         real = channel < head_dim
-        matrix = tl.load(rotation + position[:, None] * head_dim + channel[None, :], mask=real[None, :], other=0.0)
+        if block_heads > 1 or base > 0:
+            matrix = _load_rotation(rotation, position, base, head_dim, block_channels)
         # [heads, positions] x [positions, channels]
         if block_heads == 1:
             result = tl.sum(tl.trans(merged) * matrix, axis=0)[None, :]
@@ -93,6 +97,13 @@ def combine_kernel(
         )
     if lse is not None:
         tl.store(lse + token * num_heads + head, (top + tl.log2(total) + offset) * LN_2, mask=used)
+
+
+@triton.jit
+def _load_rotation(rotation, position, base, head_dim: tl.constexpr, block_channels: tl.constexpr):
+    """Channels base to base + block_channels - 1 of every position, with zeros past head_dim."""
+    channel = base + tl.arange(0, block_channels)[None, :]
+    return tl.load(rotation + position[:, None] * head_dim + channel, mask=channel < head_dim, other=0.0)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from turboquant_core.ops.kernels.codes import scale_exponents
 from turboquant_core.ops.kernels.decode.fragment_tiles import (
     allocate_roots,
     allocate_words,
@@ -253,10 +254,7 @@ def _attend_tile(
         if masked:
             root = gl.where(token_at < length, root, 0.0)
         weight_scale = root * root
-        # log2 from the bits of a float, low by less than 0.09. Zero counts as the smallest scale there is, 2^-48:
-        # farther below, sums of weights would overflow.
-        exponent = weight_scale.to(gl.int32, bitcast=True).to(gl.float32) * (1.0 / 8388608.0) - 127.0
-        exponent = gl.maximum(exponent, -48.0)
+        exponent = scale_exponents(weight_scale)
         if has_softcap:
             reach = score + exponent[:, None]
         else:

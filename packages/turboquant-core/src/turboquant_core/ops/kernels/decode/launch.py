@@ -56,6 +56,7 @@ class DecodeLaunch:
         prepare_positions: Operand positions that it rotates to.
         merge_heads: Query heads of a program that merges.
         merge_slots: Partial results that it reads at a time.
+        merge_channels: Output channels that it un-rotates to at a time.
         merge_warps: Its warps.
         overlap: Launch each kernel while the one before it runs.
     """
@@ -70,6 +71,7 @@ class DecodeLaunch:
     prepare_positions: int
     merge_heads: int
     merge_slots: int
+    merge_channels: int
     merge_warps: int
     overlap: bool
 
@@ -140,6 +142,7 @@ def _launch(
         prepare_positions=32 if small else 64,
         merge_heads=1 if many_slots else 16,
         merge_slots=(128 if many_slots else 4) // narrow,
+        merge_channels=128 // narrow if many_slots else 64,
         merge_warps=8 if many_slots else 4,
         # Programmatic dependent launch came with Hopper.
         overlap=card.capability >= (9, 0),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from turboquant_core.ops.kernels.codes import load_codes
+from turboquant_core.ops.kernels.codes import load_codes, scale_exponents
 from turboquant_core.ops.kernels.decode.portable_lookup import (
     PARTS,
     permute_fp8,
@@ -148,11 +148,7 @@ def portable_kernel(
                 root_at = value_scales + page * value_scale_page_stride + wide_head * value_scale_head_stride + slot
                 root = tl.load(root_at, mask=valid, other=0.0).to(tl.float32)
                 value_scale = root * root
-                # log2 from the bits of a float, low by less than 0.09. Zero counts as the smallest scale there is,
-                # 2^-48: farther below, sums of weights would overflow.
-                exponent = value_scale.to(tl.int32, bitcast=True).to(tl.float32) * (1.0 / 8388608.0) - 127.0
-                exponent = tl.maximum(exponent, -48.0)
-                highest = tl.maximum(top, tl.max(score + exponent[None, :], axis=1))
+                highest = tl.maximum(top, tl.max(score + scale_exponents(value_scale)[None, :], axis=1))
                 rescale = tl.exp2(top - highest)
                 weight = tl.exp2(score - highest[:, None])
                 total = total * rescale + tl.sum(weight, axis=1)

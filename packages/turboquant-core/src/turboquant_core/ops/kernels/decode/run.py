@@ -95,7 +95,7 @@ def run_decode_attention(
         batch, num_heads, launch.num_workers, out.stride(0), out.stride(1), query_len,
         centred_scores=bias is not None and softcap == 0, group=group, num_columns=padded, head_dim=head_dim,
         num_positions=num_positions, block_heads=launch.merge_heads, block_slots=launch.merge_slots,
-        block_dim=block_dim, block_channels=min(64, block_dim), precision=precision,
+        block_dim=block_dim, block_channels=min(launch.merge_channels, block_dim), precision=precision,
         overlap=launch.overlap, num_warps=launch.merge_warps, **overlapped(launch),
     )  # fmt: skip
 
