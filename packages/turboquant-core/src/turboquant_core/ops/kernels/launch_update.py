@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 ELEMENT_BYTES = 2
-# One program waits for its input or the tensor cores while the other quantizes; a third would find no shared memory.
+# One program waits for its input or the tensor cores while the other quantizes; a third would find no shared memory at
+# 128 channels, which take 64 KiB for the rotation and 32 for input.
 MAX_PROGRAMS_PER_SM = 2
 
 
@@ -53,10 +54,11 @@ def update_launch(
 
     They are multiplied in input_parts halves, or whole, with a rotation of num_parts [channels, channels].
     """
-    # 64 rows are one warpgroup's tensor-core tile; 16, the least that a product takes, waste less when decoding.
+    # 64 rows are one warpgroup's tensor-core tile; 16, the least that a product takes, waste less when decoding. On an
+    # H200, 8,192 tokens of 8 heads take 30 us so; 37 with 8 warps that share the rows, 43 with 16.
     block_rows, num_warps = (64 if num_tokens > 16 else 16), 4
     block_k, num_stages, depth = channels, 1, 2
-    # The rotation, and next to it the input of two tiles.
+    # The rotation, and next to it the input of two tiles: the next one's comes while a tile is stored.
     resident_bytes = ELEMENT_BYTES * channels * (num_parts * channels + 2 * input_parts * block_rows)
     programs_per_sm = min(MAX_PROGRAMS_PER_SM, processor.shared_bytes // resident_bytes)
     if channels > 128 or not programs_per_sm:
