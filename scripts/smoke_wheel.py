@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import files, version
+from importlib.metadata import entry_points, files, version
 from pathlib import Path
 
 import torch
@@ -35,14 +35,17 @@ def check_hf() -> None:
 
 
 def check_vllm() -> None:
-    """Import the package and see its plugin say that it is not there yet."""
+    """Import the package, and find the plugin that vLLM would load, which needs vLLM itself."""
     import turboquant_vllm
 
+    plugins = entry_points(group="vllm.general_plugins", name="turboquant")
+    require([plugin.load() for plugin in plugins] == [turboquant_vllm.register], "vLLM would not find the plugin")
     try:
         turboquant_vllm.register()
-    except NotImplementedError:
+    except ModuleNotFoundError as error:
+        require(error.name == "vllm", f"turboquant_vllm.register() lacks {error.name}")
         return
-    raise RuntimeError("turboquant_vllm.register() raises no NotImplementedError")
+    raise RuntimeError("turboquant_vllm.register() needs no vLLM")
 
 
 def is_data(path: Path) -> bool:

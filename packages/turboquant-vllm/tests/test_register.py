@@ -1,20 +1,40 @@
-import re
 from importlib.metadata import entry_points, requires
 
 import pytest
+import vllm
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import turboquant_vllm
+from turboquant_vllm import _compat
 
 
-def test_registering_says_what_is_missing_and_what_to_do():
-    expected = re.escape(turboquant_vllm.__version__) + ".*no attention backend yet.*turboquant-hf"
-    with pytest.raises(NotImplementedError, match=expected):
-        turboquant_vllm.register()
+def test_vllm_finds_the_plugin_and_may_load_it_twice():
+    (plugin,) = entry_points(group="vllm.general_plugins", name="turboquant")
+    for _ in range(2):
+        plugin.load()()
+    backend = AttentionBackendEnum.CUSTOM.get_class()
+    assert backend.__module__ == "turboquant_vllm.backend"
+    assert AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.CUSTOM
 
 
-def test_vllm_finds_no_plugin_of_ours_that_would_fail():
-    plugins = entry_points(group="vllm.general_plugins")
-    assert not [plugin for plugin in plugins if plugin.value.startswith("turboquant")]
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the slot of CPUs")
+def test_on_a_cpu_nothing_changes_unless_the_backend_is_asked_for():
+    turboquant_vllm.register()
+    assert AttentionBackendEnum.CPU_ATTN.get_class().get_name() == "CPU_ATTN"
+
+
+@pytest.mark.parametrize("version", ["0.28.0", "0.28.1.dev3", "0.19"])
+def test_an_older_vllm_is_refused(monkeypatch, version):
+    monkeypatch.setattr(vllm, "__version__", version)
+    with pytest.raises(RuntimeError, match=f"needs vLLM 0.29.0 or newer.*this is {version}"):
+        _compat.check_version()
+
+
+def test_an_untried_vllm_is_warned_of(monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    with pytest.warns(UserWarning, match=r"tested with vLLM .*this is 0.99.0"):
+        _compat.check_version()
 
 
 def test_metadata_asks_for_vllm_and_a_bounded_core():

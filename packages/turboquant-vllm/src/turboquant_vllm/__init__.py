@@ -1,22 +1,23 @@
-"""TurboQuant for vLLM: not yet an attention backend."""
+"""TurboQuant for vLLM: an attention backend that keeps keys and values as codes and attends on the codes."""
 
 from importlib.metadata import version
-from typing import NoReturn
 
 __version__ = version("turboquant-vllm")
 
 __all__ = ["register"]
 
 
-def register() -> NoReturn:
-    """Register the attention backend with vLLM, once there is one.
+def register() -> None:
+    """Make the backend known to vLLM as CUSTOM; vLLM calls this in each of its processes.
 
-    No entry point calls this yet, so that an installed turboquant-vllm changes nothing in vLLM.
+    It is used where `--attention-backend CUSTOM` asks for it, and nothing changes otherwise.
 
     Raises:
-        NotImplementedError: Always.
+        RuntimeError: If this version of vLLM has no hook for smaller pages.
     """
-    raise NotImplementedError(
-        f"turboquant-vllm {__version__} has no attention backend yet, so vLLM's --attention-backend CUSTOM cannot "
-        "serve from it. Leave the flag out to serve uncompressed, or use turboquant-hf with transformers."
+    from turboquant_vllm import _compat
+
+    _compat.check_version()
+    _compat.register_backends(
+        custom="turboquant_vllm.backend.TurboQuantBackend", cpu="turboquant_vllm.cpu_slot.SelectedBackend"
     )

@@ -109,7 +109,7 @@ def decode_attention(
         _check_query("out", out, layout)
         check_tensor("out", out, query.dtype, tuple(query.shape))
     check_one_device({"query": query, "pages": pages, "out": out, **{name: array[0] for name, array in arrays.items()}})
-    lse = torch.empty(num_tokens, num_heads, device=query.device) if return_lse else None
+    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query.device) if return_lse else None
     options: dict[str, Any] = {
         "scale": head_dim**-0.5 if scale is None else scale,
         "query_start_loc": query_start_loc,

@@ -64,11 +64,11 @@ def run_decode_attention(
     query_rotation, output_rotation = _rotations(head_dim, key_bits, value_bits, path == "fragment", device)
     num_positions = query_rotation.shape[0]
     operand = torch.empty(batch, num_kv_heads, padded, num_positions, dtype=torch.float16, device=device)
-    factor = torch.empty(batch, num_kv_heads, padded, device=device)
+    factor = torch.empty(batch, num_kv_heads, padded, dtype=torch.float32, device=device)
     bias = torch.empty_like(factor) if key_mean is not None else None
     cu_tiles = torch.empty(batch + 1, dtype=torch.int32, device=device)
-    partial = torch.empty(slots, num_kv_heads, padded, num_positions, device=device)
-    stats = torch.empty(slots, num_kv_heads, 2, padded, device=device)
+    partial = torch.empty(slots, num_kv_heads, padded, num_positions, dtype=torch.float32, device=device)
+    stats = torch.empty(slots, num_kv_heads, 2, padded, dtype=torch.float32, device=device)
     block_dim = triton.next_power_of_2(head_dim)
     precision = "tf32x3" if device.type == "cuda" and card_of(device).capability >= (8, 0) else "ieee"
     heads = batch * query_len * num_heads

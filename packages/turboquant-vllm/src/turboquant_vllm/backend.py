@@ -1,0 +1,108 @@
+"""The backend's answers to vLLM: what it supports and how large its pages are."""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_layout import KVCacheLayout as VllmLayout
+
+from turboquant_vllm import support
+from turboquant_vllm._compat import current_config
+from turboquant_vllm.settings import Settings
+
+
+class TurboQuantBackend(AttentionBackend):
+    """Serves from pages of codes."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(
+        support.CPU_DTYPES if current_platform.is_cpu() else support.DTYPES
+    )
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(support.KV_CACHE_DTYPES)
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        """The name in vLLM's registry."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        """The class that attends."""
+        from turboquant_vllm.impl import TurboQuantImpl
+
+        return TurboQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type:
+        """The class that describes a batch."""
+        from turboquant_vllm.metadata import TurboQuantMetadataBuilder
+
+        return TurboQuantMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+        """Tokens of a page."""
+        return [MultipleOf(support.BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Head sizes that the kernels are tested at."""
+        return list(support.HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[VllmLayout, ...]:
+        """Layouts in which the bytes of one head of a page lie together."""
+        return (VllmLayout.LBHNC, VllmLayout.BLHNC, VllmLayout.BHLNC, VllmLayout.LHBNC)
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """The page as bytes: for each token and KV head its codes and scales, and nothing else."""
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"keys have head_size {spec.head_size} and values {spec.head_size_v}; TurboQuant serves equal ones. "
+                "Leave --attention-backend out to serve this model uncompressed."
+            )
+        config = process_settings().cache_config(spec.head_size)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=config.slot_bytes)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Attention sinks take weight in the kernels' softmax."""
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        """Windows are kept to in prefill and decode."""
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Pages that another process reads need its key means, which are this process's own."""
+        return not process_settings().center_keys
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Not tested."""
+        return False
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """From Ampere on."""
+        return (capability.major, capability.minor) >= support.MIN_CAPABILITY
+
+
+_latest: Settings = Settings()
+
+
+def process_settings() -> Settings:
+    """The settings of the engine in whose context this is called, or of the latest one of this process.
+
+    vLLM asks for the page size after the layers are built, not always in the context of their configuration.
+    """
+    global _latest
+    config = current_config()
+    if config is not None:
+        _latest = Settings.of(config.additional_config)
+    return _latest

@@ -1,0 +1,74 @@
+"""The key mean of a layer: taken once, on the device, from the first real prefill."""
+
+import torch
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+# A mean of fewer keys may say little about the next: it is used, and the log says so.
+FEW_TOKENS = 16
+
+
+class KeyMean:
+    """A mean that is zero until keys with real slots come by, then theirs for the life of the process.
+
+    Pages are shared between requests, so all keys of a layer are stored less the same mean.
+
+    Attributes:
+        mean: float32 [num_kv_heads, head_dim], always at the same address.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device)
+        self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._answer: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._frozen = False
+
+    def reset(self) -> None:
+        """Forget: the pages are gone."""
+        self.mean.zero_()
+        self._num_tokens.zero_()
+        self._answer, self._frozen = None, False
+
+    def observe(self, key: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Take the mean of keys [num_tokens, num_kv_heads, head_dim] unless it was taken; negative slots do not count.
+
+        Nothing waits for the device: whether it was taken is read back while other work goes on.
+        """
+        # While a graph is captured there are no real keys, and asking an event would end the capture.
+        if self._frozen or (key.is_cuda and torch.cuda.is_current_stream_capturing()) or self._read_back():
+            return
+        real = slot_mapping >= 0
+        count = real.sum()
+        total = torch.where(real[:, None, None], key, 0).sum(dim=0, dtype=torch.float32)
+        mean = total / count.clamp(min=1)
+        taken = (self._num_tokens == 0) & (count > 0) & mean.isfinite().all()
+        self.mean.copy_(torch.where(taken, mean, self.mean))
+        self._num_tokens.copy_(torch.where(taken, count, self._num_tokens))
+        self._ask()
+
+    def _ask(self) -> None:
+        if not self.mean.is_cuda:
+            self._settle(int(self._num_tokens))
+            return
+        answer = torch.empty_like(self._num_tokens, device="cpu", pin_memory=True)
+        answer.copy_(self._num_tokens, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        self._answer = answer, done
+
+    def _read_back(self) -> bool:
+        if self._answer is not None and self._answer[1].query():  # type: ignore[no-untyped-call]
+            self._settle(int(self._answer[0]))
+            self._answer = None
+        return self._frozen
+
+    def _settle(self, num_tokens: int) -> None:
+        self._frozen = num_tokens > 0
+        if 0 < num_tokens < FEW_TOKENS:
+            logger.warning_once(
+                "TurboQuant took its key means from a first prompt of %d tokens. Send a longer one first, of %d or "
+                "more, for means that fit other prompts better.",
+                num_tokens,
+                FEW_TOKENS,
+            )

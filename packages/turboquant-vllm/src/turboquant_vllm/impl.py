@@ -1,0 +1,157 @@
+"""Attention of one layer."""
+
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from turboquant_core import KVCacheLayout, Rotation
+from turboquant_core.ops import cache_update, decode_attention
+from turboquant_vllm.backend import process_settings
+from turboquant_vllm.centring import KeyMean
+from turboquant_vllm.metadata import TurboQuantMetadata
+from turboquant_vllm.prefill import WORKSPACE_TOKENS, Prefill
+from turboquant_vllm.support import check_layer
+from turboquant_vllm.varlen import VarlenAttention
+
+
+class TurboQuantImpl(AttentionImpl[Any]):
+    """Stores keys and values as codes and attends on them."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **extra: Any,
+    ) -> None:
+        check_layer(
+            head_size=head_size,
+            kv_cache_dtype=kv_cache_dtype,
+            attn_type=attn_type,
+            alibi_slopes=alibi_slopes,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            extra=extra,
+        )
+        settings = process_settings()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.softcap = logits_soft_cap or None
+        self.sinks = sinks
+        self.config = settings.cache_config(head_size)
+        device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
+        self.key_mean = KeyMean(self.num_kv_heads, head_size, device) if settings.center_keys else None
+        self.varlen = VarlenAttention(
+            self.scale, sliding_window, self.softcap, None if device.type == "cpu" else _flash_version(head_size, sinks)
+        )
+        self._float_sinks: torch.Tensor | None = None
+        self._rotation: torch.Tensor | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Prepare what depends on weights; after a reload the pages are gone, and with them their mean."""
+        if self.sinks is not None:
+            self._float_sinks = self.sinks.float().contiguous()
+        if self.key_mean is not None:
+            self.key_mean.reset()
+
+    def do_kv_cache_update(
+        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store keys and values [num_tokens, num_kv_heads, head_dim] at their slots."""
+        num_tokens = len(slot_mapping)
+        key, value = key[:num_tokens], value[:num_tokens]
+        if self.key_mean is not None:
+            self.key_mean.observe(key, slot_mapping)
+        pages, layout = self._pages(kv_cache)
+        cache_update(key, value, pages, slot_mapping, layout, key_mean=self._mean)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TurboQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend with query [num_tokens, num_heads, head_dim] and write `output` of the same shape."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("TurboQuant does not quantise its output; turn the fusion of that off")
+        if attn_metadata is None:
+            return self._profile(query, output)
+        pages, layout = self._pages(kv_cache)
+        first = 0
+        if decode := attn_metadata.decode:
+            first = decode.num_tokens
+            decode_attention(
+                query[:first],
+                pages,
+                decode.block_table,
+                decode.seq_lens,
+                layout,
+                scale=self.scale,
+                query_start_loc=decode.query_start_loc,
+                max_query_len=decode.max_query_len,
+                window=self.sliding_window,
+                softcap=self.softcap,
+                sinks=self._float_sinks,
+                key_mean=self._mean,
+                out=output[:first],
+            )
+        if rows := attn_metadata.prefill:
+            tokens = slice(first, first + rows.num_tokens)
+            prefill = Prefill(self.varlen, layout, self.sinks)
+            output[tokens] = prefill(
+                query[tokens], key[tokens], value[tokens], pages, rows, self._rotation_on(query.device), self._mean
+            )
+        return output
+
+    @property
+    def _mean(self) -> torch.Tensor | None:
+        return None if self.key_mean is None else self.key_mean.mean
+
+    def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, KVCacheLayout]:
+        """Pages of vLLM's uint8 [num_blocks, num_kv_heads, block_size, slot_bytes], whose planes lie otherwise."""
+        _, num_kv_heads, block_size, _ = kv_cache.shape
+        return kv_cache.flatten(2), KVCacheLayout(self.config, num_kv_heads, block_size)
+
+    def _rotation_on(self, device: torch.device) -> torch.Tensor:
+        if self._rotation is None:
+            self._rotation = Rotation(self.head_size).matrix.to(device, torch.float32)
+        return self._rotation
+
+    def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Take what prefill takes at most, for vLLM to leave that much free."""
+        shape = (WORKSPACE_TOKENS, self.num_kv_heads, self.head_size)
+        workspace = [query.new_empty(shape) for _ in range(2)]
+        workspace += [torch.empty_like(query) for _ in range(4)]
+        del workspace
+        return output.zero_()
+
+
+def _flash_version(head_size: int, sinks: torch.Tensor | None) -> int:
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
+    if version is None:
+        raise ValueError(
+            f"vLLM has no FlashAttention for head_size {head_size} on this GPU, which TurboQuant prefills with. "
+            "Leave --attention-backend out to serve this model uncompressed."
+        )
+    return version

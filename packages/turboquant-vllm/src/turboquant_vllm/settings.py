@@ -1,0 +1,66 @@
+"""What a user may say about the cache: `--additional-config '{"turboquant": {...}}'`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from turboquant_core import TurboQuantConfig
+from turboquant_core.config import preset_bits
+
+KEY = "turboquant"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of all layers.
+
+    Attributes:
+        preset: Bits of keys and values: "tq4", "tq3", "tq2", "k6v4" or "k8v4".
+        key_bits: Instead of the preset's: 2, 3, 4, 5, 6 or 8.
+        value_bits: The same for values.
+        center_keys: Subtract a mean per layer, KV head and channel before keys are quantised.
+    """
+
+    preset: str = "tq4"
+    key_bits: int | None = None
+    value_bits: int | None = None
+    center_keys: bool = True
+
+    def __post_init__(self) -> None:
+        # A head_dim that every format takes: the rest is refused here, before weights are loaded.
+        config = self.cache_config(head_dim=128)
+        for name in ("key_bits", "value_bits"):
+            bits = getattr(config, name)
+            if bits != int(bits):
+                raise ValueError(
+                    f"{self.preset} stores {bits} bits, which the kernels do not read. "
+                    "Use a preset of whole bits: tq4, tq3, tq2, k6v4 or k8v4."
+                )
+        if not isinstance(self.center_keys, bool):
+            raise ValueError(f"center_keys is {self.center_keys!r}; it must be true or false")
+
+    def cache_config(self, head_dim: int) -> TurboQuantConfig:
+        """What is stored for one head."""
+        key_bits, value_bits = preset_bits(self.preset)
+        return TurboQuantConfig(
+            head_dim,
+            key_bits if self.key_bits is None else self.key_bits,
+            value_bits if self.value_bits is None else self.value_bits,
+            center_keys=self.center_keys,
+        )
+
+    @classmethod
+    def of(cls, additional_config: Any) -> "Settings":
+        """The settings in vLLM's additional configuration.
+
+        Raises:
+            ValueError: If a name or a value is unknown.
+        """
+        chosen = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+        if not isinstance(chosen, Mapping):
+            raise ValueError(f'{KEY} is {chosen!r}; it must be an object such as {{"preset": "tq4"}}')
+        known = [field.name for field in fields(cls)]
+        for name in chosen:
+            if name not in known:
+                raise ValueError(f"{KEY} has {name!r}; it may have {', '.join(known)}")
+        return cls(**chosen)

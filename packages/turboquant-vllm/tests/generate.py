@@ -1,0 +1,39 @@
+"""Generate greedily with one vLLM engine, described in JSON, and write what came out to a JSON file."""
+
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+
+def _logprobs(steps):
+    """For every token generated, the logprobs of the likeliest tokens there."""
+    return [{token: entry.logprob for token, entry in step.items()} for step in steps]
+
+
+def main():
+    request = json.loads(sys.argv[1])
+    llm = LLM(
+        request["model"], dtype="float32", enforce_eager=True, max_model_len=1024, disable_log_stats=False,
+        **request["engine"],
+    )  # fmt: skip
+    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=5)
+    rounds = [llm.generate(request["prompts"], sampling, use_tqdm=False) for _ in range(request["rounds"])]
+    cache = llm.llm_engine.vllm_config.cache_config
+    counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    Path(sys.argv[2]).write_text(
+        json.dumps(
+            {
+                "tokens": [[list(answer.outputs[0].token_ids) for answer in answers] for answers in rounds],
+                "logprobs": [[_logprobs(answer.outputs[0].logprobs) for answer in answers] for answers in rounds],
+                "cached": [[answer.num_cached_tokens for answer in answers] for answers in rounds],
+                "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+                "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+import torch
+
+from turboquant_vllm.centring import KeyMean
+
+
+def observe(mean, key, slots):
+    mean.observe(key, torch.tensor(slots, device=key.device))
+
+
+def test_the_first_real_keys_set_the_mean_for_good(device):
+    key = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    mean = KeyMean(2, 64, device)
+    address = mean.mean.data_ptr()
+    observe(mean, key, [-1] * 5)
+    assert not mean.mean.any()
+    observe(mean, key, [7, -1, 3, -1, 0])
+    expected = key[[0, 2, 4]].float().mean(dim=0)
+    torch.testing.assert_close(mean.mean, expected)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    observe(mean, 2 * key, [1, 2, 3, 4, 5])
+    torch.testing.assert_close(mean.mean, expected)
+    assert mean.mean.data_ptr() == address
+
+
+def test_keys_that_are_not_finite_do_not_count(device):
+    key = torch.ones(4, 1, 64, device=device)
+    mean = KeyMean(1, 64, device)
+    observe(mean, key * torch.inf, [0, 1, 2, 3])
+    assert not mean.mean.any()
+    # Padding may hold anything.
+    key[3] = torch.nan
+    observe(mean, key, [0, 1, 2, -1])
+    assert (mean.mean == 1).all()
+
+
+def test_after_a_reset_the_next_keys_set_it(device):
+    mean = KeyMean(1, 64, device)
+    observe(mean, torch.ones(1, 1, 64, device=device), [0])
+    mean.reset()
+    assert not mean.mean.any()
+    observe(mean, torch.full((1, 1, 64), 3.0, device=device), [0])
+    assert (mean.mean == 3).all()

@@ -1,0 +1,177 @@
+"""Prefill over stored context against exact attention on the same context."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
+from turboquant_core.ops import cache_gather, cache_update
+from turboquant_vllm import prefill
+from turboquant_vllm.metadata import PrefillRows
+from turboquant_vllm.prefill import Prefill
+from turboquant_vllm.varlen import VarlenAttention
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    context_lens: tuple[int, ...] = (0, 70, 5)
+    query_lens: tuple[int, ...] = (20, 33, 1)
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 128
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    centred: bool = True
+
+
+CASES = {
+    "mixed": Case(),
+    "no context": Case(context_lens=(0, 0, 0)),
+    "context everywhere": Case(context_lens=(100, 17, 64)),
+    "not centred": Case(centred=False),
+    "window": Case(window=24),
+    "window within the chunk": Case(window=3),
+    "softcap": Case(softcap=2.0),
+    "sinks": Case(sinks=True),
+    "sinks and window": Case(sinks=True, window=24),
+    "softcap and window": Case(softcap=2.0, window=24),
+    "head_dim 64": Case(head_dim=64, num_heads=9, num_kv_heads=3),
+    "one row": Case(context_lens=(300,), query_lens=(40,)),
+}
+
+
+def flash_version(device, case):
+    if device.type == "cpu":
+        return None
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    return get_flash_attn_version(head_size=case.head_dim, has_sinks=case.sinks)
+
+
+class Inputs:
+    """Random vectors with large key means, stored up to the end of every row."""
+
+    def __init__(self, case, device, dtype=torch.bfloat16):
+        self.case, self.dtype = case, dtype
+        generator = torch.Generator().manual_seed(0)
+        total, d = sum(case.context_lens) + sum(case.query_lens), case.head_dim
+
+        def draw(*shape):
+            return torch.randn(*shape, generator=generator).to(device, self.dtype)
+
+        offset = 4 * draw(case.num_kv_heads, d)
+        self.keys = draw(total, case.num_kv_heads, d) + offset
+        self.values = draw(total, case.num_kv_heads, d)
+        self.queries = draw(sum(case.query_lens), case.num_heads, d)
+        self.mean = offset.float() if case.centred else None
+        self.layout = KVCacheLayout(TurboQuantConfig(d, 4, 4), case.num_kv_heads, BLOCK_SIZE)
+        lens = [c + q for c, q in zip(case.context_lens, case.query_lens, strict=True)]
+        width = -(-max(lens) // BLOCK_SIZE)
+        blocks = torch.randperm(len(lens) * width + 2, generator=generator)[: len(lens) * width]
+        self.table = blocks.view(len(lens), width).to(device, torch.int32)
+        self.pages = torch.full(
+            (len(blocks) + 2, case.num_kv_heads, self.layout.head_bytes), 255, dtype=torch.uint8, device=device
+        )
+        slots, self.own, start = [], [], 0
+        for row, length in enumerate(lens):
+            position = torch.arange(length, device=device)
+            slots.append(self.table[row, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE)
+            self.own += range(start + case.context_lens[row], start + length)
+            start += length
+        cache_update(self.keys, self.values, self.pages, torch.cat(slots), self.layout, key_mean=self.mean)
+        self.sinks = draw(case.num_heads) if case.sinks else None
+        query_lens = torch.tensor(case.query_lens, device=device)
+        self.rows = PrefillRows(
+            num_tokens=sum(case.query_lens),
+            max_query_len=max(case.query_lens),
+            query_start_loc=torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).int(),
+            context_lens=torch.tensor(case.context_lens, dtype=torch.int32, device=device),
+            context_lens_cpu=list(case.context_lens),
+            query_lens_cpu=list(case.query_lens),
+            block_table=self.table,
+        )
+
+    def attend(self):
+        case = self.case
+        attention = VarlenAttention(
+            case.head_dim**-0.5, case.window, case.softcap, flash_version(self.queries.device, case)
+        )
+        rotation = Rotation(case.head_dim).matrix.to(self.queries.device, torch.float32)
+        return Prefill(attention, self.layout, self.sinks)(
+            self.queries, self.keys[self.own], self.values[self.own], self.pages, self.rows, rotation, self.mean
+        )
+
+    def exact(self, dtype=torch.float64):
+        """Attention on what is stored of the context and on the rows' own keys and values, as a window has them."""
+        case, outputs, first = self.case, [], 0
+        starts = torch.zeros(1, dtype=torch.int32, device=self.queries.device)
+        rotation = Rotation(case.head_dim).matrix.to(self.queries.device)
+        for row, (context, own) in enumerate(zip(case.context_lens, case.query_lens, strict=True)):
+            length = context + own
+            lens = torch.full_like(starts, length)
+            key, value, _ = cache_gather(
+                self.pages, self.table[row : row + 1], lens, self.layout, dtype=torch.float32, max_tokens=length
+            )
+            key, value = key.double() @ rotation, value.double() @ rotation
+            if self.mean is not None:
+                key = key + self.mean.double()
+            if case.window is None or not any(case.context_lens):
+                picked = self.own[first : first + own]
+                key[context:], value[context:] = self.keys[picked].double(), self.values[picked].double()
+            group = case.num_heads // case.num_kv_heads
+            q = self.queries[first : first + own].to(dtype).transpose(0, 1)
+            k, v = (x.to(dtype).transpose(0, 1).repeat_interleave(group, 0) for x in (key, value))
+            logits = (q @ k.transpose(1, 2)).to(torch.promote_types(dtype, torch.float32)) * case.head_dim**-0.5
+            if case.softcap:
+                logits = case.softcap * (logits / case.softcap).tanh()
+            position = torch.arange(length, device=q.device)
+            behind = position[context:, None] - position
+            logits = logits.masked_fill((behind < 0) | (behind >= (case.window or length)), -math.inf)
+            if self.sinks is not None:
+                logits = torch.cat([logits, self.sinks.to(logits)[:, None, None].expand(-1, own, 1)], dim=-1)
+            weights = logits.softmax(-1)[..., :length].to(dtype)
+            outputs.append((weights @ v).transpose(0, 1))
+            first += own
+        return torch.cat(outputs).double()
+
+
+def relative_error(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_accurate(inputs):
+    """About as accurate as a low-precision eager attention, which has no rotated query to round."""
+    exact = inputs.exact()
+    bound = 1.2 * relative_error(inputs.exact(inputs.dtype), exact) if inputs.dtype == torch.bfloat16 else 1e-5
+    assert relative_error(inputs.attend(), exact) <= bound
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_is_attention_on_stored_context_and_own_tokens(device, name):
+    assert_accurate(Inputs(CASES[name], device))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_on_a_cpu_in_float32(name):
+    assert_accurate(Inputs(CASES[name], torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.parametrize("workspace", [3, 48, 1000])
+def test_the_size_of_the_workspace_does_not_matter(device, monkeypatch, workspace):
+    monkeypatch.setattr(prefill, "WORKSPACE_TOKENS", workspace)
+    assert_accurate(Inputs(Case(context_lens=(100, 0, 64)), device))
+
+
+def test_rows_do_not_see_each_other(device):
+    inputs = Inputs(Case(), device)
+    alone = Inputs(Case(), device)
+    alone.values[: sum(inputs.case.query_lens[:1])] = math.nan
+    out = alone.attend()
+    expected = inputs.attend()
+    assert out[:20].isnan().all()
+    torch.testing.assert_close(out[20:], expected[20:], rtol=0, atol=0)

@@ -1,0 +1,34 @@
+import pytest
+
+from turboquant_vllm.settings import Settings
+
+
+def test_four_bits_centred_unless_told_otherwise():
+    config = Settings.of({}).cache_config(head_dim=128)
+    assert (config.key_bits, config.value_bits, config.center_keys) == (4, 4, True)
+    assert config.slot_bytes == 132
+
+
+@pytest.mark.parametrize(
+    ("chosen", "bits"),
+    [({"preset": "k6v4"}, (6, 4)), ({"preset": "tq3"}, (3, 3)), ({"key_bits": 8}, (8, 4)), ({"value_bits": 2}, (4, 2))],
+)
+def test_presets_and_bits(chosen, bits):
+    config = Settings.of({"turboquant": chosen}).cache_config(head_dim=64)
+    assert (config.key_bits, config.value_bits) == bits
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"preset": "tq9"}, "preset is 'tq9'; it must be one of tq4"),
+        ({"bits": 4}, "turboquant has 'bits'; it may have preset, key_bits, value_bits, center_keys"),
+        ({"key_bits": 7}, "key_bits is 7; it must be one of"),
+        ({"preset": "tq2.5"}, "stores 2.5 bits, which the kernels do not read"),
+        ({"center_keys": "yes"}, "center_keys is 'yes'; it must be true or false"),
+        ("tq4", "turboquant is 'tq4'; it must be an object"),
+    ],
+)
+def test_what_is_unknown_is_named(chosen, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        Settings.of({"turboquant": chosen})
