@@ -2,11 +2,13 @@ from importlib.metadata import entry_points, requires
 
 import pytest
 import vllm
+from vllm.config import cache
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import turboquant_vllm
 from turboquant_vllm import _compat
+from turboquant_vllm.settings import PRESETS
 
 
 def test_vllm_finds_the_plugin_and_may_load_it_twice():
@@ -41,3 +43,10 @@ def test_metadata_asks_for_vllm_and_a_bounded_core():
     required = requires("turboquant-vllm")
     assert any(line.startswith("vllm") for line in required)
     assert any(line.startswith("turboquant-core") and "<" in line for line in required)
+
+
+@pytest.mark.skipif(not hasattr(cache, "register_kv_cache_dtype"), reason="vLLM before 0.33 has no such hook")
+def test_presets_are_types_of_the_cache():
+    for _ in range(2):
+        turboquant_vllm.register()
+    assert [cache.KV_CACHE_DTYPES.count(preset) for preset in PRESETS] == [1] * len(PRESETS)

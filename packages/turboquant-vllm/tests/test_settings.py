@@ -32,3 +32,11 @@ def test_presets_and_bits(chosen, bits):
 def test_what_is_unknown_is_named(chosen, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Settings.of({"turboquant": chosen})
+
+
+def test_a_preset_may_be_given_as_the_type_of_the_cache():
+    assert Settings.of({}, "k8v4") == Settings(preset="k8v4")
+    assert Settings.of({"turboquant": {"center_keys": False}}, "tq3") == Settings(preset="tq3", center_keys=False)
+    assert Settings.of({}, "bfloat16") == Settings()
+    with pytest.raises(ValueError, match="kv_cache_dtype is tq3 and turboquant has preset 'tq4'; give one"):
+        Settings.of({"turboquant": {"preset": "tq4"}}, "tq3")

@@ -16,8 +16,10 @@ def register() -> None:
         RuntimeError: If this version of vLLM has no hook for smaller pages.
     """
     from turboquant_vllm import _compat
+    from turboquant_vllm.settings import PRESETS
 
     _compat.check_version()
+    _compat.register_kv_cache_dtypes(PRESETS)
     _compat.register_backends(
         custom="turboquant_vllm.backend.TurboQuantBackend", cpu="turboquant_vllm.cpu_slot.SelectedBackend"
     )

@@ -1,8 +1,10 @@
 """What differs between the versions of vLLM."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 import vllm
 from packaging.version import Version
 
@@ -39,6 +41,32 @@ def register_backends(custom: str, cpu: str) -> None:
     register_backend(AttentionBackendEnum.CUSTOM, custom)
     if current_platform.is_cpu():
         register_backend(AttentionBackendEnum.CPU_ATTN, cpu)
+
+
+def register_kv_cache_dtypes(names: Iterable[str]) -> None:
+    """Let vLLM 0.33 and newer take these for `--kv-cache-dtype`; older versions refuse them when they parse it."""
+    from vllm.config import cache
+
+    register = getattr(cache, "register_kv_cache_dtype", None)
+    if register is None:
+        return
+    for name in names:
+        if name not in cache.KV_CACHE_DTYPES:
+            register(name)(type(f"{name}_handler", (_Bytes,), {"name": name}))
+
+
+class _Bytes:
+    """What vLLM asks of a type of its own for the cache."""
+
+    def torch_dtype(self) -> torch.dtype:
+        """Pages are bytes."""
+        return torch.uint8
+
+    def quant_mode(self) -> Any:
+        """No kernel of vLLM's reads them."""
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        return KVQuantMode.CUSTOM
 
 
 def current_config() -> Any:

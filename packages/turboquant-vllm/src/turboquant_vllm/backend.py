@@ -104,5 +104,11 @@ def process_settings() -> Settings:
     global _latest
     config = current_config()
     if config is not None:
-        _latest = Settings.of(config.additional_config)
+        _latest = Settings.of(config.additional_config, config.cache_config.cache_dtype)
     return _latest
+
+
+def engine_kv_cache_dtype() -> str:
+    """What `--kv-cache-dtype` was given, in the context of a configuration."""
+    config = current_config()
+    return "auto" if config is None else str(config.cache_config.cache_dtype)

@@ -8,7 +8,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboquant_core import KVCacheLayout, Rotation
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_vllm.backend import process_settings
+from turboquant_vllm.backend import engine_kv_cache_dtype, process_settings
 from turboquant_vllm.centring import KeyMean
 from turboquant_vllm.metadata import TurboQuantMetadata
 from turboquant_vllm.prefill import WORKSPACE_TOKENS, Prefill
@@ -40,6 +40,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
             attn_type=attn_type,
             alibi_slopes=alibi_slopes,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            engine_kv_cache_dtype=engine_kv_cache_dtype(),
             extra=extra,
         )
         settings = process_settings()

@@ -8,6 +8,8 @@ from turboquant_core import TurboQuantConfig
 from turboquant_core.config import preset_bits
 
 KEY = "turboquant"
+# Those of whole bits, which the kernels read.
+PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Settings:
             if bits != int(bits):
                 raise ValueError(
                     f"{self.preset} stores {bits} bits, which the kernels do not read. "
-                    "Use a preset of whole bits: tq4, tq3, tq2, k6v4 or k8v4."
+                    f"Use a preset of whole bits: {', '.join(PRESETS)}."
                 )
         if not isinstance(self.center_keys, bool):
             raise ValueError(f"center_keys is {self.center_keys!r}; it must be true or false")
@@ -50,11 +52,11 @@ class Settings:
         )
 
     @classmethod
-    def of(cls, additional_config: Any) -> "Settings":
-        """The settings in vLLM's additional configuration.
+    def of(cls, additional_config: Any, kv_cache_dtype: str = "auto") -> "Settings":
+        """The settings in vLLM's additional configuration, or of a preset given as `--kv-cache-dtype`.
 
         Raises:
-            ValueError: If a name or a value is unknown.
+            ValueError: If a name or a value is unknown, or two presets are given.
         """
         chosen = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(chosen, Mapping):
@@ -63,4 +65,10 @@ class Settings:
         for name in chosen:
             if name not in known:
                 raise ValueError(f"{KEY} has {name!r}; it may have {', '.join(known)}")
+        if kv_cache_dtype in PRESETS:
+            if chosen.get("preset", kv_cache_dtype) != kv_cache_dtype:
+                raise ValueError(
+                    f"kv_cache_dtype is {kv_cache_dtype} and {KEY} has preset {chosen['preset']!r}; give one of them"
+                )
+            chosen = {**chosen, "preset": kv_cache_dtype}
         return cls(**chosen)
