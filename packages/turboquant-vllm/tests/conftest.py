@@ -40,26 +40,34 @@ def model_folder(tmp_path_factory):
     return folder
 
 
+TINY = {
+    "vocab_size": 500,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.1,
+}
+WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
 @pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory):
-    """A random model whose heads two ranks can share, without a tokenizer."""
+def tiny_model(tmp_path_factory):
+    """Makes a folder with a small random model of an architecture, whose heads two ranks can share, and no tokenizer."""
     import transformers
 
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=500,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    def make(architecture):
+        options = {"Llama": {}, "Gemma2": {"attn_logit_softcapping": 5.0, **WINDOWS}, "Gemma3Text": WINDOWS}
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{architecture}Config")(**TINY, **options[architecture])
+        folder = tmp_path_factory.mktemp(architecture)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -75,12 +75,24 @@ def test_the_cache_holds_as_many_more_tokens_as_its_slots_are_smaller(generate, 
     assert found["kv_tokens"] / uncompressed["kv_tokens"] == pytest.approx(512 / slot_bytes, rel=0.01)
 
 
-def test_two_ranks_give_the_text_of_one(generate, tiny_model_folder):
-    prompts = [{"prompt_token_ids": list(range(start, 300, 7))} for start in (3, 5)]
-    tiny = {"model": tiny_model_folder, "skip_tokenizer_init": True, "max_tokens": 30, **EIGHT_BITS}
-    plain = generate(prompts, **tiny)
-    found = generate(prompts, tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **tiny)
+TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
+TINY = {"skip_tokenizer_init": True, "max_tokens": 30}
+
+
+def test_two_ranks_give_the_text_of_one(generate, tiny_model):
+    tiny = {"model": tiny_model("Llama"), **TINY, **EIGHT_BITS}
+    plain = generate(TOKENS, **tiny)
+    found = generate(TOKENS, tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **tiny)
     assert_same_but_for_ties(found, plain)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2", "Gemma3Text"])
+def test_layers_with_and_without_windows(generate, tiny_model, architecture):
+    tiny = {"model": tiny_model(architecture), **TINY, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+    expected = generate(TOKENS, **tiny)
+    found = generate(TOKENS, **tiny, **EIGHT_BITS)
+    assert_same_but_for_ties(found, expected)
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(512 / 132, rel=0.02)
 
 
 def shortened(answer, max_tokens):
