@@ -56,7 +56,7 @@ WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_atte
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Makes a folder with a small random model of an architecture, whose heads two ranks can share, and no tokenizer."""
+    """Makes a folder with a small random model of an architecture: two ranks can share its heads; no tokenizer."""
     import transformers
 
     def make(architecture):
