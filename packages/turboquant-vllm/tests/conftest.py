@@ -76,12 +76,13 @@ def generate(model_folder, tmp_path_factory):
     answers = {}
     answer = tmp_path_factory.mktemp("engine") / "answer.json"
 
-    def run(prompts, *, model=model_folder, max_tokens=40, rounds=1, env=None, **engine):
+    def run(prompts, *, model=model_folder, max_tokens=40, rounds=1, prompt_logprobs=None, env=None, **engine):
         request = {
             "model": str(model),
             "prompts": prompts,
             "max_tokens": max_tokens,
             "rounds": rounds,
+            "prompt_logprobs": prompt_logprobs,
             "engine": engine,
         }
         key = json.dumps(request, sort_keys=True)

@@ -18,7 +18,13 @@ def main():
         request["model"], dtype="float32", enforce_eager=True, max_model_len=1024, disable_log_stats=False,
         **request["engine"],
     )  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, logprobs=5)
+    sampling = SamplingParams(
+        temperature=0,
+        max_tokens=request["max_tokens"],
+        ignore_eos=True,
+        logprobs=5,
+        prompt_logprobs=request["prompt_logprobs"],
+    )
     rounds = [llm.generate(request["prompts"], sampling, use_tqdm=False) for _ in range(request["rounds"])]
     cache = llm.llm_engine.vllm_config.cache_config
     counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
@@ -27,6 +33,10 @@ def main():
             {
                 "tokens": [[list(answer.outputs[0].token_ids) for answer in answers] for answers in rounds],
                 "logprobs": [[_logprobs(answer.outputs[0].logprobs) for answer in answers] for answers in rounds],
+                # The first token of a prompt has none.
+                "prompt_logprobs": [
+                    [_logprobs((answer.prompt_logprobs or [])[1:]) for answer in answers] for answers in rounds
+                ],
                 "cached": [[answer.num_cached_tokens for answer in answers] for answers in rounds],
                 "kv_tokens": cache.num_gpu_blocks * cache.block_size,
                 "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
