@@ -4,6 +4,8 @@ import math
 
 import pytest
 
+pytestmark = pytest.mark.real_weights
+
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 LONG = (
     "The old clockmaker told the children about the river, the mill and the winter when the clocks stood still. " * 12

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+pytestmark = pytest.mark.real_weights
+
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
