@@ -101,9 +101,8 @@ class Inputs:
         attention = VarlenAttention(
             case.head_dim**-0.5, case.window, case.softcap, flash_version(self.queries.device, case)
         )
-        rotation = Rotation(case.head_dim).matrix.to(self.queries.device, torch.float32)
         return Prefill(attention, self.layout, self.sinks)(
-            self.queries, self.keys[self.own], self.values[self.own], self.pages, self.rows, rotation, self.mean
+            self.queries, self.keys[self.own], self.values[self.own], self.pages, self.rows, self.mean
         )
 
     def exact(self, dtype=torch.float64):

@@ -62,7 +62,7 @@ class TurboQuantBackend(AttentionBackend):
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"keys have head_size {spec.head_size} and values {spec.head_size_v}; TurboQuant serves equal ones. "
-                "Leave --attention-backend out to serve this model uncompressed."
+                + support.INSTEAD
             )
         config = process_settings().cache_config(spec.head_size)
         return replace(spec, dtype=torch.uint8, state_content_bytes=config.slot_bytes)

@@ -6,13 +6,13 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from turboquant_core import KVCacheLayout, Rotation
+from turboquant_core import KVCacheLayout
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_vllm.backend import engine_kv_cache_dtype, process_settings
 from turboquant_vllm.centring import KeyMean
 from turboquant_vllm.metadata import TurboQuantMetadata
 from turboquant_vllm.prefill import WORKSPACE_TOKENS, Prefill
-from turboquant_vllm.support import check_layer
+from turboquant_vllm.support import INSTEAD, check_layer
 from turboquant_vllm.varlen import VarlenAttention
 
 
@@ -59,7 +59,6 @@ class TurboQuantImpl(AttentionImpl[Any]):
             self.scale, sliding_window, self.softcap, None if device.type == "cpu" else _flash_version(head_size, sinks)
         )
         self._float_sinks: torch.Tensor | None = None
-        self._rotation: torch.Tensor | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Prepare what depends on weights; after a reload the pages are gone, and with them their mean."""
@@ -118,9 +117,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if rows := attn_metadata.prefill:
             tokens = slice(first, first + rows.num_tokens)
             prefill = Prefill(self.varlen, layout, self.sinks)
-            output[tokens] = prefill(
-                query[tokens], key[tokens], value[tokens], pages, rows, self._rotation_on(query.device), self._mean
-            )
+            output[tokens] = prefill(query[tokens], key[tokens], value[tokens], pages, rows, self._mean)
         return output
 
     @property
@@ -129,13 +126,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, KVCacheLayout]:
         """Pages of vLLM's uint8 [num_blocks, num_kv_heads, block_size, slot_bytes], whose planes lie otherwise."""
-        _, num_kv_heads, block_size, _ = kv_cache.shape
-        return kv_cache.flatten(2), KVCacheLayout(self.config, num_kv_heads, block_size)
-
-    def _rotation_on(self, device: torch.device) -> torch.Tensor:
-        if self._rotation is None:
-            self._rotation = Rotation(self.head_size).matrix.to(device, torch.float32)
-        return self._rotation
+        num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+        # A view, which fails where flatten would copy and what is written would be lost.
+        return kv_cache.view(num_blocks, num_kv_heads, -1), KVCacheLayout(self.config, num_kv_heads, block_size)
 
     def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Take what prefill takes at most, for vLLM to leave that much free."""
@@ -153,6 +146,6 @@ def _flash_version(head_size: int, sinks: torch.Tensor | None) -> int:
     if version is None:
         raise ValueError(
             f"vLLM has no FlashAttention for head_size {head_size} on this GPU, which TurboQuant prefills with. "
-            "Leave --attention-backend out to serve this model uncompressed."
+            + INSTEAD
         )
     return version

@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_vllm.support import INSTEAD
 
 
 @dataclass
@@ -97,10 +98,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
         """Split the batch."""
         common = common_attn_metadata
         if common.causal is not True:
-            raise ValueError(
-                "TurboQuant attends causally, and this batch does not. "
-                "Leave --attention-backend out to serve this model uncompressed."
-            )
+            raise ValueError(f"TurboQuant attends causally, and this batch does not. {INSTEAD}")
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold
         )

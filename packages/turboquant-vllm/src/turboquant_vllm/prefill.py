@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turboquant_core import KVCacheLayout
+from turboquant_core import KVCacheLayout, Rotation
 from turboquant_core.ops import cache_gather
 from turboquant_vllm.metadata import PrefillRows
 from turboquant_vllm.varlen import VarlenAttention, merge
@@ -38,7 +38,6 @@ class Prefill:
         value: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
-        rotation: torch.Tensor,
         key_mean: torch.Tensor | None,
     ) -> torch.Tensor:
         """The output of all rows; their keys and values are stored already.
@@ -49,24 +48,23 @@ class Prefill:
             value: The same for values.
             pages: uint8 [num_blocks, num_kv_heads, head_bytes].
             rows: Of the query.
-            rotation: Π, float32 [head_dim, head_dim].
             key_mean: float32 [num_kv_heads, head_dim], subtracted from stored keys; None if none was.
         """
         if not rows.max_context_len:
             return self._own(query, key, value, rows)[0]
         if self.attention.window is not None:
-            return self._windowed(query, pages, rows, rotation, key_mean)
+            return self._windowed(query, pages, rows, key_mean)
         own = self._own(query, key, value, rows)
-        rotated = _multiply(query, rotation.T)
+        rotated = self._rotated(query)
         context: Attended | None = None
-        for part in self._context_parts(rotated, pages, rows, rotation, key_mean):
+        for part in self._context_parts(rotated, pages, rows, key_mean):
             context = part if context is None else merge(context, part, on_gpu=query.is_cuda)
         assert context is not None
         out, lse = context
         if key_mean is not None and not self.attention.softcap:
             # The mean's own score moves all logits on the context alike.
             lse = lse + self.attention.scale * _mean_scores(query, key_mean)
-        return merge((_multiply(out, rotation), lse), own, on_gpu=query.is_cuda)[0]
+        return merge((self._unrotated(out), lse), own, on_gpu=query.is_cuda)[0]
 
     def _own(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PrefillRows) -> Attended:
         """Attention of the rows' tokens on each other; the sinks count here."""
@@ -87,7 +85,6 @@ class Prefill:
         rotated: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
-        rotation: torch.Tensor,
         key_mean: torch.Tensor | None,
     ) -> Iterator[Attended]:
         """Attention on the contexts, equally many tokens of every row at a time."""
@@ -96,9 +93,7 @@ class Prefill:
             lens = [min(max(length - start, 0), step) for length in rows.context_lens_cpu]
             ends = rows.context_lens.clamp(max=start + step)
             starts = torch.full_like(ends, start).minimum(ends)
-            key, value, start_loc = self._gather(
-                pages, rows, starts, ends, sum(lens), rotated.dtype, rotation, key_mean
-            )
+            key, value, start_loc = self._gather(pages, rows, starts, ends, sum(lens), rotated.dtype, key_mean)
             yield self.attention(
                 rotated, key, value, rows.query_start_loc, start_loc, rows.max_query_len, max(lens), causal=False
             )
@@ -108,7 +103,6 @@ class Prefill:
         query: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
-        rotation: torch.Tensor,
         key_mean: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention on what the windows reach, the rows' own tokens as stored too: one call, aligned at its end."""
@@ -120,10 +114,10 @@ class Prefill:
             min(context, before) + own for context, own in zip(rows.context_lens_cpu, rows.query_lens_cpu, strict=True)
         ]
         key, value, start_loc = self._gather(
-            pages, rows, starts, ends, sum(lens), query.dtype, rotation, key_mean, add_mean=self.sinks is not None
+            pages, rows, starts, ends, sum(lens), query.dtype, key_mean, add_mean=self.sinks is not None
         )
         out, _ = self.attention(
-            _multiply(query, rotation.T),
+            self._rotated(query),
             key,
             value,
             rows.query_start_loc,
@@ -133,7 +127,7 @@ class Prefill:
             causal=True,
             sinks=self.sinks,
         )
-        return _multiply(out, rotation)
+        return self._unrotated(out)
 
     def _gather(
         self,
@@ -143,7 +137,6 @@ class Prefill:
         ends: torch.Tensor,
         num_tokens: int,
         dtype: torch.dtype,
-        rotation: torch.Tensor,
         key_mean: torch.Tensor | None,
         *,
         add_mean: bool = False,
@@ -161,13 +154,19 @@ class Prefill:
         )
         if whole:
             assert key_mean is not None
-            key, value = (key + key_mean @ rotation.T).to(dtype), value.to(dtype)
+            key, value = (key + self._rotation.rotate(key_mean)).to(dtype), value.to(dtype)
         return key, value, start_loc
 
+    @property
+    def _rotation(self) -> Rotation:
+        return Rotation(self.layout.config.head_dim)
 
-def _multiply(vectors: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Rounded once: a rotation rounded to 16 bits would cost as much accuracy again."""
-    return (vectors.float() @ matrix).to(vectors.dtype)
+    def _rotated(self, vectors: torch.Tensor) -> torch.Tensor:
+        # Rounded once: a rotation rounded to 16 bits would cost as much accuracy again.
+        return self._rotation.rotate(vectors).to(vectors.dtype)
+
+    def _unrotated(self, vectors: torch.Tensor) -> torch.Tensor:
+        return self._rotation.unrotate(vectors).to(vectors.dtype)
 
 
 def _mean_scores(query: torch.Tensor, key_mean: torch.Tensor) -> torch.Tensor:

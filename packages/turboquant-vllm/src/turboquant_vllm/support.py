@@ -12,6 +12,7 @@ MIN_CAPABILITY = (8, 0)
 DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (*DTYPES, torch.float32)
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *PRESETS)
+INSTEAD = "Leave --attention-backend out to serve this model uncompressed."
 
 
 def check_layer(
@@ -29,9 +30,8 @@ def check_layer(
     Raises:
         ValueError: Naming what is not supported and what serves instead.
     """
-    instead = "Leave --attention-backend out to serve this model uncompressed."
     if head_size not in HEAD_SIZES:
-        raise ValueError(f"head_size is {head_size}; TurboQuant serves {', '.join(map(str, HEAD_SIZES))}. {instead}")
+        raise ValueError(f"head_size is {head_size}; TurboQuant serves {', '.join(map(str, HEAD_SIZES))}. {INSTEAD}")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ValueError(
             f"kv_cache_dtype is {kv_cache_dtype}; TurboQuant takes {', '.join(KV_CACHE_DTYPES)}: the bits of the cache "
@@ -43,13 +43,13 @@ def check_layer(
             "TurboQuant. Leave --kv-cache-dtype-skip-layers out."
         )
     if attn_type != "decoder":
-        raise ValueError(f"attn_type is {attn_type}; TurboQuant serves decoder attention. {instead}")
+        raise ValueError(f"attn_type is {attn_type}; TurboQuant serves decoder attention. {INSTEAD}")
     if alibi_slopes is not None:
-        raise ValueError(f"ALiBi is not supported by TurboQuant. {instead}")
+        raise ValueError(f"ALiBi is not supported by TurboQuant. {INSTEAD}")
     if kv_sharing_target_layer_name is not None:
         raise ValueError(
-            f"a layer that shares the cache of {kv_sharing_target_layer_name} is not supported by TurboQuant. {instead}"
+            f"a layer that shares the cache of {kv_sharing_target_layer_name} is not supported by TurboQuant. {INSTEAD}"
         )
     for name, value in extra.items():
         if value is not None and value != -1:
-            raise ValueError(f"a layer with {name}={value!r} is not supported by TurboQuant. {instead}")
+            raise ValueError(f"a layer with {name}={value!r} is not supported by TurboQuant. {INSTEAD}")
