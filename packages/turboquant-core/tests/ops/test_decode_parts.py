@@ -11,7 +11,14 @@ import triton.language as tl
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import paths
 from turboquant_core.ops.kernels.decode import portable_lookup
-from turboquant_core.ops.kernels.decode.launch import Card, DecodeShape, fragment_launch, portable_launch
+from turboquant_core.ops.kernels.decode.launch import (
+    Card,
+    DecodeShape,
+    fragment_launch,
+    padded_batch,
+    portable_launch,
+    representative_batches,
+)
 from turboquant_core.ops.kernels.decode.lookup import (
     MAX_POLYNOMIAL_ERROR,
     evaluate_odd,
@@ -325,6 +332,21 @@ def test_only_tiles_that_are_seen_count(device, tile, window, row_lens, padded):
 # ----------------------------------------------------------------------------------------------------------- launch
 
 CARDS = [Card((9, 0), 132), Card((8, 0), 108), Card((8, 6), 84), Card((7, 5), 40), Card((0, 0), 2)]
+
+
+@pytest.mark.parametrize("choose", [fragment_launch, portable_launch])
+@pytest.mark.parametrize("max_row_tokens", [16, 8192])
+@pytest.mark.parametrize("num_columns", [1, 4, 20])
+def test_every_batch_launches_the_kernels_of_a_representative(choose, max_row_tokens, num_columns):
+    def launch_of(batch):
+        return choose(DecodeShape(batch, 8, 128, 4, 4, num_columns, batch * max_row_tokens), Card((9, 0), 132))
+
+    def kernels(batch):
+        return replace(launch_of(batch), num_workers=0), padded_batch(batch)
+
+    representatives = representative_batches(launch_of, 300)
+    assert {kernels(batch) for batch in range(1, 301)} == {kernels(batch) for batch in representatives}
+    assert len({kernels(batch) for batch in representatives}) == len(representatives) < 15
 
 
 @pytest.mark.parametrize("choose", [fragment_launch, portable_launch])

@@ -11,6 +11,8 @@ from turboquant_core.ops.kernels.split_rotation import padded_octet
 from turboquant_core.ops.reference.cache_gather import cumulative_lengths, empty_output
 
 BLOCK_TOKENS = 32
+# Rows are padded to a power of two, at least this: every size is another kernel to compile.
+MIN_BLOCK_BATCH = 16
 
 
 def cache_gather(
@@ -62,13 +64,16 @@ def cache_gather(
             value_scales=layout.value_scales.offset,
             scale_stride=layout.key_scales.slot_stride,
             has_starts=starts is not None,
-            block_batch=triton.next_power_of_2(batch),
+            block_batch=max(MIN_BLOCK_BATCH, triton.next_power_of_2(batch)),
             block_tokens=BLOCK_TOKENS,
         )
     return keys, values, cu_seqlens
 
 
-@triton.jit(do_not_specialize=["batch", "max_tokens"])
+# Of a batch's rows some prefill: where theirs begin in a block table is any entry.
+@triton.jit(
+    do_not_specialize=["batch", "max_tokens"], do_not_specialize_on_alignment=["block_table", "cu_seqlens", "starts"]
+)
 def _gather_kernel(
     keys,
     values,

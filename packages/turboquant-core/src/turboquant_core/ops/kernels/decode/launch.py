@@ -1,6 +1,7 @@
 """How decode attention is launched: a pure function of shapes and card."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 MANY_ROWS = 16
 
@@ -79,6 +80,15 @@ class DecodeLaunch:
 def padded_batch(batch: int) -> int:
     """Rows as a power of two, at least 32: every size is another kernel to compile."""
     return max(32, 1 << (batch - 1).bit_length())
+
+
+def representative_batches(launch_of: Callable[[int], DecodeLaunch], max_batch: int) -> list[int]:
+    """The smallest batch for every set of kernels that batches from 1 to max_batch are launched with."""
+    smallest: dict[tuple[DecodeLaunch, int], int] = {}
+    for batch in range(1, max_batch + 1):
+        # The number of workers is an argument; all else is compiled in.
+        smallest.setdefault((replace(launch_of(batch), num_workers=0), padded_batch(batch)), batch)
+    return list(smallest.values())
 
 
 def overlapped(launch: DecodeLaunch) -> dict[str, bool]:

@@ -54,12 +54,8 @@ def run_decode_attention(
     key_bits, value_bits = int(config.key_bits), int(config.value_bits)
     device = query.device
     if launch is None:
-        pages_per_row = 1 if block_table is None else block_table.shape[1]
-        shape = DecodeShape(
-            batch, num_kv_heads, head_dim, key_bits, value_bits, group * query_len, batch * pages_per_row * block_size
-        )
-        choose = fragment_launch if path == "fragment" else portable_launch
-        launch = choose(shape, card_of(device))
+        max_row_tokens = block_size * (1 if block_table is None else block_table.shape[1])
+        launch = choose_launch(path, config, batch, num_kv_heads, group * query_len, max_row_tokens, device)
     slots, padded = launch.num_workers + batch, launch.padded_columns
     query_rotation, output_rotation = _rotations(head_dim, key_bits, value_bits, path == "fragment", device)
     num_positions = query_rotation.shape[0]
@@ -98,6 +94,28 @@ def run_decode_attention(
         block_dim=block_dim, block_channels=min(launch.merge_channels, block_dim), precision=precision,
         overlap=launch.overlap, num_warps=launch.merge_warps, **overlapped(launch),
     )  # fmt: skip
+
+
+def choose_launch(
+    path: KernelPath,
+    config: TurboQuantConfig,
+    batch: int,
+    num_kv_heads: int,
+    num_columns: int,
+    max_row_tokens: int,
+    device: torch.device,
+) -> DecodeLaunch:
+    """The launch for a batch of rows of up to max_row_tokens stored tokens, with num_columns queries a KV head."""
+    shape = DecodeShape(
+        batch,
+        num_kv_heads,
+        config.head_dim,
+        int(config.key_bits),
+        int(config.value_bits),
+        num_columns,
+        batch * max_row_tokens,
+    )
+    return (fragment_launch if path == "fragment" else portable_launch)(shape, card_of(device))
 
 
 @cache
