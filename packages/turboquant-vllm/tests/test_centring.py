@@ -3,13 +3,17 @@ import torch
 from turboquant_vllm.centring import KeyMean
 
 
+def serving():
+    return True
+
+
 def observe(mean, key, slots):
     mean.observe(key, torch.tensor(slots, device=key.device))
 
 
 def test_the_first_real_keys_set_the_mean_for_good(device):
     key = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
-    mean = KeyMean(2, 64, device)
+    mean = KeyMean(2, 64, device, serving)
     address = mean.mean.data_ptr()
     observe(mean, key, [-1] * 5)
     assert not mean.mean.any()
@@ -25,7 +29,7 @@ def test_the_first_real_keys_set_the_mean_for_good(device):
 
 def test_keys_that_are_not_finite_do_not_count(device):
     key = torch.ones(4, 1, 64, device=device)
-    mean = KeyMean(1, 64, device)
+    mean = KeyMean(1, 64, device, serving)
     observe(mean, key * torch.inf, [0, 1, 2, 3])
     assert not mean.mean.any()
     # Padding may hold anything.
@@ -35,9 +39,19 @@ def test_keys_that_are_not_finite_do_not_count(device):
 
 
 def test_after_a_reset_the_next_keys_set_it(device):
-    mean = KeyMean(1, 64, device)
+    mean = KeyMean(1, 64, device, serving)
     observe(mean, torch.ones(1, 1, 64, device=device), [0])
     mean.reset()
     assert not mean.mean.any()
+    observe(mean, torch.full((1, 1, 64), 3.0, device=device), [0])
+    assert (mean.mean == 3).all()
+
+
+def test_keys_of_the_warm_up_do_not_count(device):
+    over = []
+    mean = KeyMean(1, 64, device, lambda: bool(over))
+    observe(mean, torch.ones(1, 1, 64, device=device), [0])
+    assert not mean.mean.any()
+    over.append(True)
     observe(mean, torch.full((1, 1, 64), 3.0, device=device), [0])
     assert (mean.mean == 3).all()

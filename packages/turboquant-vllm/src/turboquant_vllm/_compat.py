@@ -1,7 +1,7 @@
 """What differs between the versions of vLLM."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -67,6 +67,36 @@ class _Bytes:
         from vllm.v1.kv_cache_interface import KVQuantMode
 
         return KVQuantMode.CUSTOM
+
+
+def start_up_is_over(config: Any) -> Callable[[], bool]:
+    """Asks whether the engine of this configuration, which is being built, is past its warm-up.
+
+    The second model runner warms up with made-up prompts whose keys are stored like real ones. After that, and not
+    before, vLLM begins to watch its process for kernels that are compiled late.
+
+    Raises:
+        ValueError: If vLLM watches already, for an engine before this one in the same process.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils import jit_monitor
+
+    if config is None or current_platform.is_cpu() or not config.use_v2_model_runner:
+        return lambda: True
+    from vllm.v1.worker.gpu_worker import Worker
+
+    # Before vLLM 0.30 or so every engine warmed up.
+    may_skip = hasattr(Worker, "_maybe_activate_jit_monitor")
+    if may_skip and not config.kernel_config.enable_jit_warmup:
+        return lambda: True
+    if jit_monitor.is_active():
+        raise ValueError(
+            "this process has run another engine of vLLM before, and TurboQuant would take the prompts of this one's "
+            "warm-up for real ones and their keys for typical. Let every engine have its own process "
+            "(VLLM_ENABLE_V1_MULTIPROCESSING=1, as is vLLM's default), give a calibration file, or set "
+            "enforce_eager=True or {'turboquant': {'center_keys': False}}."
+        )
+    return jit_monitor.is_active
 
 
 def current_config() -> Any:

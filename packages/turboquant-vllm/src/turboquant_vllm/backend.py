@@ -37,7 +37,7 @@ class TurboQuantBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type:
         """The class that describes a batch."""
-        from turboquant_vllm.metadata import TurboQuantMetadataBuilder
+        from turboquant_vllm.builder import TurboQuantMetadataBuilder
 
         return TurboQuantMetadataBuilder
 

@@ -1,5 +1,7 @@
 """The key mean of a layer: taken once, on the device, from the first real prefill."""
 
+from collections.abc import Callable
+
 import torch
 from vllm.logger import init_logger
 
@@ -18,9 +20,12 @@ class KeyMean:
         mean: float32 [num_kv_heads, head_dim], always at the same address.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self, num_kv_heads: int, head_dim: int, device: torch.device, start_up_is_over: Callable[[], bool]
+    ) -> None:
         self.mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device)
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._start_up_is_over = start_up_is_over
         self._answer: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._frozen = False
 
@@ -35,8 +40,10 @@ class KeyMean:
 
         Nothing waits for the device: whether it was taken is read back while other work goes on.
         """
+        if self._frozen or not self._start_up_is_over():
+            return
         # While a graph is captured there are no real keys, and asking an event would end the capture.
-        if self._frozen or (key.is_cuda and torch.cuda.is_current_stream_capturing()) or self._read_back():
+        if (key.is_cuda and torch.cuda.is_current_stream_capturing()) or self._read_back():
             return
         real = slot_mapping >= 0
         count = real.sum()

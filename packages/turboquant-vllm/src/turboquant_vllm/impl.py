@@ -8,6 +8,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.ops import cache_update, decode_attention
+from turboquant_vllm._compat import current_config, start_up_is_over
 from turboquant_vllm.backend import engine_kv_cache_dtype, process_settings
 from turboquant_vllm.centring import KeyMean
 from turboquant_vllm.metadata import TurboQuantMetadata
@@ -54,7 +55,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self.sinks = sinks
         self.config = settings.cache_config(head_size)
         device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
-        self.key_mean = KeyMean(self.num_kv_heads, head_size, device) if settings.center_keys else None
+        self.key_mean: KeyMean | None = None
+        if settings.center_keys:
+            self.key_mean = KeyMean(self.num_kv_heads, head_size, device, start_up_is_over(current_config()))
         self.varlen = VarlenAttention(
             self.scale, sliding_window, self.softcap, None if device.type == "cpu" else _flash_version(head_size, sinks)
         )

@@ -1,14 +1,8 @@
 """What one batch looks like: decode rows first, then prefill rows."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_vllm.support import INSTEAD
 
 
 @dataclass
@@ -69,69 +63,3 @@ class TurboQuantMetadata:
 
     decode: DecodeRows | None
     prefill: PrefillRows | None
-
-
-class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
-    """Builds `TurboQuantMetadata` without waiting for the device."""
-
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        # Longer drafts are verified as prefills.
-        self.reorder_batch_threshold: int = self.reorder_batch_threshold or 1
-        if self.reorder_batch_threshold > MAX_QUERY_LEN:
-            self.reorder_batch_threshold = 1
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Graphs hold decode rows: one token each, or those of a draft that decode attention takes."""
-        speculative = vllm_config.speculative_config
-        if speculative is not None and (speculative.num_speculative_tokens or 0) + 1 > MAX_QUERY_LEN:
-            return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-        return cls._cudagraph_support
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> TurboQuantMetadata:
-        """Split the batch."""
-        common = common_attn_metadata
-        if common.causal is not True:
-            raise ValueError(f"TurboQuant attends causally, and this batch does not. {INSTEAD}")
-        num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = split_decodes_and_prefills(
-            common, decode_threshold=self.reorder_batch_threshold
-        )
-        decode = prefill = None
-        if num_decodes:
-            lens = common.query_start_loc_cpu[: num_decodes + 1].diff()
-            one_each = num_decode_tokens == num_decodes and common.max_query_len == 1
-            decode = DecodeRows(
-                num_tokens=num_decode_tokens,
-                max_query_len=1 if one_each else max(1, int(lens.max())),
-                query_start_loc=None if one_each else common.query_start_loc[: num_decodes + 1],
-                seq_lens=common.seq_lens[:num_decodes],
-                block_table=common.block_table_tensor[:num_decodes],
-            )
-        if num_prefills:
-            prefill = _prefill_rows(common, num_decodes, num_prefill_tokens)
-        return TurboQuantMetadata(decode, prefill)
-
-
-def _prefill_rows(common: CommonAttentionMetadata, first: int, num_tokens: int) -> PrefillRows:
-    rows = slice(first, common.num_reqs)
-    query_lens_cpu = common.query_start_loc_cpu[first : common.num_reqs + 1].diff()
-    # Exact for rows that prefill.
-    seq_lens_cpu = common.seq_lens_cpu_upper_bound
-    if seq_lens_cpu is None:
-        raise ValueError("vLLM gave no sequence lengths on the CPU, which prefill is planned with")
-    starts = common.query_start_loc[first : common.num_reqs + 1]
-    return PrefillRows(
-        num_tokens=num_tokens,
-        max_query_len=int(query_lens_cpu.max()),
-        query_start_loc=starts - starts[0],
-        context_lens=common.seq_lens[rows] - starts.diff(),
-        context_lens_cpu=(seq_lens_cpu[rows] - query_lens_cpu).tolist(),
-        query_lens_cpu=query_lens_cpu.tolist(),
-        block_table=common.block_table_tensor[rows],
-    )

@@ -1,0 +1,74 @@
+"""Compile kernels at start, before vLLM begins to watch for compilations that requests wait for."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from turboquant_core import KVCacheLayout
+from turboquant_core.ops import warm_up as warm_up_ops
+from turboquant_vllm.metadata import PrefillRows
+from turboquant_vllm.prefill import Prefill
+
+if TYPE_CHECKING:
+    from turboquant_vllm.impl import TurboQuantImpl
+
+logger = init_logger(__name__)
+# A context of one token and a chunk of as many tokens as decode attention does not take.
+CONTEXT_LEN, QUERY_LEN = 1, 9
+
+
+def warm_up(
+    kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, max_query_len: int, device: torch.device
+) -> None:
+    """Launch what the layers of one group launch: decode rows of up to max_query_len tokens, and prefill."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+    max_batch = vllm_config.scheduler_config.max_num_seqs
+    max_blocks = -(-vllm_config.model_config.max_model_len // kv_cache_spec.block_size)
+    dtype = vllm_config.model_config.dtype
+    unlike: dict[Any, TurboQuantImpl] = {}
+    for layer in layers.values():
+        impl = layer.impl
+        unlike.setdefault((impl.num_heads, impl.varlen, impl.sinks is None), impl)
+    logger.info_once("TurboQuant compiles its kernels.")
+    for impl in unlike.values():
+        layout = KVCacheLayout(impl.config, impl.num_kv_heads, kv_cache_spec.block_size)
+        warm_up_ops(
+            layout,
+            num_heads=impl.num_heads,
+            dtype=dtype,
+            device=device,
+            max_batch=max_batch,
+            max_blocks=max_blocks,
+            max_query_len=max_query_len,
+            window=impl.sliding_window,
+            softcap=impl.softcap,
+            has_sinks=impl.sinks is not None,
+            centred=impl.key_mean is not None,
+        )
+        # Rows are padded to powers of two.
+        for exponent in range(max_batch.bit_length() + 1):
+            _prefill(impl, layout, min(2**exponent, max_batch), dtype, device)
+
+
+def _prefill(
+    impl: "TurboQuantImpl", layout: KVCacheLayout, num_rows: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Prefill rows with a context each."""
+    num_tokens = num_rows * QUERY_LEN
+    query = torch.zeros(num_tokens, impl.num_heads, impl.head_size, dtype=dtype, device=device)
+    key = torch.zeros(num_tokens, impl.num_kv_heads, impl.head_size, dtype=dtype, device=device)
+    rows = PrefillRows(
+        num_tokens=num_tokens,
+        max_query_len=QUERY_LEN,
+        query_start_loc=torch.arange(num_rows + 1, dtype=torch.int32, device=device) * QUERY_LEN,
+        context_lens=torch.full((num_rows,), CONTEXT_LEN, dtype=torch.int32, device=device),
+        context_lens_cpu=[CONTEXT_LEN] * num_rows,
+        query_lens_cpu=[QUERY_LEN] * num_rows,
+        block_table=torch.zeros(num_rows, 1, dtype=torch.int32, device=device),
+    )
+    pages = torch.zeros(1, layout.num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
+    mean = None if impl.key_mean is None else impl.key_mean.mean
+    Prefill(impl.varlen, layout, impl.sinks)(query, key, key, pages, rows, mean)
