@@ -1,0 +1,261 @@
+"""Key means taken beforehand, in a safetensors file: `turboquant calibrate` writes it, turboquant-vllm loads it."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from turboquant_core._checks import check_head_dim
+
+FORMAT = "turboquant-key-means"
+FORMAT_VERSION = 1
+
+_TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.key_mean")
+_REMEDY = "Write it again with `turboquant calibrate MODEL --out FILE`."
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a configuration says of the keys that a model makes; equal for a model and its quantised weights.
+
+    Weights are not looked at: two models of one shape, such as a base model and its fine-tune, are equal. Means of the
+    one serve the other, because attention is exact for any mean; only how closely keys are stored depends on it.
+
+    Attributes:
+        architecture: Class of the model. Informs, and is not compared: one model has several.
+        model_type: Model type of the text model.
+        num_layers: Layers of the text model, those without a KV cache included.
+        hidden_size: Width of the text model.
+        num_attention_heads: Query heads.
+        vocab_size: Size of the vocabulary.
+        rope_theta: Base of the rotary embedding, one or one for each kind of layer in the order of their names; empty
+            when there is none.
+        rope_factor: Factors by which the rotary embedding is stretched, in the same order; 1 when it is not.
+    """
+
+    architecture: str = field(compare=False)
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    vocab_size: int
+    rope_theta: tuple[float, ...]
+    rope_factor: tuple[float, ...]
+
+    @classmethod
+    def of(cls, text_config: object, architecture: str) -> "ModelIdentity":
+        """The identity of a transformers model, from the configuration of its text model.
+
+        Args:
+            text_config: `config.get_text_config()`.
+            architecture: Class of the model, such as "Qwen2ForCausalLM".
+
+        Raises:
+            ValueError: If the configuration lacks a field.
+        """
+        rotary = _rotary_parameters(text_config)
+        return cls(
+            architecture=architecture,
+            model_type=_required(text_config, "model_type"),
+            num_layers=_required(text_config, "num_hidden_layers"),
+            hidden_size=_required(text_config, "hidden_size"),
+            num_attention_heads=_required(text_config, "num_attention_heads"),
+            vocab_size=_required(text_config, "vocab_size"),
+            rope_theta=tuple(float(parameters["rope_theta"]) for parameters in rotary),
+            rope_factor=tuple(float(parameters.get("factor") or 1) for parameters in rotary),
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelIdentity":
+        """The identity that `to_json` wrote.
+
+        Raises:
+            ValueError: If the text is no identity.
+        """
+        data = json.loads(text)
+        known = {each.name: each.type for each in fields(cls)}
+        if not isinstance(data, dict) or data.keys() != known.keys():
+            raise ValueError(f"the fields of the model must be {', '.join(known)}")
+        for name, expected in known.items():
+            if expected == tuple[float, ...]:
+                data[name] = tuple(float(number) for number in data[name])
+            elif type(data[name]) is not expected:
+                raise ValueError(f"{name} of the model is {data[name]!r}")
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """This identity as JSON."""
+        return json.dumps(asdict(self))
+
+    def differences(self, other: "ModelIdentity") -> list[str]:
+        """What tells two models apart, such as "hidden_size 576 and 1536"; empty when they are equal."""
+        pairs = [
+            (each.name, getattr(self, each.name), getattr(other, each.name)) for each in fields(self) if each.compare
+        ]
+        return [f"{name} {_shown(mine)} and {_shown(its)}" for name, mine, its in pairs if mine != its]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyMeans:
+    """The mean key of every attention layer, after the rotary embedding.
+
+    Attributes:
+        means: Layer index to mean, float32 [num_kv_heads, head_dim]; sizes may differ between layers.
+        model: The model whose keys they are.
+        source: What that model was called when they were taken: a hub id or a path. Informs only.
+        num_tokens: Tokens that each mean was taken over.
+    """
+
+    means: Mapping[int, torch.Tensor]
+    model: ModelIdentity
+    source: str
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        if not self.means:
+            raise ValueError("there is no layer with a key mean")
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens is {self.num_tokens}; a mean is taken over at least 1")
+        for layer_index, mean in self.means.items():
+            _check_mean(layer_index, mean, self.model.num_layers)
+
+    def of_layer(self, layer_index: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
+        """The mean of one layer, float32 [num_kv_heads, head_dim].
+
+        Args:
+            layer_index: Index of the layer in the text model.
+            num_kv_heads: KV heads of the whole layer, not of one tensor-parallel rank.
+            head_dim: Dimension of its keys.
+
+        Raises:
+            ValueError: If there is no mean for the layer, or one of another shape.
+        """
+        mean = self.means.get(layer_index)
+        if mean is None:
+            raise ValueError(f"the key means of {self.source} have none for layer {layer_index}. {_REMEDY}")
+        if tuple(mean.shape) != (num_kv_heads, head_dim):
+            raise ValueError(
+                f"the key mean of layer {layer_index} of {self.source} is {list(mean.shape)}, and the layer has "
+                f"[num_kv_heads, head_dim] = {[num_kv_heads, head_dim]}. {_REMEDY}"
+            )
+        return mean
+
+
+def write_key_means(path: str | os.PathLike[str], key_means: KeyMeans) -> None:
+    """Write key means to a safetensors file; a file that is there is replaced once the new one is complete."""
+    tensors = {f"layers.{index}.key_mean": mean.cpu().contiguous() for index, mean in key_means.means.items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "model": key_means.model.to_json(),
+        "source": key_means.source,
+        "num_tokens": str(key_means.num_tokens),
+    }
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_bytes(save(tensors, metadata))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_key_means(path: str | os.PathLike[str], model: ModelIdentity | None = None) -> KeyMeans:
+    """Read key means from a safetensors file; nothing else is accepted, and nothing in it is executed.
+
+    Args:
+        path: A file that `write_key_means` wrote.
+        model: The model that they are for.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, something else, or belongs to another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with key means. {_REMEDY}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format(metadata)
+            # Shapes come first: a tensor that cannot be a mean is not loaded.
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                _check_stored(name, file.get_slice(name))
+            key_means = KeyMeans(
+                means={_layer_index(name): file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+                model=ModelIdentity.from_json(metadata["model"]),
+                source=metadata["source"],
+                num_tokens=int(metadata["num_tokens"]),
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or is truncated: {error}. {_REMEDY}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} lacks {error} in its metadata. {_REMEDY}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no key means that can be used: {error}. {_REMEDY}") from error
+    if model is not None and (differences := key_means.model.differences(model)):
+        raise ValueError(
+            f"{path} holds the key means of {key_means.source} ({key_means.model.architecture}), and this model is "
+            f"another ({model.architecture}): {'; '.join(differences)}. {_REMEDY}"
+        )
+    return key_means
+
+
+def _required(config: object, name: str) -> Any:
+    value = getattr(config, name, None)
+    if value is None:
+        raise ValueError(f"{type(config).__name__} names no {name}; pass the configuration of a text model")
+    return value
+
+
+def _rotary_parameters(config: object) -> list[Mapping[str, Any]]:
+    """Parameters of the rotary embedding, of one or of each kind of layer; none when there is no such embedding."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in parameters:
+        return [parameters]
+    nested = [parameters[kind] for kind in sorted(parameters)]
+    return [each for each in nested if isinstance(each, Mapping) and "rope_theta" in each]
+
+
+def _shown(value: object) -> str:
+    return ", ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
+
+
+def _check_format(metadata: Mapping[str, str]) -> None:
+    found = metadata.get("format")
+    if found != FORMAT:
+        raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
+    version = metadata["format_version"]
+    if version != str(FORMAT_VERSION):
+        raise ValueError(f"its format version is {version}, and this version of turboquant-core reads {FORMAT_VERSION}")
+
+
+def _check_stored(name: str, stored: Any) -> None:
+    if _TENSOR_NAME.fullmatch(name) is None:
+        raise ValueError(f"it holds a tensor {name!r}; tensors are named layers.N.key_mean")
+    _check_shape(name, stored.get_dtype(), "F32", stored.get_shape())
+
+
+def _layer_index(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def _check_mean(layer_index: int, mean: torch.Tensor, num_layers: int) -> None:
+    if not 0 <= layer_index < num_layers:
+        raise ValueError(f"there is a key mean for layer {layer_index} of a model of {num_layers} layers")
+    _check_shape(f"the key mean of layer {layer_index}", mean.dtype, torch.float32, list(mean.shape))
+    if not mean.isfinite().all():
+        raise ValueError(f"the key mean of layer {layer_index} is not finite")
+
+
+def _check_shape(name: str, dtype: object, expected: object, shape: list[int]) -> None:
+    if dtype != expected or len(shape) != 2 or shape[0] < 1:
+        raise ValueError(f"{name} is {dtype} {shape}, not float32 [num_kv_heads, head_dim]")
+    check_head_dim(shape[1])

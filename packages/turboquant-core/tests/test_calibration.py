@@ -1,0 +1,240 @@
+import json
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from turboquant_core.calibration import KeyMeans, ModelIdentity, read_key_means, write_key_means
+
+
+def config(**changes):
+    fields = {
+        "model_type": "qwen2",
+        "num_hidden_layers": 4,
+        "hidden_size": 96,
+        "num_attention_heads": 6,
+        "vocab_size": 1000,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000},
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+@pytest.fixture
+def model():
+    return ModelIdentity.of(config(), "Qwen2ForCausalLM")
+
+
+@pytest.fixture
+def key_means(model):
+    generator = torch.Generator().manual_seed(1)
+    means = {0: torch.randn(2, 64, generator=generator), 3: torch.randn(1, 128, generator=generator)}
+    return KeyMeans(means=means, model=model, source="a/model", num_tokens=2000)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "turboquant.safetensors"
+
+
+@pytest.fixture
+def written(path, key_means):
+    write_key_means(path, key_means)
+    return path
+
+
+def rewrite(path, tensors=None, **metadata):
+    """Write the file's tensors, or others, again with changed metadata; None removes a field."""
+    kept = {
+        "format": "turboquant-key-means",
+        "format_version": "1",
+        "model": ModelIdentity.of(config(), "Qwen2ForCausalLM").to_json(),
+        "source": "a/model",
+        "num_tokens": "2000",
+    }
+    fields = {name: value for name, value in {**kept, **metadata}.items() if value is not None}
+    save_file(tensors or load_file(path), path, fields)
+
+
+def refusal(path, model=None):
+    with pytest.raises(ValueError, match=r"turboquant\.safetensors") as error:
+        read_key_means(path, model)
+    assert "turboquant calibrate MODEL --out FILE" in str(error.value)
+    return str(error.value)
+
+
+def test_what_is_written_is_read(written, key_means, model):
+    found = read_key_means(written, model)
+    assert found.means.keys() == key_means.means.keys()
+    for index, mean in key_means.means.items():
+        assert torch.equal(found.means[index], mean)
+    assert (found.model, found.source, found.num_tokens) == (model, "a/model", 2000)
+    assert found.model.architecture == "Qwen2ForCausalLM"
+
+
+def test_the_tensors_have_names_that_others_can_read(written):
+    assert set(load_file(written)) == {"layers.0.key_mean", "layers.3.key_mean"}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(written, key_means, monkeypatch):
+    write_key_means(written, replace(key_means, num_tokens=7))
+    assert read_key_means(written).num_tokens == 7
+
+    def fail(*arguments):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        write_key_means(written, key_means)
+    assert read_key_means(written).num_tokens == 7
+    assert list(written.parent.iterdir()) == [written]
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 8, 100, -1])
+def test_a_truncated_file(written, num_bytes):
+    written.write_bytes(written.read_bytes()[:num_bytes])
+    assert "is truncated" in refusal(written)
+
+
+def test_bytes_after_the_last_tensor(written):
+    written.write_bytes(written.read_bytes() + b"and more")
+    refusal(written)
+
+
+def test_a_pickle_is_not_loaded(path, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("executed").touch, ())
+
+    path.write_bytes(pickle.dumps(Evil()))
+    refusal(path)
+    torch.save({"layers.0.key_mean": torch.zeros(2, 64)}, path)
+    refusal(path)
+    assert not tmp_path.joinpath("executed").exists()
+
+
+def test_a_header_that_claims_to_be_huge(path):
+    path.write_bytes((2**63).to_bytes(8, "little") + b"{}")
+    refusal(path)
+
+
+def test_weights_of_a_model_are_no_key_means(path):
+    save_file({"model.layers.0.self_attn.k_proj.weight": torch.zeros(4, 4)}, path)
+    assert "its format is None" in refusal(path)
+
+
+def test_a_later_format(written):
+    rewrite(written, format_version="2")
+    assert "format version is 2" in refusal(written)
+
+
+@pytest.mark.parametrize("field", ["format_version", "model", "source", "num_tokens"])
+def test_metadata_that_is_missing(written, field):
+    rewrite(written, **{field: None})
+    assert f"lacks '{field}'" in refusal(written)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_tokens", "many"),
+        ("num_tokens", "0"),
+        ("model", "{"),
+        ("model", "[]"),
+        ("model", "[" * 100_000),
+        ("model", "{}"),
+        ("model", '{"num_layers": 4}'),
+    ],
+)
+def test_metadata_that_is_wrong(written, field, value):
+    rewrite(written, **{field: value})
+    refusal(written)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_layers", "4"), ("num_layers", True), ("rope_theta", ["a"])])
+def test_a_model_with_fields_of_another_type(written, model, name, value):
+    rewrite(written, model=json.dumps({**json.loads(model.to_json()), name: value}))
+    refusal(written)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"layers.0.value_mean": torch.zeros(2, 64)}, "layers.0.value_mean"),
+        ({"layers.00.key_mean": torch.zeros(2, 64)}, "layers.00.key_mean"),
+        ({"layers.4.key_mean": torch.zeros(2, 64)}, "layer 4 of a model of 4 layers"),
+        ({"layers.0.key_mean": torch.zeros(2, 64, dtype=torch.float16)}, "F16"),
+        ({"layers.0.key_mean": torch.zeros(128)}, "[128]"),
+        ({"layers.0.key_mean": torch.zeros(0, 64)}, "[0, 64]"),
+        ({"layers.0.key_mean": torch.zeros(1, 65)}, "head_dim is 65"),
+        ({"layers.0.key_mean": torch.full((1, 64), torch.nan)}, "not finite"),
+        ({"layers.0.key_mean": torch.full((1, 64), torch.inf)}, "not finite"),
+    ],
+)
+def test_tensors_that_are_no_means(written, tensors, said):
+    rewrite(written, tensors)
+    assert said in refusal(written)
+
+
+@pytest.mark.parametrize("place", ["missing.safetensors", "."])
+def test_a_file_that_is_not_there(tmp_path, place):
+    with pytest.raises(FileNotFoundError, match="turboquant calibrate"):
+        read_key_means(tmp_path / place)
+
+
+def test_a_file_of_another_model_says_in_what_it_differs(written):
+    other = ModelIdentity.of(
+        config(hidden_size=128, rope_parameters={"rope_type": "default", "rope_theta": 1e6}), "LlamaForCausalLM"
+    )
+    message = refusal(written, other)
+    assert "a/model (Qwen2ForCausalLM)" in message
+    assert "LlamaForCausalLM" in message
+    assert "hidden_size 96 and 128; rope_theta 10000 and 1e+06" in message
+    assert "vocab_size" not in message
+
+
+def test_one_model_under_two_classes_is_one_model(written):
+    read_key_means(written, ModelIdentity.of(config(), "Qwen2Model"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "theta", "factor"),
+    [
+        (None, (), ()),
+        ({"rope_theta": 5.0, "rope_type": "default"}, (5.0,), (1.0,)),
+        ({"rope_theta": 5, "rope_type": "yarn", "factor": 4}, (5.0,), (4.0,)),
+        (
+            {
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
+                "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+                "linear_attention": None,
+            },
+            (1e6, 1e4),
+            (8.0, 1.0),
+        ),
+    ],
+)
+def test_rotary_embeddings(parameters, theta, factor):
+    model = ModelIdentity.of(config(rope_parameters=parameters), "A")
+    assert (model.rope_theta, model.rope_factor) == (theta, factor)
+    assert ModelIdentity.from_json(model.to_json()) == model
+
+
+def test_a_configuration_without_a_field():
+    with pytest.raises(ValueError, match="names no hidden_size"):
+        ModelIdentity.of(config(hidden_size=None), "A")
+
+
+def test_a_layer_is_asked_for_by_its_shape(key_means):
+    assert torch.equal(key_means.of_layer(3, 1, 128), key_means.means[3])
+    with pytest.raises(ValueError, match=r"none for layer 1\. .*turboquant calibrate"):
+        key_means.of_layer(1, 2, 64)
+    with pytest.raises(ValueError, match=r"layer 3 of a/model is \[1, 128\].*\[2, 64\]"):
+        key_means.of_layer(3, 2, 64)
+
+
+def test_no_layers_are_no_key_means(model):
+    with pytest.raises(ValueError, match="there is no layer"):
+        KeyMeans(means={}, model=model, source="a/model", num_tokens=1)
