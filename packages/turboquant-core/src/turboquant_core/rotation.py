@@ -12,17 +12,18 @@ from turboquant_core._seeded import random_normal, random_signs
 
 # After one round of signs and Hadamard the coordinates of a one-hot vector have a single size; every further round adds
 # sizes. The cells of 8 bits at head_dim 64 are fine enough to tell three rounds (23 % above the Lloyd-Max error on
-# 3-sparse vectors), four (19 %) and five (5 %) from a uniform rotation; six are within 2 %. An even number also makes
+# 3-sparse vectors), four (19 %) and five (5 %) from a uniform rotation; six are within 2 %. From head_dim 128 on four
+# are within 3 %, and their matrix is one of integers of at most 8 bits at 128: bfloat16 holds it. An even number makes
 # the normaliser a power of two, so that the matrix is exact.
-HADAMARD_ROUNDS = 6
+MIN_HEAD_DIM_OF_FOUR_ROUNDS = 128
 
 
 @dataclass(frozen=True)
 class Rotation:
     """One orthogonal matrix Π per head_dim, shared by keys, values, heads and layers.
 
-    A power of two uses signs and Hadamard transforms, H D₆ … H D₂ H D₁, computed in integers and so the same to the
-    last bit on every machine. Other sizes use the orthogonal factor of a Gaussian matrix, uniform over rotations.
+    A power of two uses signs and Hadamard transforms, H D₄ … H D₁ or, below head_dim 128, H D₆ … H D₁, computed in
+    integers and so the same to the last bit on every machine. Other sizes use the orthogonal factor of a Gaussian matrix, uniform over rotations.
     Both are applied as one [d, d] product, so neither the choice nor the number of rounds costs anything.
 
     Args:
@@ -70,10 +71,11 @@ def _signed_hadamard(head_dim: int, seed: int) -> npt.NDArray[np.float64]:
     while len(hadamard) < head_dim:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
     rotation = np.eye(head_dim)
-    for i in range(HADAMARD_ROUNDS):
+    rounds = 4 if head_dim >= MIN_HEAD_DIM_OF_FOUR_ROUNDS else 6
+    for i in range(rounds):
         signs = random_signs(f"rotation/hadamard/{head_dim}/{seed}/{i}", head_dim)
         rotation = hadamard @ (signs[:, None] * rotation)
-    return np.asarray(rotation / head_dim ** (HADAMARD_ROUNDS // 2))
+    return np.asarray(rotation / head_dim ** (rounds // 2))
 
 
 def _haar(head_dim: int, seed: int) -> npt.NDArray[np.float64]:
