@@ -23,6 +23,7 @@ def test_layers_and_sums(cache):
     for layer in report.layers:
         assert layer.num_tokens == 300
         assert layer.token_nbytes == 300 * 2 * 68
+        assert layer.reserved_nbytes == 3 * 28 * 2 * 68
         assert layer.fixed_nbytes == 3 * 2 * 64 * 4
         assert layer.bf16_nbytes == 300 * 2 * 64 * 2 * 2
     assert report.nbytes == cache.nbytes

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from turboquant_core import MSEQuantizer
-from turboquant_hf.states import QuantizedStates
+from turboquant_core import MSEQuantizer, TurboQuantConfig
+from turboquant_hf.states import BLOCK_SIZE, PagedStates
 
 
 def random_states(*shape, seed=0, offset=0.0):
@@ -13,43 +13,78 @@ def relative_error(expected, actual):
     return float((expected - actual).square().sum() / expected.square().sum())
 
 
+def stored_states(keys, values=None, **overrides):
+    config = TurboQuantConfig(keys.shape[-1], **{"key_scale": "norm", "value_scale": "norm", **overrides})
+    stored = PagedStates(config, keys.shape[0], keys.shape[1], keys.device)
+    stored.append(keys, keys if values is None else values)
+    return stored
+
+
+def read_keys(stored):
+    return stored.dequantize(torch.float32)[0]
+
+
 def test_reading_gives_what_the_quantiser_gives():
-    states = random_states(2, 3, 10, 64)
-    stored = QuantizedStates(4, "least_squares", center=False)
-    stored.append(states)
-    quantizer = MSEQuantizer(64, 4, "least_squares")
-    expected = quantizer.dequantize(quantizer.quantize(states))
-    assert torch.equal(stored.dequantize(torch.float32), expected)
+    keys, values = random_states(2, 3, 10, 64), random_states(2, 3, 10, 64, seed=1)
+    stored = stored_states(
+        keys, values, key_bits=3, key_scale="unbiased", value_scale="least_squares", center_keys=False
+    )
+    expected = []
+    for states, quantizer in ((keys, MSEQuantizer(64, 3, "unbiased")), (values, MSEQuantizer(64, 4, "least_squares"))):
+        expected.append(quantizer.dequantize(quantizer.quantize(states)))
+    for read, wanted in zip(stored.dequantize(torch.float32), expected, strict=True):
+        torch.testing.assert_close(read, wanted)
 
 
-def test_tokens_take_their_packed_bytes_and_no_more():
-    stored = QuantizedStates(3, "norm", center=False)
-    stored.append(random_states(2, 3, 10, 64))
-    stored.append(random_states(2, 3, 7, 64, seed=1))
+def test_tokens_take_their_packed_bytes_in_whole_blocks():
+    stored = stored_states(random_states(2, 3, 10, 64), key_bits=3, value_bits=3, center_keys=False)
+    stored.append(*[random_states(2, 3, 7, 64, seed=1)] * 2)
+    token_bytes = 2 * 3 * 2 * (64 * 3 // 8 + 2)
     assert stored.num_tokens == 17
-    assert stored.nbytes == stored.token_nbytes == 2 * 3 * 17 * (64 * 3 // 8 + 2)
+    assert stored.used_nbytes == 17 * token_bytes
+    assert stored.nbytes == BLOCK_SIZE * token_bytes
+
+
+def test_growing_copies_seldom_and_leaves_little_unused():
+    stored = stored_states(random_states(1, 1, 1000, 64), center_keys=False)
+    token_bytes = stored.layout.slot_bytes
+    assert stored.nbytes == 1024 * token_bytes
+    copies, new = 0, random_states(1, 1, 1, 64, seed=1)
+    for _ in range(1000):
+        before = stored.pages
+        stored.append(new, new)
+        copies += stored.pages is not before
+        assert stored.nbytes <= (stored.num_tokens * 33 / 32 + 2 * BLOCK_SIZE) * token_bytes
+    assert 0 < copies < 30
+
+
+def test_what_was_stored_survives_growth():
+    keys = random_states(2, 2, 300, 64)
+    at_once, by_token = stored_states(keys[..., :10, :]), stored_states(keys[..., :10, :])
+    at_once.append(keys[..., 10:, :], keys[..., 10:, :])
+    for i in range(10, 300):
+        by_token.append(keys[..., i : i + 1, :], keys[..., i : i + 1, :])
+    for a, b in zip(at_once.dequantize(torch.float32), by_token.dequantize(torch.float32), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_the_mean_comes_from_the_first_tokens_and_stays():
     first = random_states(1, 2, 30, 64, offset=50.0)
     second = random_states(1, 2, 5, 64, seed=1, offset=-50.0)
-    stored = QuantizedStates(4, "norm", center=True)
-    stored.append(first)
-    mean = stored.tensors()[0].clone()
-    before = stored.dequantize(torch.float32)
-    stored.append(second)
-    assert torch.equal(stored.tensors()[0], mean)
-    torch.testing.assert_close(mean, first.mean(-2, keepdim=True))
-    assert torch.equal(stored.dequantize(torch.float32)[..., :30, :], before)
+    stored = stored_states(first)
+    mean = stored.codec.key_mean.clone()
+    before = read_keys(stored)
+    stored.append(second, second)
+    assert torch.equal(stored.codec.key_mean, mean)
+    torch.testing.assert_close(mean, first[0].mean(-2))
+    assert torch.equal(read_keys(stored)[..., :30, :], before)
 
 
-def test_centring_saves_states_that_share_a_large_offset():
+def test_centring_saves_keys_that_share_a_large_offset():
     states = random_states(1, 2, 30, 64, offset=50.0)
-    errors = {}
-    for center in (False, True):
-        stored = QuantizedStates(4, "norm", center=center)
-        stored.append(states)
-        errors[center] = relative_error(states, stored.dequantize(torch.float32))
+    errors = {
+        center: relative_error(states, read_keys(stored_states(states, center_keys=center))) for center in (False, True)
+    }
     assert errors[True] < errors[False] / 100
 
 
@@ -58,9 +93,7 @@ def test_centring_is_by_sequence_and_head():
     for batch in range(2):
         for head in range(2):
             states[batch, head] = 10.0 * (1 + batch + 2 * head)
-    stored = QuantizedStates(2, "norm", center=True)
-    stored.append(states)
-    assert torch.equal(stored.dequantize(torch.float32), states)
+    assert torch.equal(read_keys(stored_states(states, key_bits=2)), states)
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.5])
@@ -69,35 +102,43 @@ def test_outlier_channels_are_chosen_by_sequence_and_head(bits):
     for batch in range(2):
         for head in range(2):
             states[batch, head, :, 16 * (batch + 2 * head) :][:, :16] *= 20
-    stored = QuantizedStates(bits, "norm", center=False)
-    stored.append(states)
-    plain = QuantizedStates(int(bits), "norm", center=False)
-    plain.append(states)
-    error = relative_error(states, stored.dequantize(torch.float32))
-    assert error < relative_error(states, plain.dequantize(torch.float32)) / 5
-    assert stored.token_nbytes == 2 * 2 * 40 * (int(64 * bits) // 8 + 4)
+    stored = stored_states(states, key_bits=bits, value_bits=bits, center_keys=False)
+    plain = stored_states(states, key_bits=int(bits), value_bits=int(bits), center_keys=False)
+    for read, read_plain in zip(stored.dequantize(torch.float32), plain.dequantize(torch.float32), strict=True):
+        assert relative_error(states, read) < relative_error(states, read_plain) / 5
+    assert stored.used_nbytes == 2 * 2 * 2 * 40 * (int(64 * bits) // 8 + 4)
 
 
 def test_crop_keeps_the_first_tokens_and_frees_the_rest():
-    stored = QuantizedStates(4, "norm", center=True)
-    stored.append(random_states(1, 2, 20, 64))
-    before = stored.dequantize(torch.float32)
+    stored = stored_states(random_states(1, 2, 640, 64))
+    before = read_keys(stored)
     stored.crop(12)
-    assert torch.equal(stored.dequantize(torch.float32), before[..., :12, :])
-    assert stored.token_nbytes == 2 * 12 * 34
+    assert torch.equal(read_keys(stored), before[..., :12, :])
+    assert stored.pages.untyped_storage().nbytes() == BLOCK_SIZE * stored.layout.slot_bytes * 2
     stored.crop(0)
     assert stored.num_tokens == 0
     assert stored.nbytes == 0
 
 
+def test_drafts_around_the_end_of_a_block_do_not_copy_each_time():
+    stored = stored_states(random_states(1, 1, 128, 64))
+    draft, copies = random_states(1, 1, 4, 64, seed=1), 0
+    for _ in range(20):
+        before = stored.pages
+        stored.append(draft, draft)
+        stored.crop(128)
+        copies += stored.pages is not before
+    assert copies == 1
+
+
 def test_no_tokens_are_no_calibration():
-    stored = QuantizedStates(4, "norm", center=True)
-    stored.append(torch.zeros(1, 2, 0, 64))
-    assert stored.tensors() == []
-    stored.append(random_states(1, 2, 20, 64))
+    nothing = torch.zeros(1, 2, 0, 64)
+    stored = stored_states(nothing)
+    assert stored.codec is None
+    stored.append(*[random_states(1, 2, 20, 64)] * 2)
     assert stored.num_tokens == 20
 
 
 def test_reading_nothing_is_an_error():
     with pytest.raises(RuntimeError, match="no stored states"):
-        QuantizedStates(4, "norm", center=True).dequantize(torch.float32)
+        stored_states(torch.zeros(1, 2, 0, 64)).dequantize(torch.float32)

@@ -3,13 +3,15 @@
 from typing import Any
 
 import transformers
-from transformers import Cache, DynamicCache, PreTrainedConfig, cache_utils
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 # transformers 5.16 and 5.17 have no DummyLayer: layers without a cache are not in the list there.
@@ -40,10 +42,14 @@ def dynamic_layers(config: PreTrainedConfig) -> list[object]:
 __all__ = [
     "ENCODER_MODEL_TYPES",
     "NATIVE_LAYERS",
+    "AttentionInterface",
+    "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
     "DynamicLayer",
     "PreTrainedConfig",
     "dynamic_layers",
     "gguf_weights_in_full",
+    "sdpa_attention_forward",
+    "sdpa_mask",
 ]

@@ -43,7 +43,11 @@ class TurboQuantCache(Cache):
         kinds = compressible_layers(config)
         # A preset or bits that do not exist are found here, not at the first token.
         TurboQuantConfig.preset(preset, text_head_dim(config), **overrides)
-        layers = [TurboQuantLayer(preset, **overrides) if compress else layer for layer, compress in kinds]
+        text_config = config.get_text_config(decoder=True)
+        layers = [
+            TurboQuantLayer(preset, text_config=text_config, **overrides) if compress else layer
+            for layer, compress in kinds
+        ]
         super().__init__(layers=layers, offloading=offloading)
 
     @property

@@ -1,13 +1,14 @@
 """One attention layer's compressed cache."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from turboquant_core import TurboQuantConfig
-from turboquant_hf._compat import CacheLayerMixin
-from turboquant_hf.states import QuantizedStates
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
+from turboquant_hf.attention import hand_over, reads_codes
+from turboquant_hf.states import PagedStates
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -17,22 +18,28 @@ class TurboQuantLayer(CacheLayerMixin):
     say, its own included: its output does not depend on how tokens were grouped into calls, so verifying several
     drafted tokens at once gives what decoding them one by one gives.
 
-    No full-precision copy outlives a call. `keys` and `values` of the base class stay None.
+    With `attn_implementation="turboquant"` up to 8 tokens attend on the codes themselves, and `update` returns
+    placeholders; otherwise it returns the layer's history dequantised. No full-precision copy outlives a call. `keys`
+    and `values` of the base class stay None.
 
     Args:
         preset: Preset of `TurboQuantConfig`; the layer learns its head_dim from the first keys it sees.
+        text_config: The configuration that the model's attention reads, which says how it attends; without it the
+            layer always returns dequantised states.
         **overrides: Fields of `TurboQuantConfig` that replace the preset's.
     """
 
     config: TurboQuantConfig
+    states: PagedStates
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, preset: str = "tq4", **overrides: Any) -> None:
+    def __init__(self, preset: str = "tq4", *, text_config: PreTrainedConfig | None = None, **overrides: Any) -> None:
         super().__init__()
         self._preset = preset
         self._overrides = overrides
+        self._text_config = text_config
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take shape, type and device from key and value states [batch_size, num_kv_heads, num_tokens, head_dim]."""
@@ -42,12 +49,9 @@ class TurboQuantLayer(CacheLayerMixin):
                 "different sizes (such as MLA) is not supported. Use DynamicCache for this model."
             )
         self.config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._overrides)
-        self.batch_size, self.num_kv_heads = key_states.shape[:2]
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.quantized_keys = QuantizedStates(
-            self.config.key_bits, self.config.key_scale, center=self.config.center_keys
-        )
-        self.quantized_values = QuantizedStates(self.config.value_bits, self.config.value_scale, center=False)
+        batch_size, num_kv_heads = key_states.shape[:2]
+        self.states = PagedStates(self.config, batch_size, num_kv_heads, self.device)
         self.is_initialized = True
 
     def update(
@@ -56,20 +60,19 @@ class TurboQuantLayer(CacheLayerMixin):
         """Store new states and return what attention reads, [batch_size, num_kv_heads, num_tokens, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        states = self.states
         self._check(key_states, value_states)
-        is_prefill = self.get_seq_length() == 0
-        self.quantized_keys.append(key_states)
-        self.quantized_values.append(value_states)
+        is_prefill = states.num_tokens == 0
+        states.append(key_states, value_states)
         if is_prefill:
             return key_states, value_states
-        return (
-            self.quantized_keys.dequantize(self.dtype),
-            self.quantized_values.dequantize(self.dtype),
-        )
+        if 0 < key_states.shape[-2] <= MAX_QUERY_LEN and reads_codes(self._text_config):
+            return hand_over(states, self.dtype)
+        return states.dequantize(self.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
-        return self.quantized_keys.num_tokens if self.is_initialized else 0
+        return self.states.num_tokens if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         """-1: the layer grows without bound."""
@@ -88,61 +91,56 @@ class TurboQuantLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop got {tokens_to_remove}; pass the number of tokens to remove as a negative number")
         if tokens_to_remove and self.is_initialized:
-            remaining = max(0, self.get_seq_length() + tokens_to_remove)
-            self.quantized_keys.crop(remaining)
-            self.quantized_values.crop(remaining)
+            self.states.crop(max(0, self.get_seq_length() + tokens_to_remove))
 
     def reset(self) -> None:
         """Forget every token, and free its memory."""
         if self.is_initialized:
-            self.quantized_keys.clear()
-            self.quantized_values.clear()
+            del self.states
             self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences `beam_idx`, int64 [batch_size]."""
-        self._map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        if self.is_initialized:
+            self.states = self.states.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
-        self._map_batch(lambda t: t.repeat_interleave(repeats, dim=0))
+        if self.is_initialized:
+            rows = torch.arange(self.states.batch_size).repeat_interleave(repeats)
+            self.states = self.states.select_rows(rows)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences `indices`."""
-        self._map_batch(lambda t: t[indices, ...])
+        """Keep the sequences `indices`, int64, or bool for each sequence."""
+        if self.is_initialized:
+            rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
+            self.states = self.states.select_rows(rows)
 
     def offload(self) -> None:
         """Move everything kept to the CPU."""
-        self._map_batch(lambda t: t.to("cpu", non_blocking=True))
+        if self.is_initialized:
+            self.states = self.states.to("cpu")
 
     def prefetch(self) -> None:
         """Move everything kept back to the layer's device."""
         if self.is_initialized:
-            self._map_batch(lambda t: t.to(self.device, non_blocking=True))
+            self.states = self.states.to(self.device)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the layer keeps."""
-        if not self.is_initialized:
-            return []
-        return self.quantized_keys.tensors() + self.quantized_values.tensors()
-
-    def _map_batch(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.is_initialized:
-            self.quantized_keys.map_batch(function)
-            self.quantized_values.map_batch(function)
-            kept = self.tensors()
-            self.batch_size = kept[0].shape[0] if kept else self.batch_size
+        return self.states.tensors() if self.is_initialized else []
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        expected = (self.batch_size, self.num_kv_heads, key_states.shape[-2], self.config.head_dim)
-        for name, states in (("key_states", key_states), ("value_states", value_states)):
-            if tuple(states.shape) != expected:
+        states = self.states
+        expected = (states.batch_size, states.num_kv_heads, key_states.shape[-2], self.config.head_dim)
+        for name, given in (("key_states", key_states), ("value_states", value_states)):
+            if given.shape != expected:
                 raise ValueError(
-                    f"{name} are {list(states.shape)}; this cache holds [batch_size, num_kv_heads, num_tokens, "
+                    f"{name} are {list(given.shape)}; this cache holds [batch_size, num_kv_heads, num_tokens, "
                     f"head_dim] = {list(expected)}. Use a new cache, or reset() this one, for another batch."
                 )
-            if (states.dtype, states.device) != (self.dtype, self.device):
+            if given.dtype != self.dtype or given.device != self.device:
                 raise ValueError(
-                    f"{name} are {states.dtype} on {states.device}; this cache was filled with {self.dtype} on "
+                    f"{name} are {given.dtype} on {given.device}; this cache was filled with {self.dtype} on "
                     f"{self.device}. Use a new cache, or reset() this one, for another type or device."
                 )

@@ -24,8 +24,9 @@ class LayerMemory:
         index: Layer index.
         kind: "turboquant" with its bits, or the class of a layer that is left as it is.
         num_tokens: Tokens held, over all sequences.
-        token_nbytes: Allocated bytes that grow with tokens: codes and scales, or native keys and values.
-        fixed_nbytes: Allocated bytes that do not: means and channel orders.
+        token_nbytes: Bytes of the tokens held: codes and scales, or native keys and values.
+        reserved_nbytes: Bytes allocated for tokens to come.
+        fixed_nbytes: Allocated bytes that do not grow with tokens: means and channel orders.
         bf16_nbytes: Bytes that the same keys and values take in bfloat16.
     """
 
@@ -33,13 +34,19 @@ class LayerMemory:
     kind: str
     num_tokens: int
     token_nbytes: int
+    reserved_nbytes: int
     fixed_nbytes: int
     bf16_nbytes: int
 
     @property
+    def nbytes(self) -> int:
+        """Allocated bytes."""
+        return self.token_nbytes + self.reserved_nbytes + self.fixed_nbytes
+
+    @property
     def compression(self) -> float:
         """bfloat16 bytes over allocated bytes; nan when nothing is held."""
-        return _ratio(self.bf16_nbytes, self.token_nbytes + self.fixed_nbytes)
+        return _ratio(self.bf16_nbytes, self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class MemoryReport:
     @property
     def nbytes(self) -> int:
         """Allocated bytes of the whole cache."""
-        return sum(layer.token_nbytes + layer.fixed_nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def bf16_nbytes(self) -> int:
@@ -81,7 +88,7 @@ class MemoryReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title="KV cache, allocated bytes")
-        for name in ("layer", "kind", "tokens", "codes and scales", "fixed", "bf16", "compression"):
+        for name in ("layer", "kind", "tokens", "codes and scales", "reserved", "fixed", "bf16", "compression"):
             table.add_column(name, justify="left" if name == "kind" else "right")
         for layer in self.layers:
             table.add_row(
@@ -89,12 +96,13 @@ class MemoryReport:
                 layer.kind,
                 f"{layer.num_tokens:,}",
                 f"{layer.token_nbytes:,}",
+                f"{layer.reserved_nbytes:,}",
                 f"{layer.fixed_nbytes:,}",
                 f"{layer.bf16_nbytes:,}",
                 _times(layer.compression),
             )
         table.add_section()
-        table.add_row("all", "", "", f"{self.nbytes:,}", "", f"{self.bf16_nbytes:,}", _times(self.compression))
+        table.add_row("all", "", "", f"{self.nbytes:,}", "", "", f"{self.bf16_nbytes:,}", _times(self.compression))
         yield table
 
     def __str__(self) -> str:
@@ -141,21 +149,23 @@ def _measure(index: int, layer: object) -> LayerMemory:
             kind=type(layer).__name__,
             num_tokens=held[0].shape[0] * held[0].shape[2] if held else 0,
             token_nbytes=allocated,
+            reserved_nbytes=0,
             fixed_nbytes=0,
             bf16_nbytes=UNCOMPRESSED_ITEMSIZE * sum(states.numel() for states in held),
         )
     if not layer.is_initialized:
-        return LayerMemory(index, "turboquant, empty", 0, 0, 0, 0)
+        return LayerMemory(index, "turboquant, empty", 0, 0, 0, 0, 0)
     config = layer.config
-    num_tokens = layer.batch_size * layer.get_seq_length()
-    token_nbytes = layer.quantized_keys.token_nbytes + layer.quantized_values.token_nbytes
+    states = layer.states
+    num_tokens = states.batch_size * states.num_tokens
     return LayerMemory(
         index=index,
         kind=f"turboquant {config.key_bits}/{config.value_bits} bits",
         num_tokens=num_tokens,
-        token_nbytes=token_nbytes,
-        fixed_nbytes=allocated - token_nbytes,
-        bf16_nbytes=2 * UNCOMPRESSED_ITEMSIZE * num_tokens * layer.num_kv_heads * config.head_dim,
+        token_nbytes=states.used_nbytes,
+        reserved_nbytes=states.pages.untyped_storage().nbytes() - states.used_nbytes,
+        fixed_nbytes=allocated - states.pages.untyped_storage().nbytes(),
+        bf16_nbytes=2 * UNCOMPRESSED_ITEMSIZE * num_tokens * states.num_kv_heads * config.head_dim,
     )
 
 

@@ -1,0 +1,143 @@
+"""`attn_implementation="turboquant"`: attention that decodes on a layer's codes.
+
+A model's attention calls `update` of the cache and then the attention function, which is given the keys that `update`
+returned and not the cache. So a layer that is to be read as codes returns keys and values of the right shape whose
+every element is NaN, and hangs its states on the keys. A model that looks at the keys itself, or another attention
+function, turns everything into NaN: loudly wrong, never subtly.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, sdpa_mask
+from turboquant_hf.dense import dense_attention
+from turboquant_hf.states import PagedStates
+from turboquant_hf.tables import not_a_number
+
+ATTENTION = "turboquant"
+_STATES = "turboquant_states"
+_ROWS = "turboquant_rows"
+
+
+class Rows(NamedTuple):
+    """What a mask amounts to: causal, within a window, from a first token of every row on.
+
+    Attributes:
+        starts: int32 [batch_size], the first token of every row that may be seen; None where it is the first of all.
+        window: Tokens that a token sees, itself included; None for all.
+    """
+
+    starts: torch.Tensor | None
+    window: int | None
+
+
+def register() -> None:
+    """Tell transformers of the attention and of its mask; once or often."""
+    AttentionInterface.register(ATTENTION, turboquant_attention)
+    # Without a mask function of that name, transformers gives attention no mask and says nothing.
+    AttentionMaskInterface.register(ATTENTION, turboquant_mask)
+
+
+def reads_codes(text_config: PreTrainedConfig | None) -> bool:
+    """Whether a model of this configuration attends with `turboquant_attention` at this moment."""
+    return text_config is not None and text_config._attn_implementation == ATTENTION
+
+
+def hand_over(states: PagedStates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Placeholders [batch_size, num_kv_heads, num_tokens, head_dim] for keys that carry the states, and for values."""
+    nan = not_a_number(dtype, states.pages.device)
+    shape = (states.batch_size, states.num_kv_heads, states.num_tokens, states.config.head_dim)
+    keys, values = nan.expand(shape), nan.expand(shape)
+    setattr(keys, _STATES, states)
+    return keys, values
+
+
+def turboquant_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend on the codes that the keys carry; without any, or where no kernel serves the call, on dense keys.
+
+    Args:
+        module: The model's attention.
+        query: [batch_size, num_heads, query_len, head_dim].
+        key: [batch_size, num_kv_heads, num_tokens, head_dim].
+        value: The same for values.
+        attention_mask: What `turboquant_mask` made, or a mask of the caller's own; None for a causal one.
+        dropout: Probability of dropping a weight.
+        scaling: What logits are multiplied with; None is 1 / sqrt(head_dim).
+        softcap: Logits become softcap * tanh(logits / softcap).
+        s_aux: [num_heads], a sink of each head: a logit that takes weight and gives no value.
+        **kwargs: What `sdpa_attention_forward` takes.
+
+    Returns:
+        [batch_size, query_len, num_heads, head_dim], and None for weights, which are never formed.
+    """
+    states: PagedStates | None = getattr(key, _STATES, None)
+    if states is not None:
+        rows = _rows_of_call(attention_mask, dropout, **kwargs)
+        if rows is not None and states.can_attend(rows.starts, softcap, s_aux):
+            output = states.attend(
+                query, scale=scaling, seq_starts=rows.starts, window=rows.window, softcap=softcap, sinks=s_aux
+            )
+            return output, None
+        key, value = states.dequantize(key.dtype)
+    return dense_attention(
+        module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, sinks=s_aux, **kwargs
+    )
+
+
+def turboquant_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **kwargs: Any
+) -> torch.Tensor | None:
+    """The mask that SDPA takes, bool [batch_size, 1, q_length, kv_length] or None for a causal one.
+
+    Where a few tokens attend on stored ones, it is compared with causal attention from a first token of every row on,
+    and what it amounts to is attached for `turboquant_attention`.
+    """
+    mask = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs
+    )
+    if mask is not None and q_length <= MAX_QUERY_LEN and q_length < kv_length:
+        setattr(mask, _ROWS, _rows_of_mask(mask, q_offset, kv_offset, kwargs.get("local_size")))
+    return mask
+
+
+def _rows_of_call(
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **_: Any,
+) -> Rows | None:
+    """What the mask of a call amounts to; None for a call that is not attention within such a mask."""
+    if dropout or is_causal is False or position_bias is not None:
+        return None
+    # A window that is as long as what is stored needs no mask.
+    return Rows(None, sliding_window) if attention_mask is None else getattr(attention_mask, _ROWS, None)
+
+
+def _rows_of_mask(mask: torch.Tensor, q_offset: int, kv_offset: int, window: int | None) -> Rows | None:
+    """What a mask amounts to; None if it is something else."""
+    query = torch.arange(mask.shape[2], device=mask.device)[:, None] + q_offset
+    token = torch.arange(mask.shape[3], device=mask.device) + kv_offset
+    seen = token <= query
+    if window is not None:
+        seen = seen & (token > query - window)
+    if torch.equal(mask, seen.expand_as(mask)):
+        return Rows(None, window)
+    starts = mask.any(2).byte().argmax(-1) + kv_offset  # [batch_size, 1]
+    if torch.equal(mask, seen & (token >= starts[..., None, None])):
+        return Rows(starts[:, 0].int(), window)
+    return None

@@ -1,0 +1,221 @@
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
+
+from turboquant_core import TurboQuantConfig
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.attention import hand_over, register, turboquant_attention
+from turboquant_hf.states import PagedStates
+
+
+@pytest.fixture
+def fused_model(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation("turboquant")
+    return model
+
+
+@pytest.fixture
+def no_dequantizing(monkeypatch):
+    def refuse(self, dtype):
+        raise AssertionError("history was dequantised")
+
+    monkeypatch.setattr(PagedStates, "dequantize", refuse)
+
+
+def generate(model, prompt, cache, **kwargs):
+    arguments = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(prompt),
+        **kwargs,
+    }
+    return model.generate(prompt, past_key_values=cache, **arguments)
+
+
+def step_logits(model, prompt, chunks, mask=None, **options):
+    """The logits of chunks that follow a prompt."""
+    cache = TurboQuantCache(model.config, **options)
+    logits, length = [], prompt.shape[1]
+    with torch.no_grad():
+        model(prompt, attention_mask=None if mask is None else mask[:, :length], past_key_values=cache)
+        for chunk in chunks:
+            length += chunk.shape[1]
+            given = None if mask is None else mask[:, :length]
+            positions = None if mask is None else (mask[:, :length].cumsum(-1) - 1)[:, -chunk.shape[1] :]
+            output = model(chunk, attention_mask=given, position_ids=positions, past_key_values=cache)
+            logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def assert_same_logits(model, fused, prompt, chunks, **kwargs):
+    expected = step_logits(model, prompt, chunks, **kwargs)
+    actual = step_logits(fused, prompt, chunks, **kwargs)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    assert expected.std() > 0.05
+
+
+def tokens(*shape, vocab_size=1500):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("preset", ["tq4", "tq3", "k8v4"])
+def test_decoding_on_codes_equals_dequantising_them(tiny_model, fused_model, prompt, preset):
+    chunks = [tokens(2, n) for n in (1, 1, 5, MAX_QUERY_LEN, 1)]
+    assert_same_logits(tiny_model, fused_model, prompt, chunks, preset=preset)
+
+
+def test_history_stays_codes(fused_model, prompt, no_dequantizing):
+    padded = torch.cat([torch.zeros(2, 3, dtype=torch.int64), prompt], dim=1)
+    mask = torch.ones_like(padded)
+    mask[0, :3] = 0
+    assert generate(fused_model, padded, TurboQuantCache(fused_model.config), attention_mask=mask).shape == (2, 55)
+    single = prompt[:1]
+    assert generate(fused_model, single, TurboQuantCache(fused_model.config), prompt_lookup_num_tokens=3).shape[0] == 1
+
+
+def test_longer_chunks_dequantise(fused_model, prompt, no_dequantizing):
+    with pytest.raises(AssertionError, match="dequantised"):
+        step_logits(fused_model, prompt, [tokens(2, MAX_QUERY_LEN + 1)])
+
+
+def test_longer_chunks_equal_the_unfused_path(tiny_model, fused_model, prompt):
+    assert_same_logits(tiny_model, fused_model, prompt, [tokens(2, 17), tokens(2, 1)])
+
+
+def test_fractional_bits_dequantise(tiny_model, fused_model, prompt):
+    assert_same_logits(tiny_model, fused_model, prompt, [tokens(2, 1), tokens(2, 3)], preset="tq3.5")
+
+
+def test_left_padding(tiny_model, fused_model, prompt):
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[0, :7] = 0
+    assert_same_logits(tiny_model, fused_model, prompt, [tokens(2, 1), tokens(2, 4), tokens(2, 1)], mask=mask)
+
+
+def test_holes_in_the_mask(tiny_model, fused_model, prompt):
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[1, 20:30] = 0
+    assert_same_logits(tiny_model, fused_model, prompt, [tokens(2, 1), tokens(2, 4)], mask=mask)
+
+
+def test_a_mask_of_the_callers_own(tiny_model, fused_model, prompt):
+    logits = []
+    for model in (tiny_model, fused_model):
+        cache = TurboQuantCache(model.config)
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            mask = torch.rand(2, 1, 2, 42, generator=torch.Generator().manual_seed(1)) < 0.5
+            mask[..., -2:] = torch.eye(2, dtype=torch.bool)
+            logits.append(model(tokens(2, 2), attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-3)
+
+
+def test_the_cache_follows_the_model_that_uses_it(tiny_model, prompt):
+    model = copy.deepcopy(tiny_model)
+    cache = TurboQuantCache(model.config)
+    expected = generate(model, prompt, cache)
+    model.set_attn_implementation("turboquant")
+    cache.reset()
+    assert torch.equal(generate(model, prompt, cache), expected)
+
+
+def test_an_uncompressed_cache_works_too(tiny_model, fused_model, prompt):
+    expected = generate(tiny_model, prompt, DynamicCache(config=tiny_model.config))
+    assert torch.equal(generate(fused_model, prompt, DynamicCache(config=tiny_model.config)), expected)
+    assert torch.equal(generate(fused_model, prompt, None), expected)
+
+
+def test_whoever_ignores_the_codes_gets_nan(tiny_model, fused_model, prompt):
+    cache = TurboQuantCache(fused_model.config)
+    with torch.no_grad():
+        tiny_model(prompt, past_key_values=cache)
+        logits = tiny_model(tokens(2, 1), past_key_values=cache).logits
+    assert logits.isnan().all()
+
+
+def test_registering_twice_changes_nothing(fused_model, prompt):
+    expected = generate(fused_model, prompt, TurboQuantCache(fused_model.config))
+    register()
+    assert torch.equal(generate(fused_model, prompt, TurboQuantCache(fused_model.config)), expected)
+
+
+def test_the_placeholder_takes_no_memory(fused_model):
+    states = PagedStates(TurboQuantConfig(64), 2, 2, torch.device("cpu"))
+    states.append(torch.randn(2, 2, 100, 64), torch.randn(2, 2, 100, 64))
+    keys, values = hand_over(states, torch.float32)
+    assert keys.shape == values.shape == (2, 2, 100, 64)
+    assert keys.untyped_storage().nbytes() == 4
+
+
+def gpt_oss(attention):
+    config = GptOssConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        sliding_window=16,
+        layer_types=["full_attention", "sliding_attention"],
+        attn_implementation=attention,
+    )
+    torch.manual_seed(3)
+    model = GptOssForCausalLM(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.normal_(2.0)
+    return model
+
+
+def gemma2(attention):
+    config = Gemma2Config(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=16,
+        attn_logit_softcapping=2.0,
+        query_pre_attn_scalar=4,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(3)
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("build", [gpt_oss, gemma2])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("center_keys", [True, False])
+def test_sinks_and_softcap(build, padding, center_keys):
+    prompt, chunks = tokens(2, 30, vocab_size=200), [tokens(2, n, vocab_size=200) for n in (1, 4, 1, 12)]
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[0, :padding] = 0
+    options = {"mask": mask if padding else None, "center_keys": center_keys}
+    assert_same_logits(build("eager"), build("turboquant"), prompt, chunks, **options)
+
+
+@pytest.mark.parametrize("build", [gpt_oss, gemma2])
+def test_sinks_and_softcap_stay_on_codes(build, no_dequantizing):
+    chunks = [tokens(2, n, vocab_size=200) for n in (1, 4, 1)]
+    step_logits(build("turboquant"), tokens(2, 30, vocab_size=200), chunks)
+
+
+def test_a_window_on_a_layer_that_holds_everything(tiny_model):
+    torch.manual_seed(0)
+    keys, values, query = torch.randn(1, 2, 50, 64), torch.randn(1, 2, 50, 64), torch.randn(1, 4, 1, 64)
+    states = PagedStates(TurboQuantConfig(64), 1, 2, torch.device("cpu"))
+    states.append(keys, values)
+    module = tiny_model.model.layers[0].self_attn
+    windowed, _ = turboquant_attention(module, query, *hand_over(states, torch.float32), None, sliding_window=8)
+    dense = (x[:, :, -8:] for x in states.dequantize(torch.float32))
+    expected, _ = turboquant_attention(module, query, *dense, None)
+    torch.testing.assert_close(windowed, expected, rtol=1e-4, atol=1e-5)
