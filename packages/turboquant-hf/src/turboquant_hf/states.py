@@ -13,8 +13,8 @@ from turboquant_hf.codec import LayerCodec, Quantizer, map_order
 from turboquant_hf.tables import block_table, row_lengths, slot_range
 
 BLOCK_SIZE = 64
-# Storage that is full grows by a thirty-second, and a block: a token is copied some thirty times in all, where every step
-# of decoding reads all of them, and little is unused.
+# Storage that is full grows by a thirty-second, and a block: a token is copied some thirty times in all, where every
+# step of decoding reads all of them, and little is unused.
 GROWTH_DIVISOR = 32
 # Coordinates dequantised at a time, in float32: what bounds the working set beside the result.
 DEQUANTIZED_AT_ONCE = 1 << 22

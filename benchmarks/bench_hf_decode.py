@@ -1,0 +1,225 @@
+"""Decoding with transformers on a GPU: tokens/s and memory of TurboQuantCache beside DynamicCache and StaticCache."""
+
+import argparse
+import cProfile
+import pstats
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from results_file import write_result
+from turboquant_hf import TurboQuantCache
+from turboquant_hf._compat import Cache
+from turboquant_hf.report import memory_report
+
+# Between the fused and the unfused path on the same codes, in bfloat16.
+MAX_GATE_ERROR = 0.03
+WARM_UP_STEPS = 3
+PROFILED_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A cache and how the model attends on it.
+
+    Attributes:
+        name: In the table.
+        attention: The model's attn_implementation.
+        new_cache: Makes an empty cache for so many tokens.
+        compiled: Decode through torch.compile with CUDA graphs.
+    """
+
+    name: str
+    attention: str
+    new_cache: Callable[[LlamaConfig, int], Cache]
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured.
+
+    Attributes:
+        cache: The contestant.
+        batch_size: Sequences.
+        context: Tokens in the cache before decoding.
+        tokens_per_second: Decoded tokens per second, all sequences together.
+        milliseconds_per_step: Median time of a step.
+        kv_nbytes: Allocated bytes of the cache, from its storage.
+        step_peak_nbytes: torch.cuda.max_memory_allocated of a decode step, less what the model's weights take.
+    """
+
+    cache: str
+    batch_size: int
+    context: int
+    tokens_per_second: float
+    milliseconds_per_step: float
+    kv_nbytes: int
+    step_peak_nbytes: int
+
+
+def dynamic(config: LlamaConfig, num_tokens: int) -> Cache:
+    """What transformers uses by default."""
+    return DynamicCache(config=config)
+
+
+def static(config: LlamaConfig, num_tokens: int) -> Cache:
+    """What transformers has for compiled decoding."""
+    return StaticCache(config=config, max_cache_len=num_tokens)
+
+
+def turboquant(preset: str) -> Callable[[LlamaConfig, int], Cache]:
+    """Ours."""
+    return lambda config, num_tokens: TurboQuantCache(config, preset)
+
+
+CONTESTANTS = (
+    Contestant("DynamicCache, sdpa", "sdpa", dynamic),
+    Contestant("StaticCache, sdpa", "sdpa", static),
+    Contestant("StaticCache, sdpa, compiled", "sdpa", static, compiled=True),
+    *(
+        Contestant(f"TurboQuantCache {preset}, fused", "turboquant", turboquant(preset))
+        for preset in ("tq4", "tq3", "k8v4")
+    ),
+    Contestant("TurboQuantCache tq4, dequantising", "sdpa", turboquant("tq4")),
+)
+
+
+def llama_8b() -> LlamaForCausalLM:
+    """A model of Llama-3.1-8B's shape with random weights, made on the GPU."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    with torch.device("cuda"):
+        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def fill(cache: Cache, config: LlamaConfig, batch_size: int, context: int) -> None:
+    """Put random keys and values into every layer, as a prompt of that length does."""
+    shape = (batch_size, config.num_key_value_heads, context, config.head_dim)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for layer_idx in range(config.num_hidden_layers):
+        keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(2))
+        cache.update(keys, values, layer_idx)
+
+
+def gate(model: LlamaForCausalLM, cache: Cache, tokens: torch.Tensor) -> float:
+    """Relative error of a fused step's logits against those of dequantising the same codes."""
+    logits = []
+    for attention in ("turboquant", "sdpa"):
+        model.set_attn_implementation(attention)
+        logits.append(model(tokens, past_key_values=cache).logits.float())
+        cache.crop(-1)
+    return float((logits[0] - logits[1]).norm() / logits[1].norm())
+
+
+def measure(
+    model: LlamaForCausalLM,
+    contestant: Contestant,
+    batch_size: int,
+    context: int,
+    num_steps: int,
+    weights_nbytes: int,
+    profile: bool,
+) -> Row:
+    """Fill a cache, check it, and time greedy decoding."""
+    config = model.config
+    cache = contestant.new_cache(config, context + num_steps + WARM_UP_STEPS + PROFILED_STEPS + 2)
+    fill(cache, config, batch_size, context)
+    tokens = torch.randint(config.vocab_size, (batch_size, 1), device="cuda")
+    if contestant.attention == "turboquant":
+        error = gate(model, cache, tokens)
+        print(f"  {contestant.name}: {error:.4f} from dequantising", flush=True)
+        if not error <= MAX_GATE_ERROR:
+            raise SystemExit(f"{contestant.name} is {error:.4f} from dequantising the same codes: no timing")
+    model.set_attn_implementation(contestant.attention)
+    forward = torch.compile(model.forward, mode="reduce-overhead") if contestant.compiled else model.forward
+    position = context
+
+    def step() -> None:
+        nonlocal tokens, position
+        position_ids = torch.full((1, 1), position, device="cuda") if contestant.compiled else None
+        logits = forward(tokens, past_key_values=cache, position_ids=position_ids).logits
+        tokens = logits[:, -1].argmax(-1, keepdim=True).clone()
+        position += 1
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - weights_nbytes
+    times = []
+    for _ in range(num_steps):
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = sorted(times)[len(times) // 2]
+    if profile:
+        with cProfile.Profile() as profiler:
+            for _ in range(PROFILED_STEPS):
+                step()
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(45)
+    return Row(
+        cache=contestant.name,
+        batch_size=batch_size,
+        context=context,
+        tokens_per_second=batch_size / seconds,
+        milliseconds_per_step=1000 * seconds,
+        kv_nbytes=memory_report(cache.layers).nbytes,
+        step_peak_nbytes=peak,
+    )
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure every contestant and write results/hf_decode.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 16384])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", help="contestants whose name contains this")
+    parser.add_argument("--profile", action="store_true", help="print where the host spends its time")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs a GPU")
+
+    model = llama_8b()
+    weights_nbytes = torch.cuda.memory_allocated()
+    rows = []
+    for context in arguments.contexts:
+        for batch_size in arguments.batch_sizes:
+            for contestant in CONTESTANTS:
+                if arguments.only and arguments.only not in contestant.name:
+                    continue
+                row = measure(
+                    model, contestant, batch_size, context, arguments.steps, weights_nbytes, arguments.profile
+                )
+                print(
+                    f"{row.cache:36s} batch {batch_size} x {context:6,d}: {row.tokens_per_second:7.1f} tokens/s, "
+                    f"{row.milliseconds_per_step:6.2f} ms, KV {row.kv_nbytes / 2**30:5.2f} GiB, "
+                    f"step's peak {row.step_peak_nbytes / 2**30:5.2f} GiB",
+                    flush=True,
+                )
+                rows.append(asdict(row))
+                torch.compiler.reset()
+                torch.cuda.empty_cache()
+    path = write_result("hf_decode", {"model": "Llama-3.1-8B's shape, random weights, bfloat16", "rows": rows})
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
