@@ -52,6 +52,26 @@ TINY = {
     "initializer_range": 0.1,
 }
 WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# All experts are used: choosing between them, noise would be a jump.
+OPTIONS = {
+    "Llama": {},
+    "Gemma2": {"attn_logit_softcapping": 5.0, **WINDOWS},
+    "Gemma3Text": WINDOWS,
+    "GptOss": {**WINDOWS, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "Qwen3Next": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    },
+}
+# Two tokens this near are a coin toss for any change of rounding, or for 8 bits.
+TIE = 0.1
 
 
 @pytest.fixture(scope="session")
@@ -59,33 +79,78 @@ def tiny_model(tmp_path_factory):
     """Makes a folder with a small random model of an architecture: two ranks can share its heads; no tokenizer."""
     import transformers
 
+    made = {}
+
     def make(architecture):
-        options = {"Llama": {}, "Gemma2": {"attn_logit_softcapping": 5.0, **WINDOWS}, "Gemma3Text": WINDOWS}
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{architecture}Config")(**TINY, **options[architecture])
-        folder = tmp_path_factory.mktemp(architecture)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        return folder
+        if architecture not in made:
+            torch.manual_seed(0)
+            config = getattr(transformers, f"{architecture}Config")(**TINY, **OPTIONS[architecture])
+            made[architecture] = tmp_path_factory.mktemp(architecture)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(made[architecture])
+        return made[architecture]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def generate(model_folder, tmp_path_factory):
-    """Runs an engine in a process of its own: see `generate.py`."""
+def tiny_vision_model(tmp_path_factory):
+    """A folder with a small random Idefics 3, with a tokenizer of words: it needs no torchvision."""
+    import tokenizers
+    import transformers
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Idefics3Config(
+        text_config=transformers.LlamaConfig(**TINY).to_dict(),
+        vision_config={**vision, "image_size": 64, "patch_size": 8},
+        image_token_id=496,
+        scale_factor=2,
+        pad_token_id=0,
+    )
+    model = transformers.Idefics3ForConditionalGeneration(config)
+    for name, weights in model.named_parameters():
+        if weights.ndim > 1 and ("vision" in name or "connector" in name):
+            # Large enough for the colour of an image to matter.
+            torch.nn.init.normal_(weights, std=0.1)
+    folder = tmp_path_factory.mktemp("Idefics3")
+    model.save_pretrained(folder)
+    special = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    words = [f"t{index}" for index in range(496)] + special
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="t0")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
+        ),
+        tokenizer=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t0",
+            additional_special_tokens=special,
+        ),
+        image_seq_len=16,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generate(request, tmp_path_factory):
+    """Runs an engine in a process of its own: see `generate.py`. Without a model it is SmolLM2."""
     answers = {}
     answer = tmp_path_factory.mktemp("engine") / "answer.json"
 
-    def run(prompts, *, model=model_folder, max_tokens=40, rounds=1, prompt_logprobs=None, env=None, **engine):
-        request = {
-            "model": str(model),
+    def run(prompts, *, model=None, max_tokens=40, rounds=1, prompt_logprobs=None, lora=None, env=None, **engine):
+        asked = {
+            "model": str(model or request.getfixturevalue("model_folder")),
             "prompts": prompts,
             "max_tokens": max_tokens,
             "rounds": rounds,
             "prompt_logprobs": prompt_logprobs,
+            "lora": lora and str(lora),
             "engine": engine,
         }
-        key = json.dumps(request, sort_keys=True)
+        key = json.dumps(asked, sort_keys=True)
         if key not in answers:
             done = subprocess.run(
                 [sys.executable, str(Path(__file__).with_name("generate.py")), key, str(answer)],
@@ -99,3 +164,20 @@ def generate(model_folder, tmp_path_factory):
         return answers[key]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def assert_same_but_for_ties():
+    """Texts are the same, or part where the expected one might as well have gone on with the other token."""
+
+    def check(found, expected):
+        for tokens, others, logprobs in zip(
+            found["tokens"][-1], expected["tokens"][0], expected["logprobs"][0], strict=True
+        ):
+            parting = next((step for step, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), None)
+            if parting is not None:
+                at = logprobs[parting]
+                assert str(tokens[parting]) in at
+                assert at[str(others[parting])] - at[str(tokens[parting])] < TIE, (parting, at, tokens[parting])
+
+    return check

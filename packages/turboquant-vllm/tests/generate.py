@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def _logprobs(steps):
@@ -12,12 +14,18 @@ def _logprobs(steps):
     return [{token: entry.logprob for token, entry in step.items()} for step in steps]
 
 
+def _prompt(prompt):
+    """A prompt for vLLM; `image` is a colour, which fills an image."""
+    if isinstance(prompt, str) or "image" not in prompt:
+        return prompt
+    image = Image.new("RGB", (56, 56), prompt["image"])
+    return {"prompt": prompt["prompt"], "multi_modal_data": {"image": image}}
+
+
 def main():
     request = json.loads(sys.argv[1])
-    llm = LLM(
-        request["model"], dtype="float32", enforce_eager=True, max_model_len=1024, disable_log_stats=False,
-        **request["engine"],
-    )  # fmt: skip
+    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "disable_log_stats": False}
+    llm = LLM(request["model"], **engine | request["engine"])
     sampling = SamplingParams(
         temperature=0,
         max_tokens=request["max_tokens"],
@@ -25,7 +33,9 @@ def main():
         logprobs=5,
         prompt_logprobs=request["prompt_logprobs"],
     )
-    rounds = [llm.generate(request["prompts"], sampling, use_tqdm=False) for _ in range(request["rounds"])]
+    prompts = [_prompt(prompt) for prompt in request["prompts"]]
+    lora = LoRARequest("adapter", 1, request["lora"]) if request["lora"] else None
+    rounds = [llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora) for _ in range(request["rounds"])]
     cache = llm.llm_engine.vllm_config.cache_config
     counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     Path(sys.argv[2]).write_text(
@@ -39,6 +49,7 @@ def main():
                 ],
                 "cached": [[answer.num_cached_tokens for answer in answers] for answers in rounds],
                 "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+                "drafted": counters.get("vllm:spec_decode_num_draft_tokens"),
                 "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
             }
         )

@@ -1,9 +1,13 @@
 import pytest
 import torch
-from vllm.v1.attention.backend import AttentionType
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1 import kv_cache_interface
+from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from turboquant_vllm import backend
 from turboquant_vllm.backend import TurboQuantBackend
+from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import HEAD_SIZES, check_layer
 
 
@@ -35,23 +39,80 @@ def test_keys_and_values_of_unequal_sizes_are_refused():
         TurboQuantBackend.customize_spec(spec(head_size_v=64))
 
 
+@pytest.mark.parametrize("kind", ["RSWASpec", "ChunkedLocalAttentionSpec", "SinkFullAttentionSpec"])
+def test_other_kinds_of_layers_are_refused(kind):
+    own = {"RSWASpec": {"rswa_window": 64}, "ChunkedLocalAttentionSpec": {"attention_chunk_size": 64}}
+    own["SinkFullAttentionSpec"] = {"sink_len": 4}
+    with pytest.raises(ValueError, match=f"{kind} is not supported by TurboQuant"):
+        TurboQuantBackend.customize_spec(spec(getattr(kv_cache_interface, kind), **own[kind]))
+
+
+def test_layers_that_see_later_tokens_are_refused():
+    with pytest.raises(ValueError, match="non-causal attention is not supported"):
+        TurboQuantBackend.customize_spec(spec(non_causal=True))
+
+
+ANSWERS = {
+    "supports_sink": True,
+    "supports_sliding_window": True,
+    "supports_alibi_sqrt": False,
+    "supports_batch_invariance": False,
+    "supports_dcp": False,
+    "supports_device_cpu_query_lens_mismatch": False,
+    "supports_mm_prefix": False,
+    "supports_non_causal": False,
+    "supports_non_causal_dcp": False,
+    "supports_pcp": False,
+    "supports_per_head_quant_scales": False,
+    "supports_rswa": False,
+    "is_mla": False,
+    "is_sparse": False,
+    "is_ssm": False,
+}
+# These take an argument, or depend on the engine, and have tests of their own.
+OTHER_ANSWERS = {
+    "supports_attn_type",
+    "supports_block_size",
+    "supports_combination",
+    "supports_compute_capability",
+    "supports_dtype",
+    "supports_head_size",
+    "supports_kv_cache_dtype",
+    "supports_kv_connector",
+}
+
+
 def test_what_vllm_asks_is_answered_truthfully():
-    backend = TurboQuantBackend
-    assert all(backend.supports_head_size(size) for size in HEAD_SIZES)
-    assert not backend.supports_head_size(72)
-    assert backend.supports_sliding_window()
-    assert backend.supports_sink()
-    assert backend.supports_kv_cache_dtype("auto")
-    assert not backend.supports_kv_cache_dtype("fp8")
-    assert backend.supports_block_size(48)
-    assert not backend.supports_block_size(8)
-    assert not backend.supports_mm_prefix()
-    assert not backend.supports_non_causal()
-    assert not backend.supports_batch_invariance()
-    assert not backend.is_mla()
-    assert not backend.supports_attn_type(AttentionType.ENCODER_ONLY)
-    # Another process would read keys less a mean that it does not know.
-    assert not backend.supports_kv_connector()
+    asked = {name for name in dir(AttentionBackend) if name.startswith(("supports_", "is_"))}
+    # A newer vLLM may ask more: what is left to its default has to be looked at.
+    assert asked <= ANSWERS.keys() | OTHER_ANSWERS
+    for name in asked & ANSWERS.keys():
+        assert getattr(TurboQuantBackend, name)() is ANSWERS[name], name
+
+
+def test_shapes_and_types_are_answered_truthfully():
+    assert all(TurboQuantBackend.supports_head_size(size) for size in HEAD_SIZES)
+    assert not TurboQuantBackend.supports_head_size(72)
+    assert all(TurboQuantBackend.supports_kv_cache_dtype(name) for name in ("auto", "bfloat16", "tq4", None))
+    assert not TurboQuantBackend.supports_kv_cache_dtype("fp8")
+    assert TurboQuantBackend.supports_block_size(48)
+    assert not TurboQuantBackend.supports_block_size(8)
+    assert TurboQuantBackend.supports_dtype(torch.bfloat16)
+    assert not TurboQuantBackend.supports_dtype(torch.float64)
+    assert TurboQuantBackend.supports_attn_type(AttentionType.DECODER)
+    for kind in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY, AttentionType.ENCODER_DECODER):
+        assert not TurboQuantBackend.supports_attn_type(kind)
+    assert TurboQuantBackend.supports_compute_capability(DeviceCapability(8, 0))
+    assert not TurboQuantBackend.supports_compute_capability(DeviceCapability(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "supported"),
+    [(Settings(), False), (Settings(calibration="means.safetensors"), True), (Settings(center_keys=False), True)],
+)
+def test_pages_may_leave_a_process_whose_means_others_know(monkeypatch, settings, supported):
+    monkeypatch.setattr(backend, "process_settings", lambda: settings)
+    assert TurboQuantBackend.supports_kv_connector() is supported
 
 
 @pytest.mark.parametrize(

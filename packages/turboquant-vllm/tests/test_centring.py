@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from turboquant_vllm.centring import KeyMean
+from turboquant_vllm.centring import GivenKeyMean, KeyMean
 
 
 def serving():
@@ -55,3 +56,22 @@ def test_keys_of_the_warm_up_do_not_count(device):
     over.append(True)
     observe(mean, torch.full((1, 1, 64), 3.0, device=device), [0])
     assert (mean.mean == 3).all()
+
+
+def test_a_given_mean_is_never_overwritten_and_outlives_a_reset(device):
+    given = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    mean = GivenKeyMean(2, 64, device)
+    address = mean.mean.data_ptr()
+    mean.give(given)
+    observe(mean, torch.ones(5, 2, 64, device=device), [0, 1, 2, 3, 4])
+    torch.testing.assert_close(mean.mean.cpu(), given)
+    # As after a sleep that dropped the device's memory.
+    mean.mean.fill_(torch.nan)
+    mean.reset()
+    torch.testing.assert_close(mean.mean.cpu(), given)
+    assert mean.mean.data_ptr() == address
+
+
+def test_keys_are_not_stored_before_their_mean_is_given(device):
+    with pytest.raises(RuntimeError, match="before the calibration file"):
+        observe(GivenKeyMean(1, 64, device), torch.ones(1, 1, 64, device=device), [0])

@@ -15,8 +15,6 @@ PROMPTS = [
     CHAT.format("Write a short story about a clockmaker and a river."),
     CHAT.format(LONG + "What is this about?"),
 ]
-# Two tokens this near are a coin toss for any change of rounding, or for 8 bits.
-TIE = 0.1
 
 
 def turboquant(**settings):
@@ -24,18 +22,6 @@ def turboquant(**settings):
 
 
 EIGHT_BITS = turboquant(key_bits=8, value_bits=8)
-
-
-def assert_same_but_for_ties(found, expected):
-    """Texts are the same, or part where the expected one might as well have gone on with the other token."""
-    for tokens, others, logprobs in zip(
-        found["tokens"][-1], expected["tokens"][0], expected["logprobs"][0], strict=True
-    ):
-        parting = next((step for step, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), None)
-        if parting is not None:
-            at = logprobs[parting]
-            assert str(tokens[parting]) in at
-            assert at[str(others[parting])] - at[str(tokens[parting])] < TIE, (parting, at, tokens[parting])
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +34,24 @@ def eight_bits(generate):
     return generate(PROMPTS, max_tokens=200, **EIGHT_BITS)
 
 
-def test_eight_bits_give_the_same_text_over_two_hundred_tokens(eight_bits, uncompressed):
+def test_eight_bits_give_the_same_text_over_two_hundred_tokens(eight_bits, uncompressed, assert_same_but_for_ties):
     assert eight_bits["tokens"][0][0] == uncompressed["tokens"][0][0]
     assert_same_but_for_ties(eight_bits, uncompressed)
 
 
-def test_the_prefix_cache_gives_codes_to_the_next_request(generate, eight_bits):
+def test_the_prefix_cache_gives_codes_to_the_next_request(generate, eight_bits, assert_same_but_for_ties):
     found = generate(PROMPTS, max_tokens=30, rounds=2, **EIGHT_BITS)
     assert found["cached"][0][2] == 0
     assert found["cached"][1][2] >= 128
     assert_same_but_for_ties(found, shortened(eight_bits, 30))
 
 
-def test_prefill_in_chunks_reads_the_codes_of_earlier_chunks(generate, eight_bits):
+def test_prefill_in_chunks_reads_the_codes_of_earlier_chunks(generate, eight_bits, assert_same_but_for_ties):
     found = generate(PROMPTS, max_tokens=30, max_num_batched_tokens=64, max_num_seqs=8, **EIGHT_BITS)
     assert_same_but_for_ties(found, shortened(eight_bits, 30))
 
 
-def test_speculation_does_not_change_the_text(generate, eight_bits):
+def test_speculation_does_not_change_the_text(generate, eight_bits, assert_same_but_for_ties):
     draft = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
     found = generate(PROMPTS, max_tokens=60, speculative_config=draft, **EIGHT_BITS)
     assert found["accepted"] > 0
@@ -120,26 +106,6 @@ def divergence(expected, found):
     pairs = [(math.exp(expected[token]), math.exp(found[token])) for token in shared]
     pairs.append(tuple(max(1 - sum(side), 1e-9) for side in zip(*pairs, strict=True)))
     return sum(p * math.log(p / q) for p, q in pairs)
-
-
-TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
-TINY = {"skip_tokenizer_init": True, "max_tokens": 30}
-
-
-def test_two_ranks_give_the_text_of_one(generate, tiny_model):
-    tiny = {"model": tiny_model("Llama"), **TINY, **EIGHT_BITS}
-    plain = generate(TOKENS, **tiny)
-    found = generate(TOKENS, tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, **tiny)
-    assert_same_but_for_ties(found, plain)
-
-
-@pytest.mark.parametrize("architecture", ["Gemma2", "Gemma3Text"])
-def test_layers_with_and_without_windows(generate, tiny_model, architecture):
-    tiny = {"model": tiny_model(architecture), **TINY, "max_num_batched_tokens": 64, "max_num_seqs": 8}
-    expected = generate(TOKENS, **tiny)
-    found = generate(TOKENS, **tiny, **EIGHT_BITS)
-    assert_same_but_for_ties(found, expected)
-    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(512 / 132, rel=0.02)
 
 
 def shortened(answer, max_tokens):

@@ -22,10 +22,13 @@ def test_presets_and_bits(chosen, bits):
     ("chosen", "message"),
     [
         ({"preset": "tq9"}, "preset is 'tq9'; it must be one of tq4"),
-        ({"bits": 4}, "turboquant has 'bits'; it may have preset, key_bits, value_bits, center_keys"),
+        ({"bits": 4}, "turboquant has 'bits'; it may have preset, key_bits, value_bits, center_keys, calibration"),
         ({"key_bits": 7}, "key_bits is 7; it must be one of"),
         ({"preset": "tq2.5"}, "stores 2.5 bits, which the kernels do not read"),
         ({"center_keys": "yes"}, "center_keys is 'yes'; it must be true or false"),
+        ({"calibration": True}, "calibration is True; it must be the path of a file"),
+        ({"calibration": ""}, "calibration is ''; it must be the path of a file"),
+        ({"calibration": "m", "center_keys": False}, "center_keys is false and calibration is 'm'.*give one"),
         ("tq4", "turboquant is 'tq4'; it must be an object"),
     ],
 )

@@ -6,10 +6,12 @@ from typing import Any, ClassVar
 import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout as VllmLayout
 
 from turboquant_vllm import support
 from turboquant_vllm._compat import current_config
+from turboquant_vllm.engine_checks import engine_problems
 from turboquant_vllm.settings import Settings
 
 
@@ -58,7 +60,18 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """The page as bytes: for each token and KV head its codes and scales, and nothing else."""
+        """The page as bytes: for each token and KV head its codes and scales, and nothing else.
+
+        Raises:
+            ValueError: If the layer is of a kind, or of a shape, that is not served.
+        """
+        # Of their subclasses some see later tokens, and some lack earlier ones.
+        non_causal = getattr(spec, "non_causal", False)
+        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or non_causal:
+            raise ValueError(
+                f"{'non-causal attention' if non_causal else type(spec).__name__} is not supported by TurboQuant; it "
+                f"serves causal attention to all tokens or to those of a sliding window. {support.INSTEAD}"
+            )
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"keys have head_size {spec.head_size} and values {spec.head_size_v}; TurboQuant serves equal ones. "
@@ -79,13 +92,19 @@ class TurboQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        """Pages that another process reads need its key means, which are this process's own."""
-        return not process_settings().center_keys
+        """Pages that another process reads need the same key means there, so they must come from a file."""
+        settings = process_settings()
+        return not settings.center_keys or settings.calibration is not None
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         """Not tested."""
         return False
+
+    @classmethod
+    def supports_combination(cls, *args: Any, **kwargs: Any) -> str | None:
+        """What of the engine is not served, and what to do about it: the other hooks only answer yes or no."""
+        return " ".join(engine_problems(current_config(), process_settings())) or None
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
@@ -104,7 +123,7 @@ def process_settings() -> Settings:
     global _latest
     config = current_config()
     if config is not None:
-        _latest = Settings.of(config.additional_config, config.cache_config.cache_dtype)
+        _latest = Settings.of_engine(config)
     return _latest
 
 

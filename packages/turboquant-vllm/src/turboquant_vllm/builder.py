@@ -7,7 +7,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_vllm.calibration import give_key_means
 from turboquant_vllm.metadata import DecodeRows, PrefillRows, TurboQuantMetadata
+from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import INSTEAD
 from turboquant_vllm.warm_up import warm_up
 
@@ -24,6 +26,8 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
         self.reorder_batch_threshold: int = self.reorder_batch_threshold or 1
         if self.reorder_batch_threshold > MAX_QUERY_LEN:
             self.reorder_batch_threshold = 1
+        if calibration := Settings.of_engine(vllm_config).calibration:
+            give_key_means(calibration, layer_names, vllm_config)
         if device.type == "cuda" and vllm_config.kernel_config.enable_jit_warmup:
             warm_up(kv_cache_spec, layer_names, vllm_config, self.reorder_batch_threshold, device)
 

@@ -1,4 +1,4 @@
-"""The key mean of a layer: taken once, on the device, from the first real prefill."""
+"""The key mean of a layer: given by a file, or taken once, on the device, from the first real prefill."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,33 @@ logger = init_logger(__name__)
 
 # A mean of fewer keys may say little about the next: it is used, and the log says so.
 FEW_TOKENS = 16
+
+
+class GivenKeyMean:
+    """A mean that a calibration file gives before anything is stored.
+
+    Attributes:
+        mean: float32 [num_kv_heads, head_dim], always at the same address.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, device: torch.device) -> None:
+        self.mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device)
+        self._given: torch.Tensor | None = None
+
+    def give(self, mean: torch.Tensor) -> None:
+        """Set the mean to one of the same shape."""
+        self._given = mean
+        self.reset()
+
+    def reset(self) -> None:
+        """Set it again: the device's memory may have been given up meanwhile."""
+        if self._given is not None:
+            self.mean.copy_(self._given)
+
+    def observe(self, key: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Nothing changes it; that it was given is made sure of."""
+        if self._given is None:
+            raise RuntimeError("keys are stored before the calibration file gave this layer its mean")
 
 
 class KeyMean:

@@ -10,7 +10,9 @@ from turboquant_core import KVCacheLayout
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_vllm._compat import current_config, start_up_is_over
 from turboquant_vllm.backend import engine_kv_cache_dtype, process_settings
-from turboquant_vllm.centring import KeyMean
+from turboquant_vllm.calibration import read_for_model
+from turboquant_vllm.centring import GivenKeyMean, KeyMean
+from turboquant_vllm.engine_checks import engine_problems
 from turboquant_vllm.metadata import TurboQuantMetadata
 from turboquant_vllm.prefill import WORKSPACE_TOKENS, Prefill
 from turboquant_vllm.support import INSTEAD, check_layer
@@ -44,7 +46,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
             engine_kv_cache_dtype=engine_kv_cache_dtype(),
             extra=extra,
         )
-        settings = process_settings()
+        config, settings = current_config(), process_settings()
+        if problems := engine_problems(config, settings):
+            raise ValueError(" ".join(problems))
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size
@@ -55,9 +59,14 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self.sinks = sinks
         self.config = settings.cache_config(head_size)
         device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
-        self.key_mean: KeyMean | None = None
-        if settings.center_keys:
-            self.key_mean = KeyMean(self.num_kv_heads, head_size, device, start_up_is_over(current_config()))
+        self.key_mean: KeyMean | GivenKeyMean | None = None
+        if settings.calibration is not None:
+            # The builder gives the mean, for it knows which layer this is; a file that does not fit is refused here,
+            # before weights are loaded.
+            read_for_model(settings.calibration, config.model_config)
+            self.key_mean = GivenKeyMean(self.num_kv_heads, head_size, device)
+        elif settings.center_keys:
+            self.key_mean = KeyMean(self.num_kv_heads, head_size, device, start_up_is_over(config))
         self.varlen = VarlenAttention(
             self.scale, sliding_window, self.softcap, None if device.type == "cpu" else _flash_version(head_size, sinks)
         )

@@ -21,12 +21,14 @@ class Settings:
         key_bits: Instead of the preset's: 2, 3, 4, 5, 6 or 8.
         value_bits: The same for values.
         center_keys: Subtract a mean per layer, KV head and channel before keys are quantised.
+        calibration: A file of those means by `turboquant calibrate`; None to take them from the first prompt.
     """
 
     preset: str = "tq4"
     key_bits: int | None = None
     value_bits: int | None = None
     center_keys: bool = True
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         # A head_dim that every format takes: the rest is refused here, before weights are loaded.
@@ -40,6 +42,14 @@ class Settings:
                 )
         if not isinstance(self.center_keys, bool):
             raise ValueError(f"center_keys is {self.center_keys!r}; it must be true or false")
+        if self.calibration is not None:
+            if not isinstance(self.calibration, str) or not self.calibration:
+                raise ValueError(f"calibration is {self.calibration!r}; it must be the path of a file")
+            if not self.center_keys:
+                raise ValueError(
+                    f"center_keys is false and calibration is {self.calibration!r}, a file of means for centring; "
+                    "give one of them"
+                )
 
     def cache_config(self, head_dim: int) -> TurboQuantConfig:
         """What is stored for one head."""
@@ -50,6 +60,11 @@ class Settings:
             value_bits if self.value_bits is None else self.value_bits,
             center_keys=self.center_keys,
         )
+
+    @classmethod
+    def of_engine(cls, config: Any) -> "Settings":
+        """The settings in the configuration of an engine of vLLM."""
+        return cls.of(config.additional_config, config.cache_config.cache_dtype)
 
     @classmethod
     def of(cls, additional_config: Any, kv_cache_dtype: str = "auto") -> "Settings":

@@ -1,0 +1,55 @@
+"""Key means of a calibration file, given to the layers and heads of this process."""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+
+from turboquant_core.calibration import KeyMeans, ModelIdentity, read_key_means
+from turboquant_vllm.centring import GivenKeyMean
+
+
+def read_for_model(path: str, model_config: Any) -> KeyMeans:
+    """The means in a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, something else, or belongs to another model than vLLM's `model_config` describes.
+    """
+    architecture = (model_config.architectures or ["unknown"])[0]
+    return _read(path, ModelIdentity.of(model_config.hf_text_config, architecture))
+
+
+_read = cache(read_key_means)
+
+
+def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> None:
+    """Give the layers of one group their means, whichever of the model's layers and KV heads they are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it does not belong to the model.
+    """
+    model_config = vllm_config.model_config
+    key_means = read_for_model(path, model_config)
+    rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(layer_names)).items():
+        impl = layer.impl
+        assert isinstance(impl.key_mean, GivenKeyMean)
+        # Where there are more ranks than KV heads, vLLM gives several ranks the same one.
+        total = impl.num_kv_heads * world_size
+        if impl.num_kv_heads == 1:
+            total = min(world_size, model_config.get_total_num_kv_heads())
+        mean = key_means.of_layer(extract_layer_index(name), total, impl.head_size)
+        impl.key_mean.give(heads_of_rank(mean, impl.num_kv_heads, rank, world_size))
+
+
+def heads_of_rank(mean: torch.Tensor, num_kv_heads: int, rank: int, world_size: int) -> torch.Tensor:
+    """The num_kv_heads of [total_num_kv_heads, head_dim] that vLLM puts on a tensor-parallel rank."""
+    first = rank * len(mean) // world_size
+    return mean[first : first + num_kv_heads]

@@ -1,0 +1,70 @@
+"""What of an engine's configuration the backend does not serve, each with its remedy.
+
+vLLM asks for it on GPUs, through `supports_combination`; on CPUs it asks nothing, and every layer does.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from turboquant_vllm.settings import Settings
+from turboquant_vllm.support import BLOCK_SIZE_MULTIPLE, INSTEAD
+
+
+def engine_problems(config: Any, settings: Settings) -> list[str]:
+    """Why an engine of this configuration is refused; empty if it is not, or if there is none."""
+    if config is None:
+        return []
+    return [*_cache_problems(config.cache_config), *_attention_problems(config), *_mean_problems(config, settings)]
+
+
+def _cache_problems(cache: Any) -> Iterator[str]:
+    if cache.kv_cache_dtype_skip_layers:
+        yield (
+            f"kv_cache_dtype_skip_layers is {', '.join(cache.kv_cache_dtype_skip_layers)}, and TurboQuant compresses "
+            "all layers alike. Leave --kv-cache-dtype-skip-layers out."
+        )
+    if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
+        yield (
+            f"block_size is {cache.block_size}; TurboQuant takes multiples of {BLOCK_SIZE_MULTIPLE}. "
+            "Leave --block-size out, or give one of those."
+        )
+
+
+def _attention_problems(config: Any) -> Iterator[str]:
+    from vllm import envs
+
+    model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
+    if model is not None and model.is_mm_prefix_lm:
+        yield (
+            f"in {model.hf_config.model_type} the tokens of an image see those that follow them, and TurboQuant "
+            f"attends causally. Give --language-model-only to serve text alone. {INSTEAD}"
+        )
+    if model is not None and model.rswa_window is not None:
+        yield f"reference sliding windows (rswa_window={model.rswa_window}) are not supported by TurboQuant. {INSTEAD}"
+    if config.attention_config.use_non_causal:
+        yield f"use_non_causal is set, and TurboQuant attends causally. {INSTEAD}"
+    if envs.VLLM_BATCH_INVARIANT:
+        yield "TurboQuant's results vary with the batch by rounding. Unset VLLM_BATCH_INVARIANT."
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            yield f"{name} is {size}; TurboQuant serves 1. Use tensor or pipeline parallelism."
+    if speculative is not None and speculative.enable_adaptive_verification:
+        yield "adaptive verification is not supported by TurboQuant. Leave it out of --speculative-config."
+
+
+def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
+    if not settings.center_keys:
+        return
+    transfer, speculative = config.kv_transfer_config, config.speculative_config
+    if settings.calibration is None:
+        if transfer is not None and transfer.is_kv_transfer_instance:
+            yield (
+                f"the pages that {transfer.kv_connector} hands to another process hold keys less means that only this "
+                "process knows. Write the means to a file with `turboquant calibrate MODEL --out FILE` and give it to "
+                "both sides as {'turboquant': {'calibration': FILE}}, or set {'turboquant': {'center_keys': False}}."
+            )
+    elif speculative is not None and getattr(speculative.attention_backend, "name", None) == "CUSTOM":
+        yield (
+            f"calibration is {settings.calibration}, which holds no means of the draft model. Leave attention_backend "
+            "out of --speculative-config: vLLM's own backend then serves the draft."
+        )

@@ -1,0 +1,107 @@
+import re
+from types import SimpleNamespace
+
+import pytest
+from vllm.config import KVTransferConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from turboquant_vllm.backend import TurboQuantBackend
+from turboquant_vllm.engine_checks import engine_problems
+from turboquant_vllm.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def configure():
+    """Makes vLLM's configuration of an engine."""
+
+    def make(model, **options):
+        arguments = EngineArgs(str(model), skip_tokenizer_init=True, dtype="float32", max_model_len=256, **options)
+        return arguments.create_engine_config()
+
+    return make
+
+
+@pytest.fixture
+def config(configure, tiny_model):
+    return configure(tiny_model("Llama"))
+
+
+CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+COMPRESSED_DRAFT = SimpleNamespace(enable_adaptive_verification=False, attention_backend=AttentionBackendEnum.CUSTOM)
+
+
+def test_an_engine_like_most_is_served(config):
+    assert engine_problems(config, Settings()) == []
+    assert engine_problems(None, Settings()) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        (
+            "cache_config",
+            "kv_cache_dtype_skip_layers",
+            ["0", "sliding_window"],
+            "skip_layers is 0, sliding_window,.*out",
+        ),
+        ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size is 2.*serves 1"),
+        ("parallel_config", "prefill_context_parallel_size", 4, "prefill_context_parallel_size is 4.*serves 1"),
+        ("attention_config", "use_non_causal", True, "use_non_causal is set"),
+        (
+            None,
+            "speculative_config",
+            SimpleNamespace(enable_adaptive_verification=True),
+            "adaptive verification is not supported",
+        ),
+        (None, "kv_transfer_config", CONNECTOR, "the pages that ExampleConnector hands.*turboquant calibrate MODEL"),
+    ],
+)
+def test_what_is_not_served_is_named_with_a_remedy(config, monkeypatch, part, name, value, message):
+    monkeypatch.setattr(getattr(config, part) if part else config, name, value)
+    (problem,) = engine_problems(config, Settings())
+    assert re.search(message, problem)
+    # vLLM asks so on a GPU, and repeats the answer.
+    with set_current_vllm_config(config):
+        assert TurboQuantBackend.supports_combination(128, None, None, 16, False, False, False, False, None) == problem
+
+
+def test_a_block_size_is_refused_only_where_it_was_asked_for(configure, tiny_model):
+    (problem,) = engine_problems(configure(tiny_model("Llama"), block_size=40), Settings())
+    assert re.search("block_size is 40; TurboQuant takes multiples of 16", problem)
+    assert engine_problems(configure(tiny_model("Llama"), block_size=48), Settings()) == []
+
+
+def test_batch_invariance_is_refused(config, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    (problem,) = engine_problems(config, Settings())
+    assert re.search("Unset VLLM_BATCH_INVARIANT", problem)
+
+
+def test_bidirectional_images_are_refused_and_text_alone_is_served(configure, tiny_vision_model):
+    both_ways = {"hf_overrides": {"is_mm_prefix_lm": True}}
+    (problem,) = engine_problems(configure(tiny_vision_model, **both_ways), Settings())
+    assert re.search("in idefics3 the tokens of an image see.*--language-model-only", problem)
+    assert engine_problems(configure(tiny_vision_model, **both_ways, language_model_only=True), Settings()) == []
+    assert engine_problems(configure(tiny_vision_model), Settings()) == []
+
+
+def test_reference_sliding_windows_are_refused(configure, tiny_model):
+    config = configure(tiny_model("Llama"), hf_overrides={"rswa_window": 64})
+    (problem,) = engine_problems(config, Settings())
+    assert re.search("rswa_window=64", problem)
+
+
+@pytest.mark.parametrize("settings", [Settings(calibration="means.safetensors"), Settings(center_keys=False)])
+def test_a_connector_is_served_where_the_means_are_known_elsewhere(config, monkeypatch, settings):
+    monkeypatch.setattr(config, "kv_transfer_config", CONNECTOR)
+    assert engine_problems(config, settings) == []
+
+
+def test_a_draft_has_no_means_in_the_file(config, monkeypatch):
+    monkeypatch.setattr(config, "speculative_config", COMPRESSED_DRAFT)
+    (problem,) = engine_problems(config, Settings(calibration="means.safetensors"))
+    assert re.search(
+        "calibration is means.safetensors, which holds no means of the draft.*attention_backend out", problem
+    )
+    assert engine_problems(config, Settings()) == []
