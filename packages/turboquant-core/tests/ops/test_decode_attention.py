@@ -303,6 +303,20 @@ def test_a_key_mean_moves_the_log_sum_exp_alone(device, path):
 EVERYTHING = CASES["all at once"]
 
 
+@pytest.mark.parametrize("path", [*kernels(DecodeCase()), "reference"])
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"sinks": True}, {}])
+def test_rows_may_have_means_of_their_own(device, path, options):
+    case = DecodeCase(seq_lens=(70, 0, 3), query_lens=2, num_heads=8, num_kv_heads=2, key_mean=True, **options)
+    inputs = build(case, device)
+    means = torch.stack([inputs.options["key_mean"] * factor for factor in (1, 3, -2)])
+    out, lse = attend(inputs, path, key_mean=means)
+    for row in range(3):
+        expected, expected_lse = attend(inputs, path, key_mean=means[row])
+        tokens = slice(2 * row, 2 * row + 2)
+        assert torch.equal(out[tokens], expected[tokens])
+        assert torch.equal(lse[tokens], expected_lse[tokens])
+
+
 @pytest.mark.parametrize("path", [*kernels(EVERYTHING), "reference"])
 def test_strides_do_not_matter(device, path):
     inputs = build(EVERYTHING, device)
@@ -454,6 +468,7 @@ def bad(message, **changes):
         bad(r"sinks is torch.bfloat16", sinks=torch.zeros(4).bfloat16()),
         bad(r"sinks is .* \[2\]; it must be torch.float32 \[4\]", sinks=torch.zeros(2)),
         bad(r"key_mean is .* \[4, 64\]; it must be torch.float32 \[2, 64\]", key_mean=torch.zeros(4, 64)),
+        bad(r"key_mean is .* \[3, 2, 64\]; it must be torch.float32 \[2, 2, 64\]", key_mean=torch.zeros(3, 2, 64)),
         bad(r"key_mean has strides \[1, 2\]", key_mean=torch.zeros(64, 2).T),
         bad(r"pages hold 1 rows and seq_lens 2; without", pages=lambda x: x[:1], block_table=lambda x: None),
         bad(r"query has 3 tokens for 2 rows", query=lambda x: torch.cat([x, x[:1]])),

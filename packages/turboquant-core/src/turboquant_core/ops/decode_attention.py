@@ -62,8 +62,9 @@ def decode_attention(
         window: Positions that a token sees, itself included; None for all.
         softcap: Logits become softcap * tanh(logits / softcap).
         sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
-        key_mean: float32 [num_kv_heads, head_dim] that was subtracted from keys before they were stored. Softmax does
-            not see it, but softcap, sinks and the log-sum-exp do.
+        key_mean: float32 [num_kv_heads, head_dim], or [batch, num_kv_heads, head_dim] for one of each row, that was
+            subtracted from keys before they were stored. Softmax does not see it, but softcap, sinks and the
+            log-sum-exp do.
         out: Written instead of a new tensor: like `query`, with a last stride of 1.
         return_lse: Also return the natural log-sum-exp of the logits, float32 [num_tokens, num_heads]; minus infinity
             where nothing is seen.
@@ -87,7 +88,7 @@ def decode_attention(
         "query_start_loc": (query_start_loc, torch.int32, (batch + 1,)),
         "seq_starts": (seq_starts, torch.int32, (batch,)),
         "sinks": (sinks, torch.float32, (num_heads,)),
-        "key_mean": (key_mean, torch.float32, (layout.num_kv_heads, head_dim)),
+        "key_mean": (key_mean, torch.float32, _mean_shape(key_mean, batch, layout)),
     }
     for name, (tensor, dtype, shape) in arrays.items():
         if tensor is None:
@@ -156,6 +157,11 @@ def _check_query(name: str, x: torch.Tensor, layout: KVCacheLayout) -> None:
         raise ValueError(
             f"{name} has {x.shape[1]} heads; they must be a positive multiple of the {layout.num_kv_heads} KV heads"
         )
+
+
+def _mean_shape(key_mean: torch.Tensor | None, batch: int, layout: KVCacheLayout) -> tuple[int, ...]:
+    shared = (layout.num_kv_heads, layout.config.head_dim)
+    return (batch, *shared) if key_mean is not None and key_mean.ndim == 3 else shared
 
 
 def _query_len(num_tokens: int, batch: int, query_start_loc: torch.Tensor | None, max_query_len: int | None) -> int:

@@ -60,7 +60,8 @@ def decode_attention(
             continue
         keys, values = stored_row(views, block_table, row, length, config, dtype)
         if key_mean is not None:
-            keys = keys + key_mean.to(dtype)[:, None]
+            mean = key_mean[row] if key_mean.ndim == 3 else key_mean
+            keys = keys + mean.to(dtype)[:, None]
         group = num_heads // keys.shape[0]
         keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
         logits = query[tokens].to(dtype).transpose(0, 1) @ keys.transpose(1, 2) * scale

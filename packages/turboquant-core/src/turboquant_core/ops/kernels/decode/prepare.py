@@ -15,7 +15,7 @@ def prepare_kernel(
     seq_lens,  # int32 [batch]
     seq_starts,  # int32 [batch], or None
     rotation,  # float32 [num_positions, head_dim]; row i makes operand position i
-    key_mean,  # float32 [num_kv_heads, head_dim], or None
+    key_mean,  # float32 [num_kv_heads, head_dim], or one of each row, or None
     operand,  # out, float16 [batch, num_kv_heads, num_columns, num_positions]: rotated, over its length
     factor,  # out, float32 [batch, num_kv_heads, num_columns]: what a score is multiplied with, log2 units
     bias,  # out, float32 like factor: the score of the key mean, log2 units; None without key_mean
@@ -26,6 +26,7 @@ def prepare_kernel(
     num_heads,
     query_token_stride,
     query_head_stride,
+    mean_row_stride,  # 0 where all rows share the mean
     query_len,
     group: tl.constexpr,
     num_columns: tl.constexpr,
@@ -66,9 +67,8 @@ def prepare_kernel(
     if tl.program_id(1) == 0:
         tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
         if key_mean is not None:
-            mean = tl.load(
-                key_mean + kv_head[:, None] * head_dim + channel[None, :], mask=used[:, None] & real[None, :], other=0.0
-            )
+            means = key_mean + row.to(tl.int64) * mean_row_stride + kv_head * head_dim
+            mean = tl.load(means[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0)
             tl.store(bias + place, tl.sum(q * mean, axis=1) * (scale * LOG2_E), mask=used)
 
 

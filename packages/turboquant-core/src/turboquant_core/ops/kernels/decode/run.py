@@ -71,7 +71,8 @@ def run_decode_attention(
     block_positions = min(launch.prepare_positions, num_positions)
     prepare_kernel[(triton.cdiv(heads, launch.prepare_heads), num_positions // block_positions)](
         query, query_start_loc, seq_lens, seq_starts, query_rotation, key_mean, operand, factor, bias, cu_tiles,
-        scale, scale / head_dim**0.5, batch, num_heads, query.stride(0), query.stride(1), query_len,
+        scale, scale / head_dim**0.5, batch, num_heads, query.stride(0), query.stride(1),
+        key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0, query_len,
         group=group, num_columns=padded, head_dim=head_dim, num_positions=num_positions, tile=launch.tile,
         window=window, block_batch=padded_batch(batch), block_heads=launch.prepare_heads, block_dim=block_dim,
         block_positions=block_positions, precision=precision, overlap=launch.overlap, num_warps=4,
