@@ -70,9 +70,10 @@ def cache_gather(
     return keys, values, cu_seqlens
 
 
-# Of a batch's rows some prefill: where theirs begin in a block table is any entry.
+# A block table is as wide as the longest row may be, and where those that prefill begin in it is any entry.
 @triton.jit(
-    do_not_specialize=["batch", "max_tokens"], do_not_specialize_on_alignment=["block_table", "cu_seqlens", "starts"]
+    do_not_specialize=["batch", "max_tokens", "table_row_stride"],
+    do_not_specialize_on_alignment=["block_table", "cu_seqlens", "starts"],
 )
 def _gather_kernel(
     keys,
