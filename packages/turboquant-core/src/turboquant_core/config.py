@@ -1,6 +1,7 @@
 """What to store: the policy that a cache is built from."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -64,17 +65,17 @@ class TurboQuantConfig:
         key_bits, value_bits = preset_bits(name)
         return cls(head_dim, **{"key_bits": key_bits, "value_bits": value_bits, **overrides})
 
-    @property
+    @cached_property
     def key_format(self) -> VectorFormat:
         """The bytes of one stored key."""
         return VectorFormat(self.head_dim, self.key_bits)
 
-    @property
+    @cached_property
     def value_format(self) -> VectorFormat:
         """The bytes of one stored value."""
         return VectorFormat(self.head_dim, self.value_bits)
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one token's key and value for one KV head."""
         return self.key_format.nbytes + self.value_format.nbytes

@@ -1,6 +1,7 @@
 """Where every byte of a paged cache lies."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -67,37 +68,37 @@ class KVCacheLayout:
                 f"head_dim {self.config.head_dim} an odd one puts scales on odd addresses. Use an even block_size."
             )
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one token's key and value for one KV head."""
         return self.config.slot_bytes
 
-    @property
+    @cached_property
     def head_bytes(self) -> int:
         """Bytes of one KV head's part of a page."""
         return self.block_size * self.slot_bytes
 
-    @property
+    @cached_property
     def page_bytes(self) -> int:
         """Bytes of a page."""
         return self.num_kv_heads * self.head_bytes
 
-    @property
+    @cached_property
     def key_codes(self) -> Plane:
         """Packed key codes."""
         return Plane(0, self.config.key_format.code_bytes)
 
-    @property
+    @cached_property
     def value_codes(self) -> Plane:
         """Packed value codes."""
         return Plane(self._end(self.key_codes), self.config.value_format.code_bytes)
 
-    @property
+    @cached_property
     def key_scales(self) -> Plane:
         """Key scales."""
         return Plane(self._end(self.value_codes), self.config.key_format.scale_bytes)
 
-    @property
+    @cached_property
     def value_scales(self) -> Plane:
         """Value scales."""
         return Plane(self._end(self.key_scales), self.config.value_format.scale_bytes)

@@ -19,7 +19,7 @@ class ChannelGroup:
     num_channels: int
     bits: int
 
-    @property
+    @cached_property
     def code_bytes(self) -> int:
         """Bytes of the group's packed codes."""
         return packed_bytes(self.num_channels, self.bits)
@@ -56,22 +56,22 @@ class VectorFormat:
             return ChannelGroup(outliers, high), ChannelGroup(self.head_dim - outliers, low)
         return (ChannelGroup(self.head_dim, int(self.bits)),)
 
-    @property
+    @cached_property
     def code_bytes(self) -> int:
         """Bytes of packed codes."""
         return sum(group.code_bytes for group in self.groups)
 
-    @property
+    @cached_property
     def num_scales(self) -> int:
         """Stored scales, two bytes each."""
         return len(self.groups)
 
-    @property
+    @cached_property
     def scale_bytes(self) -> int:
         """Bytes of scales."""
         return self.num_scales * SCALE_BYTES
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the whole vector."""
         return self.code_bytes + self.scale_bytes
