@@ -28,7 +28,20 @@ def config(configure, tiny_model):
 
 
 CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-COMPRESSED_DRAFT = SimpleNamespace(enable_adaptive_verification=False, attention_backend=AttentionBackendEnum.CUSTOM)
+
+
+def draft(**fields):
+    """What --speculative-config was given."""
+    plain = {
+        "method": "eagle",
+        "attention_backend": None,
+        "enable_adaptive_verification": False,
+        "parallel_drafting": False,
+    }
+    return SimpleNamespace(**plain | fields)
+
+
+COMPRESSED = {"attention_backend": AttentionBackendEnum.CUSTOM}
 
 
 def test_an_engine_like_most_is_served(config):
@@ -51,7 +64,7 @@ def test_an_engine_like_most_is_served(config):
         (
             None,
             "speculative_config",
-            SimpleNamespace(enable_adaptive_verification=True),
+            draft(enable_adaptive_verification=True),
             "adaptive verification is not supported",
         ),
         (None, "kv_transfer_config", CONNECTOR, "the pages that ExampleConnector hands.*turboquant calibrate MODEL"),
@@ -98,10 +111,22 @@ def test_a_connector_is_served_where_the_means_are_known_elsewhere(config, monke
     assert engine_problems(config, settings) == []
 
 
+@pytest.mark.parametrize("fields", [{}, {"method": "draft_model"}, COMPRESSED])
+def test_drafts_are_served_by_vllms_own_backend_or_by_ours(config, monkeypatch, fields):
+    monkeypatch.setattr(config, "speculative_config", draft(**fields))
+    assert engine_problems(config, Settings()) == []
+
+
+@pytest.mark.parametrize("fields", [{"method": "draft_model"}, {"method": "dflash", "parallel_drafting": True}])
+def test_drafts_whose_lengths_vllm_does_not_know_are_not_compressed(config, monkeypatch, fields):
+    monkeypatch.setattr(config, "speculative_config", draft(**COMPRESSED, **fields))
+    (problem,) = engine_problems(config, Settings())
+    assert re.search(f"of method {fields['method']} is not served.*Leave attention_backend out", problem)
+
+
 def test_a_draft_has_no_means_in_the_file(config, monkeypatch):
-    monkeypatch.setattr(config, "speculative_config", COMPRESSED_DRAFT)
+    monkeypatch.setattr(config, "speculative_config", draft(**COMPRESSED))
     (problem,) = engine_problems(config, Settings(calibration="means.safetensors"))
     assert re.search(
         "calibration is means.safetensors, which holds no means of the draft.*attention_backend out", problem
     )
-    assert engine_problems(config, Settings()) == []

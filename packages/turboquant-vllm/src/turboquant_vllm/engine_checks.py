@@ -9,6 +9,8 @@ from typing import Any
 from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import BLOCK_SIZE_MULTIPLE, INSTEAD
 
+OWN_DRAFT_BACKEND = "Leave attention_backend out of --speculative-config: vLLM's own backend then serves the draft."
+
 
 def engine_problems(config: Any, settings: Settings) -> list[str]:
     """Why an engine of this configuration is refused; empty if it is not, or if there is none."""
@@ -50,6 +52,9 @@ def _attention_problems(config: Any) -> Iterator[str]:
             yield f"{name} is {size}; TurboQuant serves 1. Use tensor or pipeline parallelism."
     if speculative is not None and speculative.enable_adaptive_verification:
         yield "adaptive verification is not supported by TurboQuant. Leave it out of --speculative-config."
+    # For these vLLM lengthens the rows and leaves the lengths on the CPU, which prefill is planned with, as they were.
+    if _compresses_draft(speculative) and (speculative.method == "draft_model" or speculative.parallel_drafting):
+        yield f"a draft of method {speculative.method} is not served by TurboQuant. {OWN_DRAFT_BACKEND}"
 
 
 def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
@@ -63,8 +68,10 @@ def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
                 "process knows. Write the means to a file with `turboquant calibrate MODEL --out FILE` and give it to "
                 "both sides as {'turboquant': {'calibration': FILE}}, or set {'turboquant': {'center_keys': False}}."
             )
-    elif speculative is not None and getattr(speculative.attention_backend, "name", None) == "CUSTOM":
-        yield (
-            f"calibration is {settings.calibration}, which holds no means of the draft model. Leave attention_backend "
-            "out of --speculative-config: vLLM's own backend then serves the draft."
-        )
+    elif _compresses_draft(speculative):
+        yield f"calibration is {settings.calibration}, which holds no means of the draft model. {OWN_DRAFT_BACKEND}"
+
+
+def _compresses_draft(speculative: Any) -> bool:
+    """Whether a draft model was asked to use the backend too: it has its own choice, which is vLLM's unless given."""
+    return speculative is not None and getattr(speculative.attention_backend, "name", None) == "CUSTOM"

@@ -1,0 +1,118 @@
+"""vLLM's engine with small random models: kinds of layers, and features that come between a model and its cache."""
+
+import json
+
+import pytest
+import torch
+
+TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
+IMAGES = [{"prompt": "<image> " + " ".join(f"t{n}" for n in range(40, 240, 3)), "image": c} for c in ("red", "blue")]
+TINY = {"skip_tokenizer_init": True, "max_tokens": 30}
+CHUNKS = {"max_num_batched_tokens": 64, "max_num_seqs": 8}
+EIGHT_BITS = {
+    "attention_backend": "CUSTOM",
+    "additional_config": {"turboquant": {"key_bits": 8, "value_bits": 8}},
+}
+
+
+@pytest.fixture
+def plain(generate, tiny_model):
+    """The text of the small Llama at 8 bits."""
+    return generate(TOKENS, model=tiny_model("Llama"), **TINY, **EIGHT_BITS)
+
+
+@pytest.mark.parametrize("architecture", ["Gemma2", "Gemma3Text", "GptOss"])
+def test_layers_with_and_without_windows(generate, tiny_model, architecture, assert_same_but_for_ties):
+    tiny = {"model": tiny_model(architecture), **TINY, **CHUNKS}
+    expected = generate(TOKENS, **tiny)
+    found = generate(TOKENS, **tiny, **EIGHT_BITS)
+    assert_same_but_for_ties(found, expected)
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(512 / 132, rel=0.02)
+
+
+def test_layers_of_linear_attention_stay_vllms_own(generate, tiny_model, assert_same_but_for_ties):
+    # vLLM's linear attention for CPUs takes bfloat16 only.
+    tiny = {"model": tiny_model("Qwen3Next"), **TINY, **CHUNKS, "dtype": "bfloat16"}
+    expected = generate(TOKENS, **tiny)
+    found = generate(TOKENS, **tiny, **EIGHT_BITS)
+    assert_same_but_for_ties(found, expected)
+    assert found["kv_tokens"] > 1.9 * expected["kv_tokens"]
+
+
+def test_images(generate, tiny_vision_model, assert_same_but_for_ties):
+    tiny = {"model": tiny_vision_model, "max_tokens": 30, **CHUNKS}
+    expected = generate(IMAGES, **tiny)
+    # The prompts differ in their image alone.
+    assert expected["tokens"][0][0] != expected["tokens"][0][1]
+    assert_same_but_for_ties(generate(IMAGES, **tiny, **EIGHT_BITS), expected)
+
+
+def test_an_adapter(generate, tiny_model, adapter, plain, assert_same_but_for_ties):
+    tiny = {"model": tiny_model("Llama"), **TINY, "lora": adapter, "enable_lora": True, "max_lora_rank": 8}
+    expected = generate(TOKENS, **tiny)
+    assert expected["tokens"] != plain["tokens"]
+    assert_same_but_for_ties(generate(TOKENS, **tiny, **EIGHT_BITS), expected)
+
+
+def test_two_ranks_give_the_text_of_one(generate, tiny_model, plain, assert_same_but_for_ties):
+    found = generate(
+        TOKENS, model=tiny_model("Llama"), **TINY, **EIGHT_BITS,
+        tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )  # fmt: skip
+    assert_same_but_for_ties(found, plain)
+
+
+def test_a_draft_model(generate, tiny_model, plain, assert_same_but_for_ties):
+    model = tiny_model("Llama")
+    draft = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 3}
+    found = generate(TOKENS, model=model, **TINY, **EIGHT_BITS, speculative_config=draft)
+    # It is the model itself, on an uncompressed cache of its own.
+    assert found["accepted"] > 0.9 * found["drafted"] > 0
+    assert_same_but_for_ties(found, plain)
+
+
+def test_an_eagle_draft(generate, tiny_model, eagle, plain, assert_same_but_for_ties):
+    draft = {"method": "eagle", "model": str(eagle), "num_speculative_tokens": 3, "attention_backend": "CUSTOM"}
+    found = generate(TOKENS, model=tiny_model("Llama"), **TINY, **EIGHT_BITS, speculative_config=draft)
+    # It is random, so that almost all it says is refused and written over.
+    assert found["drafted"] > 100 > found["accepted"]
+    assert_same_but_for_ties(found, plain)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory):
+    """A random LoRA adapter of the small Llama."""
+    from safetensors.torch import save_file
+
+    random = torch.Generator().manual_seed(1)
+    tensors = {}
+    for layer in range(4):
+        for name, size in {"q_proj": 256, "k_proj": 128, "v_proj": 128}.items():
+            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{module}.lora_A.weight"] = 0.3 * torch.randn(8, 128, generator=random)
+            tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(size, 8, generator=random)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def eagle(tiny_model, tmp_path_factory):
+    """An EAGLE draft for the small Llama: its first layer behind a random projection."""
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model("Llama")
+    weights = load_file(model / "model.safetensors")
+    draft = {
+        name.removeprefix("model."): weight
+        for name, weight in weights.items()
+        if name.startswith("model.layers.0.") and "input_layernorm" not in name
+    }
+    draft["fc.weight"] = 0.1 * torch.randn(128, 256, generator=torch.Generator().manual_seed(1))
+    folder = tmp_path_factory.mktemp("eagle")
+    save_file(draft, folder / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    return folder
