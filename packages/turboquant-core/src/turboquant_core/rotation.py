@@ -23,8 +23,8 @@ class Rotation:
     """One orthogonal matrix Π per head_dim, shared by keys, values, heads and layers.
 
     A power of two uses signs and Hadamard transforms, H D₄ … H D₁ or, below head_dim 128, H D₆ … H D₁, computed in
-    integers and so the same to the last bit on every machine. Other sizes use the orthogonal factor of a Gaussian matrix, uniform over rotations.
-    Both are applied as one [d, d] product, so neither the choice nor the number of rounds costs anything.
+    integers and so the same to the last bit on every machine. Other sizes use the orthogonal factor of a Gaussian
+    matrix, uniform over rotations. Both are applied as one [d, d] product.
 
     Args:
         head_dim: Dimension d, a multiple of 8 from 8 to 512.

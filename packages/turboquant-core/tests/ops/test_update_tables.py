@@ -82,11 +82,15 @@ def test_a_rotation_of_few_bits_is_one_matrix(device):
     assert [split_rotation(d, torch.bfloat16, device).num_parts for d in (64, 128, 256, 96)] == [2, 1, 2, 3]
 
 
+H200 = Processor(132, 227 * 1024)
+SMALL = Processor(128, 99 * 1024)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 8192])
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 500])
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
 def test_every_program_keeps_to_one_head_and_no_program_is_idle(num_tokens, num_kv_heads, channels):
-    launch = update_launch(num_tokens, num_kv_heads, channels, 2, 1, Processor(132, 227 * 1024))
+    launch = update_launch(num_tokens, num_kv_heads, channels, 2, 1, H200, one_path=True)
     assert launch.num_programs % (2 * num_kv_heads) == 0
     assert launch.num_programs <= 2 * num_kv_heads * -(-num_tokens // launch.block_rows)
     assert channels % launch.block_k == 0
@@ -94,7 +98,21 @@ def test_every_program_keeps_to_one_head_and_no_program_is_idle(num_tokens, num_
 
 
 def test_rotations_that_do_not_fit_are_read_in_slices():
-    assert update_launch(8192, 8, 128, 2, 1, Processor(132, 227 * 1024)).block_k == 128
-    assert update_launch(8192, 8, 128, 2, 1, Processor(128, 99 * 1024)).block_k == 128
-    assert update_launch(8192, 8, 128, 3, 1, Processor(128, 99 * 1024)).block_k == 64
-    assert update_launch(8192, 8, 256, 2, 1, Processor(132, 227 * 1024)).block_k == 32
+    assert update_launch(8192, 8, 128, 2, 1, H200, one_path=True).block_k == 128
+    assert update_launch(8192, 8, 128, 2, 1, SMALL, one_path=True).block_k == 128
+    assert update_launch(8192, 8, 128, 3, 1, SMALL, one_path=True).block_k == 64
+    assert update_launch(8192, 8, 256, 2, 1, H200, one_path=True).block_k == 32
+
+
+def test_registers_are_limited_where_that_makes_room_for_a_third_program():
+    third = update_launch(8192, 8, 128, 1, 1, H200, one_path=True)
+    assert third.num_programs == 16 * (3 * 132 // 16)
+    assert third.compiler_options == {"maxnreg": 168}
+    for launch in (
+        update_launch(8192, 8, 128, 1, 1, H200, one_path=False),
+        update_launch(8192, 8, 128, 1, 1, SMALL, one_path=True),
+        update_launch(8192, 8, 128, 2, 1, H200, one_path=True),
+        update_launch(8192, 8, 128, 1, 2, H200, one_path=True),
+    ):
+        assert launch.num_programs <= 16 * (2 * 132 // 16)
+        assert launch.compiler_options == {}

@@ -48,7 +48,13 @@ def cache_update(
     rotation = split_rotation(config.head_dim, part_dtype, device)
     input_parts = 2 if key.dtype == torch.float32 else 1
     launch = update_launch(
-        num_tokens, layout.num_kv_heads, 8 * octet, rotation.num_parts, input_parts, _processor(device)
+        num_tokens,
+        layout.num_kv_heads,
+        8 * octet,
+        rotation.num_parts,
+        input_parts,
+        _processor(device),
+        one_path=key_bits == value_bits,
     )
     key_grid = grid_table(config.head_dim, key_bits, device)
     value_grid = grid_table(config.head_dim, value_bits, device)
@@ -99,6 +105,7 @@ def cache_update(
             depth=launch.depth,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            **launch.compiler_options,
         )
 
 
