@@ -21,8 +21,10 @@ def model_config(folder):
 def means_of(tmp_path):
     """Writes a file of means for a model."""
 
-    def write(folder, num_layers=4):
-        means = {layer: torch.full((2, 64), float(layer)) for layer in range(num_layers)}
+    def write(folder):
+        # Unlike one another, and so large that a head with the mean of another one is hardly stored at all.
+        random = torch.Generator().manual_seed(0)
+        means = {layer: 5 * torch.randn(2, 64, generator=random) for layer in range(4)}
         path = tmp_path / "means.safetensors"
         write_key_means(path, KeyMeans(means, identity(folder), str(folder), num_tokens=100))
         return str(path)
@@ -72,3 +74,42 @@ def test_every_rank_gets_the_means_of_its_heads(num_kv_heads, world_size, heads)
 def test_ranks_that_share_a_head_share_its_mean():
     mean = torch.arange(2.0)[:, None].expand(2, 64)
     assert [heads_of_rank(mean, 1, rank, 4)[:, 0].tolist() for rank in range(4)] == [[0], [0], [1], [1]]
+
+
+TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
+
+
+@pytest.fixture
+def calibrated(generate, tiny_model, means_of):
+    """Runs the small Llama with a calibration file."""
+    folder = tiny_model("Llama")
+    path = means_of(folder)
+
+    def run(turboquant, **options):
+        settings = {"turboquant": {**turboquant, "calibration": path}}
+        return generate(
+            TOKENS, model=folder, skip_tokenizer_init=True, max_tokens=30, attention_backend="CUSTOM",
+            additional_config=settings, **options,
+        )  # fmt: skip
+
+    return run
+
+
+def test_two_ranks_have_the_means_of_their_own_heads(calibrated, assert_same_but_for_ties):
+    found = calibrated({}, tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
+    assert_same_but_for_ties(found, calibrated({}))
+
+
+def test_a_connector_hands_pages_to_another_engine(calibrated, tmp_path, assert_same_but_for_ties):
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "pages")},
+    }
+    options = {"kv_transfer_config": connector, "block_size": 16}
+    eight_bits = {"key_bits": 8, "value_bits": 8}
+    first = calibrated(eight_bits, **options)
+    # Other arguments, or the answer of the first engine would be taken for that of the second.
+    second = calibrated(eight_bits, **options, max_num_seqs=4)
+    assert [first["cached"], second["cached"]] == [[[0, 0]], [[128, 128]]]
+    assert_same_but_for_ties(second, first)

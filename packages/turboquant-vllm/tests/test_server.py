@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
@@ -15,33 +16,54 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def client(model_folder, tmp_path_factory):
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("server") / "log.txt"
+
+
+@pytest.fixture(scope="module")
+def serve(model_folder, log):
+    """Starts a server in a process of its own, and waits until it serves or ends."""
     openai = pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [
-        # `vllm serve`, but for a look at the metadata of a package called vllm, which the build for CPUs is not.
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder),
-        "--attention-backend", "CUSTOM", "--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "1024", "--port", str(port),
-    ]  # fmt: skip
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=os.environ) as server:
-        try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            deadline = time.monotonic() + 300
-            while True:
-                assert server.poll() is None, log.read_text()[-4000:]
-                assert time.monotonic() < deadline, log.read_text()[-4000:]
-                try:
-                    client.models.list()
-                    break
-                except openai.APIConnectionError:
+
+    @contextmanager
+    def start(*options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            # `vllm serve`, but for a look at the metadata of a package called vllm, which the build for CPUs is not.
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder),
+            "--attention-backend", "CUSTOM", "--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager",
+            "--max-model-len", "1024", "--port", str(port), *options,
+        ]  # fmt: skip
+        with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=os.environ) as server:
+            try:
+                client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+                deadline = time.monotonic() + 300
+                while server.poll() is None and not _serves(client):
+                    assert time.monotonic() < deadline, log.read_text()[-4000:]
                     time.sleep(1)
-            yield client
-        finally:
-            server.terminate()
+                yield server, client
+            finally:
+                server.terminate()
+
+    return start
+
+
+def _serves(client):
+    import openai
+
+    try:
+        return bool(client.models.list())
+    except openai.APIConnectionError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def client(serve, log):
+    with serve() as (server, client):
+        assert server.poll() is None, log.read_text()[-4000:]
+        yield client
 
 
 def answer(client, messages=QUESTION, **options):
@@ -74,9 +96,33 @@ def test_a_client_that_leaves_does_no_harm(client):
     assert answer(client) == before
 
 
-def test_a_request_that_is_too_long_is_refused_and_the_next_is_served(client):
+def test_requests_that_fail_leave_others_as_they_are(client):
     import openai
 
-    with pytest.raises(openai.BadRequestError, match="1024"):
-        answer(client, [{"role": "user", "content": "word " * 3000}])
-    assert "Paris" in answer(client)
+    def ask(messages, **options):
+        try:
+            return answer(client, messages, **options)
+        except openai.BadRequestError as error:
+            return error
+
+    before = answer(client, max_tokens=60)
+    with ThreadPoolExecutor(9) as pool:
+        fine = [pool.submit(ask, QUESTION, max_tokens=60) for _ in range(3)]
+        too_long = [pool.submit(ask, [{"role": "user", "content": "word " * 3000}]) for _ in range(3)]
+        nonsense = [pool.submit(ask, QUESTION, top_p=7) for _ in range(3)]
+    assert [asked.result() for asked in fine] == [before] * 3
+    assert all("1024" in str(asked.result()) for asked in too_long)
+    assert all("top_p" in str(asked.result()) for asked in nonsense)
+    assert answer(client, max_tokens=60) == before
+
+
+def test_a_restart_serves_the_same_text(client, serve):
+    texts = [answer(client, max_tokens=60) for _ in range(2)]
+    with serve() as (_, restarted):
+        assert [answer(restarted, max_tokens=60) for _ in range(2)] == texts
+
+
+def test_a_server_that_is_refused_says_why(serve, log):
+    with serve("--additional-config", '{"turboquant": {"preset": "tq9"}}') as (server, _):
+        assert server.wait(timeout=60)
+    assert "preset is 'tq9'; it must be one of tq4" in log.read_text()
