@@ -1,4 +1,4 @@
-"""Decode attention and cache writes on codes against FlashAttention 3, on a GPU; refuses to time what is not correct.
+"""Decode attention on codes against FlashAttention 3, on a GPU; refuses to time what is not correct.
 
 Without vLLM's packages the peers are missing and only our own times are printed.
 """
@@ -43,7 +43,6 @@ SHAPES = (
 PRESET_SHAPE = (32, 32768)
 PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")
 CHECKED_ROWS = 2
-UPDATE_TOKENS = 8192
 
 
 class Cache:
@@ -126,41 +125,6 @@ def time_attention(preset: str, batch: int, context: int, query_len: int = 1) ->
     return {"ms": milliseconds, "bytes": first.nbytes, "gb_per_s": first.nbytes / milliseconds / 1e6, **errors}
 
 
-def time_update(preset: str, centred: bool, bandwidth: float) -> dict[str, Any]:
-    """Writing UPDATE_TOKENS tokens: milliseconds, and the share of copy bandwidth over the bytes it must move."""
-    layout = KVCacheLayout(TurboQuantConfig.preset(preset, HEAD_DIM), KV_HEADS, BLOCK_SIZE)
-    shape = (UPDATE_TOKENS, KV_HEADS, HEAD_DIM)
-    mean = torch.randn(KV_HEADS, HEAD_DIM, device="cuda") if centred else None
-    moved = UPDATE_TOKENS * KV_HEADS * (2 * 2 * HEAD_DIM + layout.slot_bytes)
-
-    def prepare() -> Callable[[], object]:
-        pages = layout.allocate(UPDATE_TOKENS // BLOCK_SIZE, "cuda")
-        key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        slots = torch.arange(UPDATE_TOKENS, device="cuda")
-        check_update(key, value, pages, slots, layout, mean)
-        return lambda: cache_update(key, value, pages, slots, layout, key_mean=mean)
-
-    milliseconds = graph_milliseconds([prepare() for _ in range(copies_beyond_l2(moved))])
-    return {"ms": milliseconds, "bytes": moved, "share_of_copy": moved / milliseconds / 1e-3 / bandwidth}
-
-
-def check_update(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pages: torch.Tensor,
-    slots: torch.Tensor,
-    layout: KVCacheLayout,
-    mean: torch.Tensor | None,
-) -> None:
-    """Refuse to go on when more than one byte in ten thousand differs from the reference."""
-    cache_update(key, value, pages, slots, layout, key_mean=mean)
-    expected = torch.zeros_like(pages)
-    cache_update(key, value, expected, slots, layout, key_mean=mean, path="reference")
-    differing = float((pages != expected).float().mean())
-    if differing > 1e-4:
-        raise SystemExit(f"not timed: {differing:.1e} of the bytes differ from the reference")
-
-
 def main() -> None:
     """Measure, print, and with --json keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,14 +161,6 @@ def main() -> None:
     for query_len, measured in verification.items():
         ratio = measured["ms"] / verification[1]["ms"]
         print(f"{query_len} query tokens: {measured['ms']:.4f} ms, {ratio:.2f} of one", flush=True)
-    updates = {}
-    for preset in ("tq4", "tq3", "k8v4"):
-        for centred in (False, True):
-            name = f"{preset}{' centred' if centred else ''}"
-            updates[name] = time_update(preset, centred, bandwidth)
-            print(
-                f"cache_update {name}: {updates[name]['ms'] * 1e3:.1f} us, {updates[name]['share_of_copy']:.0%} of copy"
-            )
     if arguments.json:
         print(
             write_result(
@@ -220,7 +176,6 @@ def main() -> None:
                     "contexts": contexts,
                     "presets": presets,
                     "verification": verification,
-                    "cache_update": updates,
                 },
             )
         )
