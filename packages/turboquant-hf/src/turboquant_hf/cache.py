@@ -1,12 +1,18 @@
 """The cache to pass as `past_key_values`."""
 
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf._compat import Cache, PreTrainedConfig
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.report import MemoryReport, layer_tensors, memory_report
+from turboquant_hf.saving import load_layers, save_layers
+from turboquant_hf.static import TurboQuantStaticLayer
 from turboquant_hf.support import compressible_layers, text_head_dim
 
 
@@ -25,11 +31,14 @@ class TurboQuantCache(Cache):
         config: The model's configuration.
         preset: "tq4", "tq3.5", "tq3", "tq2.5", "tq2", "k6v4" or "k8v4".
         offloading: Keep layers on the CPU while they are not used, as in `DynamicCache`.
+        max_length: The most tokens of a sequence. With it storage is made once and stays where it is, for
+            `torch.compile` and CUDA graphs, which `generate` then uses by itself on a GPU.
         **overrides: Fields of `TurboQuantConfig` that replace the preset's: `key_bits`, `value_bits`, `key_scale`,
             `value_scale`, `center_keys`.
 
     Raises:
-        ValueError: If preset or bits do not exist, or the model has no layer that this cache can hold.
+        ValueError: If preset or bits do not exist, the model has no layer that this cache can hold, or max_length comes
+            with offloading.
     """
 
     def __init__(
@@ -38,17 +47,60 @@ class TurboQuantCache(Cache):
         preset: str = "tq4",
         *,
         offloading: bool = False,
+        max_length: int | None = None,
         **overrides: Any,
     ) -> None:
-        kinds = compressible_layers(config)
+        kinds = compressible_layers(config, max_length)
         # A preset or bits that do not exist are found here, not at the first token.
         TurboQuantConfig.preset(preset, text_head_dim(config), **overrides)
         text_config = config.get_text_config(decoder=True)
-        layers = [
-            TurboQuantLayer(preset, text_config=text_config, **overrides) if compress else layer
-            for layer, compress in kinds
-        ]
+        if max_length is not None and offloading:
+            raise ValueError("offloading does not go with max_length: a static cache stays where it is")
+
+        def new_layer() -> TurboQuantLayer:
+            if max_length is not None:
+                return TurboQuantStaticLayer(max_length, preset, text_config=text_config, **overrides)
+            return TurboQuantLayer(preset, text_config=text_config, **overrides)
+
+        layers = [new_layer() if compress else layer for layer, compress in kinds]
         super().__init__(layers=layers, offloading=offloading)
+        self._text_config = text_config
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything held to a safetensors file, to be continued with `load`.
+
+        Raises:
+            ValueError: If the cache is empty, or has layers that are not compressed.
+        """
+        save_layers(self.layers, self._text_config, Path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        config: PreTrainedConfig,
+        *,
+        device: torch.device | str = "cpu",
+        offloading: bool = False,
+    ) -> Self:
+        """A cache that `save` wrote, with the bits and options that it was made with.
+
+        Keys and values mean something to the very weights that made them: the file names the model's shape and not
+        its weights.
+
+        Args:
+            path: The file.
+            config: The model's configuration, `model.config`.
+            device: Where the model runs.
+            offloading: As for a new cache.
+
+        Raises:
+            OSError: If there is no such file.
+            ValueError: If it is damaged, no cache, or one of another model or version.
+        """
+        cache = cls(config, offloading=offloading)
+        cache.layers = list(load_layers(Path(path), cache._text_config, torch.device(device)))
+        return cache
 
     @property
     def nbytes(self) -> int:

@@ -14,56 +14,79 @@ Quantizer = MSEQuantizer | OutlierQuantizer
 
 @dataclass(frozen=True, eq=False)
 class LayerCodec:
-    """The quantisers of a layer's keys and values, and the mean that is subtracted from keys.
+    """What turns keys and values of a layer into codes.
 
     What depends on data, the mean and the outlier channels, is one for every row and head.
 
     Attributes:
-        key_mean: float32 [heads, head_dim], or None where keys are not centred.
-        keys: Quantises centred keys.
-        values: Quantises values.
+        config: What is stored for one head.
+        key_mean: float32 [heads, head_dim], subtracted from keys; None where keys are not centred.
+        key_order: int64 [heads, head_dim], the channels of keys, outliers first; None for whole bits.
+        value_order: The same for values.
     """
 
-    key_mean: torch.Tensor | None
-    keys: Quantizer
-    values: Quantizer
+    config: TurboQuantConfig
+    key_mean: torch.Tensor | None = None
+    key_order: torch.Tensor | None = None
+    value_order: torch.Tensor | None = None
 
     @classmethod
     def calibrate(cls, config: TurboQuantConfig, keys: torch.Tensor, values: torch.Tensor) -> "LayerCodec":
         """The codec of a layer whose first keys and values are these, [num_tokens, heads, head_dim]."""
         mean = keys.float().mean(0) if config.center_keys else None
         return cls(
+            config,
             mean,
-            _quantizer(_centred(keys, mean), config.key_bits, config.key_scale),
-            _quantizer(values, config.value_bits, config.value_scale),
+            _channel_order(_centred(keys, mean), config.key_bits),
+            _channel_order(values, config.value_bits),
         )
+
+    @property
+    def has_whole_bits(self) -> bool:
+        """Whether core's kernels can store and read the codes."""
+        return self.config.key_bits not in OUTLIER_BITS and self.config.value_bits not in OUTLIER_BITS
 
     def quantize(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Keys and values [num_tokens, heads, head_dim] as codes."""
-        return self.keys.quantize(_centred(keys, self.key_mean)), self.values.quantize(values)
+        return self._keys().quantize(_centred(keys, self.key_mean)), self._values().quantize(values)
+
+    def dequantize_keys(self, stored: QuantizedTensor) -> torch.Tensor:
+        """Keys float32 [num_tokens, heads, head_dim]."""
+        keys = self._keys().dequantize(stored)
+        return keys if self.key_mean is None else keys + self.key_mean
+
+    def dequantize_values(self, stored: QuantizedTensor) -> torch.Tensor:
+        """Values float32 [num_tokens, heads, head_dim]."""
+        return self._values().dequantize(stored)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerCodec":
-        """The codec with `function`, a choice of heads or a move, applied to every tensor [heads, head_dim]."""
-        mean = None if self.key_mean is None else function(self.key_mean)
-        return LayerCodec(mean, map_order(self.keys, function), map_order(self.values, function))
+        """The codec with `function`, a choice of heads or a move, applied to every tensor."""
+
+        def mapped(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else function(tensor)
+
+        return LayerCodec(self.config, mapped(self.key_mean), mapped(self.key_order), mapped(self.value_order))
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor kept."""
-        orders = [q.channel_order for q in (self.keys, self.values) if isinstance(q, OutlierQuantizer)]
-        return orders if self.key_mean is None else [self.key_mean, *orders]
+        return [tensor for tensor in (self.key_mean, self.key_order, self.value_order) if tensor is not None]
 
+    def _keys(self) -> Quantizer:
+        return _quantizer(self.config.head_dim, self.config.key_bits, self.config.key_scale, self.key_order)
 
-def map_order(quantizer: Quantizer, function: Callable[[torch.Tensor], torch.Tensor]) -> Quantizer:
-    """The quantiser with `function` applied to its channel order, if it has one."""
-    return quantizer.map(function) if isinstance(quantizer, OutlierQuantizer) else quantizer
+    def _values(self) -> Quantizer:
+        return _quantizer(self.config.head_dim, self.config.value_bits, self.config.value_scale, self.value_order)
 
 
 def _centred(keys: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
     return keys if mean is None else keys.float() - mean
 
 
-def _quantizer(states: torch.Tensor, bits: float, scale: ScaleRule) -> Quantizer:
-    """The quantiser for vectors like these [num_tokens, heads, head_dim]."""
-    if bits in OUTLIER_BITS:
-        return OutlierQuantizer.calibrate(states, bits, dim=0, scale=scale).map(lambda order: order[0])
-    return MSEQuantizer(states.shape[-1], int(bits), scale)
+def _channel_order(states: torch.Tensor, bits: float) -> torch.Tensor | None:
+    if bits not in OUTLIER_BITS:
+        return None
+    return OutlierQuantizer.calibrate(states, bits, dim=0).channel_order[0]
+
+
+def _quantizer(head_dim: int, bits: float, scale: ScaleRule, order: torch.Tensor | None) -> Quantizer:
+    return MSEQuantizer(head_dim, int(bits), scale) if order is None else OutlierQuantizer(bits, order, scale)

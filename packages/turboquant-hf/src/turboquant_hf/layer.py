@@ -1,6 +1,7 @@
 """One attention layer's compressed cache."""
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, Self
 
 import torch
 
@@ -41,6 +42,22 @@ class TurboQuantLayer(CacheLayerMixin):
         self._overrides = overrides
         self._text_config = text_config
 
+    @classmethod
+    def restore(cls, states: PagedStates, dtype: torch.dtype, text_config: PreTrainedConfig | None) -> Self:
+        """A layer that holds these states of keys and values in `dtype`."""
+        config = states.config
+        overrides = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "head_dim"}
+        layer = cls(text_config=text_config, **overrides)
+        layer.config, layer.states = config, states
+        layer.dtype, layer.device = dtype, states.pages.device
+        layer.is_initialized = True
+        return layer
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; there is no such attribute before the first."""
+        return self.states.batch_size
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take shape, type and device from key and value states [batch_size, num_kv_heads, num_tokens, head_dim]."""
         if key_states.shape[-1] != value_states.shape[-1]:
@@ -50,8 +67,7 @@ class TurboQuantLayer(CacheLayerMixin):
             )
         self.config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._overrides)
         self.dtype, self.device = key_states.dtype, key_states.device
-        batch_size, num_kv_heads = key_states.shape[:2]
-        self.states = PagedStates(self.config, batch_size, num_kv_heads, self.device)
+        self.states = self._new_states(*key_states.shape[:2])
         self.is_initialized = True
 
     def update(
@@ -62,10 +78,10 @@ class TurboQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         states = self.states
         self._check(key_states, value_states)
-        is_prefill = states.num_tokens == 0
+        is_prefill = states.is_empty
         states.append(key_states, value_states)
         if is_prefill:
-            return key_states, value_states
+            return self._prompt(key_states, value_states)
         if 0 < key_states.shape[-2] <= MAX_QUERY_LEN and reads_codes(self._text_config):
             return hand_over(states, self.dtype)
         return states.dequantize(self.dtype)
@@ -91,7 +107,7 @@ class TurboQuantLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop got {tokens_to_remove}; pass the number of tokens to remove as a negative number")
         if tokens_to_remove and self.is_initialized:
-            self.states.crop(max(0, self.get_seq_length() + tokens_to_remove))
+            self.states.crop(max(0, self.states.num_tokens + tokens_to_remove))
 
     def reset(self) -> None:
         """Forget every token, and free its memory."""
@@ -129,6 +145,13 @@ class TurboQuantLayer(CacheLayerMixin):
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the layer keeps."""
         return self.states.tensors() if self.is_initialized else []
+
+    def _new_states(self, batch_size: int, num_kv_heads: int) -> PagedStates:
+        return PagedStates(self.config, batch_size, num_kv_heads, self.device)
+
+    def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention of the first tokens reads."""
+        return key_states, value_states
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         states = self.states

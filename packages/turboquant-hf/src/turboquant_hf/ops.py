@@ -1,0 +1,157 @@
+"""The operations of `paged`, each a single one for torch.compile while it traces a model.
+
+Called plainly they are the functions of `paged` themselves: going through torch's dispatcher costs the host more than a
+layer's whole call.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from turboquant_core import TurboQuantConfig
+from turboquant_core.scale import ScaleRule
+from turboquant_hf import paged
+from turboquant_hf.codec import LayerCodec
+
+_CODEC = (
+    "Tensor? key_mean, Tensor? key_order, Tensor? value_order, int head_dim, float key_bits, float value_bits, "
+    "str key_scale, str value_scale"
+)
+Codec = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int, float, float, ScaleRule, ScaleRule]
+
+
+def write(
+    pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, codec: LayerCodec
+) -> None:
+    """See `paged.write`."""
+    if torch.compiler.is_compiling():
+        torch.ops.turboquant_hf.write(pages, keys, values, slots, *_pack(codec))
+    else:
+        paged.write(pages, keys, values, slots, codec)
+
+
+def read(pages: torch.Tensor, count: int, codec: LayerCodec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `paged.read`."""
+    if torch.compiler.is_compiling():
+        keys, values = torch.ops.turboquant_hf.read(pages, count, dtype, *_pack(codec))
+        return keys, values
+    return paged.read(pages, count, codec, dtype)
+
+
+def attend(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    codec: LayerCodec,
+    *,
+    scale: float | None,
+    seq_starts: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `paged.attend`."""
+    if torch.compiler.is_compiling():
+        options = (scale, seq_starts, window, softcap, sinks)
+        output = torch.ops.turboquant_hf.attend(query, pages, block_table, seq_lens, *options, *_pack(codec))
+        assert isinstance(output, torch.Tensor)
+        return output
+    return paged.attend(
+        query,
+        pages,
+        block_table,
+        seq_lens,
+        codec,
+        scale=scale,
+        seq_starts=seq_starts,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def _pack(codec: LayerCodec) -> Codec:
+    config = codec.config
+    return (
+        codec.key_mean,
+        codec.key_order,
+        codec.value_order,
+        config.head_dim,
+        float(config.key_bits),
+        float(config.value_bits),
+        config.key_scale,
+        config.value_scale,
+    )
+
+
+def _unpack(codec: Codec) -> LayerCodec:
+    key_mean, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale = codec
+    config = TurboQuantConfig(head_dim, key_bits, value_bits, key_scale, value_scale)
+    return LayerCodec(config, key_mean, key_order, value_order)
+
+
+def _write(pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *codec: *Codec) -> None:
+    paged.write(pages, keys, values, slots, _unpack(codec))
+
+
+def _read(pages: torch.Tensor, count: int, dtype: torch.dtype, *codec: *Codec) -> tuple[torch.Tensor, torch.Tensor]:
+    return paged.read(pages, count, _unpack(codec), dtype)
+
+
+def _read_shapes(
+    pages: torch.Tensor, count: int, dtype: torch.dtype, *codec: *Codec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (pages.shape[1], count * paged.BLOCK_SIZE, codec[3])
+    return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
+
+
+def _attend(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float | None,
+    seq_starts: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    *codec: *Codec,
+) -> torch.Tensor:
+    return paged.attend(
+        query,
+        pages,
+        block_table,
+        seq_lens,
+        _unpack(codec),
+        scale=scale,
+        seq_starts=seq_starts,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+
+
+def _attend_shape(query: torch.Tensor, *_: object) -> torch.Tensor:
+    batch_size, num_heads, query_len, head_dim = query.shape
+    return query.new_empty(batch_size, query_len, num_heads, head_dim)
+
+
+_library = torch.library.Library("turboquant_hf", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _register(schema: str, function: Callable[..., object], shapes: Callable[..., object]) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema.replace("CODEC", _CODEC))  # type: ignore[no-untyped-call]
+    _library.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"turboquant_hf::{name}", shapes, lib=_library)
+
+
+_register("write(Tensor(a!) pages, Tensor keys, Tensor values, Tensor slots, CODEC) -> ()", _write, lambda *_: None)
+_register("read(Tensor pages, int count, ScalarType dtype, CODEC) -> (Tensor, Tensor)", _read, _read_shapes)
+_register(
+    "attend(Tensor query, Tensor pages, Tensor block_table, Tensor seq_lens, float? scale, Tensor? seq_starts, "
+    "int? window, float? softcap, Tensor? sinks, CODEC) -> Tensor",
+    _attend,
+    _attend_shape,
+)

@@ -1,0 +1,200 @@
+"""The cache for compiled decoding: storage made once, and written in place."""
+
+from typing import Any, NoReturn
+
+import torch
+
+from turboquant_core import TurboQuantConfig
+from turboquant_hf import ops
+from turboquant_hf._compat import PreTrainedConfig
+from turboquant_hf.attention import reads_codes
+from turboquant_hf.codec import LayerCodec
+from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.paged import num_blocks
+from turboquant_hf.states import PagedStates, tokens_first
+from turboquant_hf.tables import block_table
+
+
+class StaticPagedStates(PagedStates):
+    """Keys and values of at most `max_length` tokens a row, in tensors that keep their addresses.
+
+    The number of tokens is a tensor, so that one compiled step, or one CUDA graph, serves every length. What does not
+    fit is not stored and turns what is attended to into NaN: a graph cannot raise an error.
+
+    Args:
+        config: What is stored for one head.
+        batch_size: Rows.
+        num_kv_heads: Heads of a row.
+        device: Where pages are.
+        max_length: The most tokens of a row.
+    """
+
+    def __init__(
+        self, config: TurboQuantConfig, batch_size: int, num_kv_heads: int, device: torch.device, max_length: int
+    ) -> None:
+        super().__init__(config, batch_size, num_kv_heads, device)
+        self.max_length = max_length
+        # Zeroed: unwritten slots are read, and masked.
+        self.pages = self.pages.new_zeros(num_blocks(max_length), *self.pages.shape[1:])
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        self._table = block_table(len(self.pages), batch_size, device).clone()
+        self._is_empty = True
+        _keep_addresses(self.pages, self.length, self._table)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a row; waits for the device."""
+        return int(self.length)
+
+    @property
+    def read_length(self) -> int:
+        """All that there is room for."""
+        return self.max_length
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the next tokens are the first."""
+        return self._is_empty
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim]."""
+        num_new = keys.shape[-2]
+        if num_new == 0:
+            return
+        keys, values = tokens_first(keys), tokens_first(values)
+        if self._is_empty:
+            if num_new > self.max_length:
+                raise ValueError(
+                    f"the prompt has {num_new} tokens and the cache was made for {self.max_length}; make it with a "
+                    "larger max_length"
+                )
+            self._calibrate(keys, values)
+        slots = torch.arange(num_new, device=self.pages.device) + self.length
+        ops.write(self.pages, keys, values, torch.where(slots < self.max_length, slots, -1), self._codec())
+        self.length.add_(num_new)
+
+    def attend(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
+        """See `PagedStates.attend`; NaN where tokens did not fit."""
+        return super().attend(query, **options) + self._overflow(query.dtype)
+
+    def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PagedStates.dequantize`; tokens past the last are arbitrary, and keys NaN where some did not fit."""
+        keys, values = super().dequantize(dtype)
+        return keys + self._overflow(dtype), values
+
+    def crop(self, num_tokens: int) -> None:
+        """Keep the first `num_tokens` tokens."""
+        self.length.clamp_(max=num_tokens)
+        self._is_empty = num_tokens == 0
+
+    def select_rows(self, rows: torch.Tensor) -> PagedStates:
+        """Take the rows `rows`, int64 [batch_size], in place."""
+        if len(rows) != self.batch_size:
+            raise ValueError(
+                f"{len(rows)} rows of a static cache of {self.batch_size} were picked; it keeps its batch size. Use a "
+                "cache without max_length."
+            )
+        selected = super().select_rows(rows)
+        self.pages.copy_(selected.pages)
+        if self.codec is not None and selected.codec is not None:
+            _copy(self.codec, selected.codec)
+        return self
+
+    def _calibrate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        codec = LayerCodec.calibrate(self.config, keys, values)
+        if self.codec is None:
+            self.codec = codec.map(torch.clone)
+            _keep_addresses(*self.codec.tensors())
+        else:
+            _copy(self.codec, codec)
+        self._is_empty = False
+
+    def _overflow(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.where(self.length > self.max_length, torch.nan, 0.0).to(dtype)
+
+    def _block_table(self) -> torch.Tensor:
+        return self._table
+
+    def _row_lengths(self) -> torch.Tensor:
+        return self.length.clamp(max=self.max_length).int().repeat(self.batch_size)
+
+
+class TurboQuantStaticLayer(TurboQuantLayer):
+    """A layer for `torch.compile` and CUDA graphs: preallocated, written in place, at fixed addresses.
+
+    Without `attn_implementation="turboquant"` every step dequantises the whole of it.
+
+    Args:
+        max_length: The most tokens of a sequence.
+        preset: As for `TurboQuantLayer`.
+        text_config: As there.
+        **overrides: As there.
+    """
+
+    states: StaticPagedStates
+
+    is_compileable = True
+
+    def __init__(
+        self,
+        max_length: int,
+        preset: str = "tq4",
+        *,
+        text_config: PreTrainedConfig | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__(preset, text_config=text_config, **overrides)
+        self._max_length = max_length
+
+    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
+        """Tokens stored, an int64 tensor [] once there are any."""
+        return self.states.length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Tokens that there is room for."""
+        return self._max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys: all that there is room for."""
+        return self._max_length, 0
+
+    def reset(self) -> None:
+        """Forget every token; storage stays where it is."""
+        if self.is_initialized:
+            self.states.crop(0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: storage has a fixed batch size."""
+        self._refuse("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Refused: storage has a fixed batch size."""
+        self._refuse("batch_select_indices")
+
+    def offload(self) -> None:
+        """Refused: storage has fixed addresses."""
+        self._refuse("offloading")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise ValueError(f"{what} does not go with max_length: a static cache stays where and as large as it is")
+
+    def _new_states(self, batch_size: int, num_kv_heads: int) -> PagedStates:
+        return StaticPagedStates(self.config, batch_size, num_kv_heads, self.device, self._max_length)
+
+    def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if reads_codes(self._text_config):
+            return key_states, value_states
+        room = (0, 0, 0, self._max_length - key_states.shape[-2])
+        return torch.nn.functional.pad(key_states, room), torch.nn.functional.pad(value_states, room)
+
+
+def _keep_addresses(*tensors: torch.Tensor) -> None:
+    """Let CUDA graphs read and write these tensors where they are."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
+def _copy(codec: LayerCodec, source: LayerCodec) -> None:
+    for tensor, new in zip(codec.tensors(), source.tensors(), strict=True):
+        tensor.copy_(new)

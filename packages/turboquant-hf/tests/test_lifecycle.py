@@ -1,0 +1,199 @@
+"""What `generate` and its callers do to a cache, on the dequantising and on the fused path.
+
+Two yardsticks: the text of the uncompressed cache, which eight bits give token for token on this model, and at four
+bits the text of a cache built afresh, because every operation picks codes and changes none.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from turboquant_hf import TurboQuantCache
+
+EXACT = {"key_bits": 8, "value_bits": 8}
+NEW_TOKENS = 10
+
+
+@pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
+def model(request, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation(request.param)
+    return model
+
+
+@pytest.fixture(scope="module")
+def assistant(tiny_config):
+    torch.manual_seed(7)
+    return LlamaForCausalLM(tiny_config(num_hidden_layers=1)).eval()
+
+
+def prompts(batch_size, num_tokens=24, seed=11):
+    # No token is the padding token 0.
+    return torch.randint(1, 1500, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, ids, cache, **kwargs):
+    """The new tokens."""
+    arguments = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, **kwargs}
+    arguments.setdefault("attention_mask", torch.ones_like(ids))
+    return model.generate(ids, past_key_values=cache, **arguments)[:, ids.shape[1] :]
+
+
+def prefill(model, ids, **options):
+    cache = TurboQuantCache(model.config, **options)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return cache
+
+
+def greedy(model, cache, first, num_tokens=NEW_TOKENS):
+    """Decode [batch_size, num_tokens] after feeding `first` [batch_size, 1]."""
+    new = [first]
+    with torch.no_grad():
+        for _ in range(num_tokens):
+            new.append(model(new[-1], past_key_values=cache).logits[:, -1].argmax(-1, keepdim=True))
+    return torch.cat(new[1:], dim=1)
+
+
+STRATEGIES = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beam search": {"num_beams": 3},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "several answers": {"num_return_sequences": 2, "do_sample": True},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assisted": {"assistant_model": ...},
+    "chunked prefill": {"prefill_chunk_size": 7},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_give_the_text_of_the_uncompressed_cache(model, assistant, strategy):
+    kwargs = dict(STRATEGIES[strategy])
+    if "assistant_model" in kwargs:
+        kwargs["assistant_model"] = assistant
+    ids = prompts(1 if {"prompt_lookup_num_tokens", "assistant_model"} & set(kwargs) else 2)
+    texts = []
+    for cache in (DynamicCache(config=model.config), TurboQuantCache(model.config, **EXACT)):
+        torch.manual_seed(1)
+        texts.append(generate(model, ids, cache, **kwargs))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("strategy", ["prompt lookup", "assisted"])
+def test_verifying_drafts_gives_what_decoding_gives_at_four_bits(model, assistant, strategy):
+    kwargs = {"assistant_model": assistant} if strategy == "assisted" else STRATEGIES[strategy]
+    # A text that repeats itself has its drafts accepted.
+    ids = prompts(1, 8).repeat(1, 4)
+    expected = generate(model, ids, TurboQuantCache(model.config))
+    assert torch.equal(generate(model, ids, TurboQuantCache(model.config), **kwargs), expected)
+
+
+def test_several_turns(model):
+    texts = []
+    for cache in (DynamicCache(config=model.config), TurboQuantCache(model.config, **EXACT)):
+        ids = prompts(2)
+        for turn in range(3):
+            ids = torch.cat([ids, generate(model, ids, cache), prompts(2, 5, seed=turn)], dim=1)
+        texts.append(ids)
+    assert torch.equal(*texts)
+
+
+def test_left_padded_batches(model):
+    ids, mask = prompts(2), torch.ones(2, 30, dtype=torch.int64)
+    mask[:, :6] = 0
+    padded = torch.cat([torch.zeros(2, 6, dtype=torch.int64), ids], dim=1)
+    expected = generate(model, ids, TurboQuantCache(model.config, **EXACT))
+    assert torch.equal(generate(model, padded, TurboQuantCache(model.config, **EXACT), attention_mask=mask), expected)
+
+
+def test_rows_of_different_length(model):
+    ids, mask = prompts(2), torch.ones(2, 24, dtype=torch.int64)
+    mask[1, :9] = 0
+    ids[1, :9] = 0
+    expected = generate(model, ids, DynamicCache(config=model.config), attention_mask=mask)
+    assert torch.equal(generate(model, ids, TurboQuantCache(model.config, **EXACT), attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+def test_crop_equals_a_cache_built_afresh(model, preset):
+    ids, first = prompts(2), prompts(2, 1, seed=2)
+    cache = prefill(model, ids, preset=preset)
+    expected = greedy(model, cache, first)
+    cache.crop(-NEW_TOKENS)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert torch.equal(greedy(model, cache, first), expected)
+    assert torch.equal(greedy(model, prefill(model, ids, preset=preset), first), expected)
+
+
+def test_reset_equals_a_new_cache(model):
+    cache = TurboQuantCache(model.config)
+    generate(model, prompts(3, seed=5), cache)
+    cache.reset()
+    assert cache.get_seq_length() == cache.nbytes == 0
+    expected = generate(model, prompts(2), TurboQuantCache(model.config))
+    assert torch.equal(generate(model, prompts(2), cache), expected)
+
+
+BATCH_OPERATIONS = {
+    "reorder_cache": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+    "batch_repeat_interleave": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    "batch_select_indices": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
+    "batch_select_indices, bool": (
+        lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
+        [0, 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+@pytest.mark.parametrize("operation", BATCH_OPERATIONS)
+def test_batch_operations_equal_a_cache_built_afresh(model, operation, preset):
+    apply, rows = BATCH_OPERATIONS[operation]
+    ids, first, after = prompts(3), prompts(3, 1, seed=2), prompts(3, 1, seed=3)
+    cache = prefill(model, ids, preset=preset)
+    greedy(model, cache, first, num_tokens=2)
+    apply(cache)
+    fresh = prefill(model, ids[rows], preset=preset)
+    greedy(model, fresh, first[rows], num_tokens=2)
+    assert torch.equal(greedy(model, cache, after[rows]), greedy(model, fresh, after[rows]))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["deepcopy", "pickle"]
+)
+def test_copies_go_their_own_way(model, duplicate):
+    cache = prefill(model, prompts(2))
+    twin = duplicate(cache)
+    first = prompts(2, 1, seed=2)
+    expected = greedy(model, cache, first)
+    assert twin.get_seq_length() == 24
+    assert torch.equal(greedy(model, twin, first), expected)
+
+
+class OffloadedByHand(TurboQuantCache):
+    """What `offloading=True` does around every update, which needs a GPU's streams."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        self.layers[layer_idx].prefetch()
+        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.layers[layer_idx].offload()
+        return states
+
+
+def test_offloading(model):
+    expected = generate(model, prompts(2), TurboQuantCache(model.config))
+    assert torch.equal(generate(model, prompts(2), OffloadedByHand(model.config)), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_torch_compile(model, backend):
+    ids, first = prompts(2), prompts(2, 1, seed=2)
+    expected = greedy(model, prefill(model, ids), first, num_tokens=4)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert torch.equal(greedy(compiled, prefill(model, ids), first, num_tokens=4), expected)
+    torch.compiler.reset()

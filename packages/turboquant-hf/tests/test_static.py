@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from turboquant_hf import TurboQuantCache
+
+MAX_LENGTH = 70
+
+
+@pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
+def model(request, tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation(request.param)
+    return model
+
+
+def ids(batch_size=2, num_tokens=24, seed=11):
+    return torch.randint(1, 1500, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def new_cache(model, **options):
+    return TurboQuantCache(model.config, max_length=MAX_LENGTH, **options)
+
+
+def generate(model, prompt, cache, **kwargs):
+    kwargs.setdefault("attention_mask", torch.ones_like(prompt))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **kwargs}
+    return model.generate(prompt, past_key_values=cache, **arguments)
+
+
+def addresses(cache):
+    return [tensor.data_ptr() for layer in cache.layers for tensor in (*layer.tensors(), layer.states.length)]
+
+
+def steps(forward, model, cache, prompt, mask=None, num_steps=4):
+    """Logits of greedy decoding, the prompt without compiling."""
+    with torch.no_grad():
+        given = None if mask is None else mask[:, : prompt.shape[1]]
+        logits = [model(prompt, attention_mask=given, past_key_values=cache).logits[:, -1]]
+        for step in range(num_steps):
+            length = prompt.shape[1] + step
+            given = None if mask is None else mask[:, : length + 1]
+            token = logits[-1].argmax(-1, keepdim=True)
+            position = torch.full((1, 1), length)
+            output = forward(token, attention_mask=given, position_ids=position, past_key_values=cache)
+            logits.append(output.logits[:, -1])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"do_sample": True}, {"prefill_chunk_size": 7}])
+@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+def test_gives_the_text_of_the_growing_cache(model, preset, kwargs):
+    texts = []
+    for cache in (TurboQuantCache(model.config, preset), new_cache(model, preset=preset)):
+        torch.manual_seed(0)
+        texts.append(generate(model, ids(), cache, **kwargs))
+    assert torch.equal(*texts)
+
+
+def test_left_padding(model):
+    mask = torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :5] = 0
+    expected = generate(model, ids(), TurboQuantCache(model.config), attention_mask=mask)
+    assert torch.equal(generate(model, ids(), new_cache(model), attention_mask=mask), expected)
+
+
+def test_everything_stays_where_it_is(model):
+    cache = new_cache(model)
+    assert cache.is_compileable
+    generate(model, ids(), cache)
+    before = addresses(cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.crop(-3)
+    cache.reset()
+    expected = generate(model, ids(seed=5), TurboQuantCache(model.config))
+    assert torch.equal(generate(model, ids(seed=5), cache), expected)
+    assert addresses(cache) == before
+
+
+def test_reorder_and_crop_equal_a_cache_built_afresh(model):
+    cache, fresh = new_cache(model), new_cache(model)
+    steps(model, model, cache, ids())
+    cache.crop(-4)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        model(ids().flip(0), past_key_values=fresh)
+        actual, expected = (model(ids(num_tokens=1), past_key_values=c).logits for c in (cache, fresh))
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_one_graph_serves_every_length(model, backend, padding):
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :padding] = 0
+    mask = mask if padding else None
+    expected = steps(model, model, TurboQuantCache(model.config), ids(), mask)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    # A mask grows by a token each step, and is a size that changes.
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=None if padding else False)
+    actual = steps(compiled, model, new_cache(model), ids(), mask)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1 or (padding and graphs == 2)
+    torch.compiler.reset()
+
+
+def test_a_mask_with_holes_is_nan_in_a_fused_graph(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation("turboquant")
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[0, 10:15] = 0
+    torch.compiler.reset()
+    logits = steps(torch.compile(model, backend="eager"), model, new_cache(model), ids(), mask, num_steps=1)
+    assert logits[1, 0].isnan().all()
+    torch.compiler.reset()
+
+
+def test_tokens_that_do_not_fit_are_nan_and_break_nothing(model):
+    cache = new_cache(model)
+    with torch.no_grad():
+        model(ids(num_tokens=MAX_LENGTH - 1), past_key_values=cache)
+        assert not model(ids(num_tokens=1), past_key_values=cache).logits.isnan().any()
+        assert model(ids(num_tokens=1), past_key_values=cache).logits.isnan().all()
+        cache.crop(-2)
+        assert not model(ids(num_tokens=1), past_key_values=cache).logits.isnan().any()
+
+
+def test_a_prompt_that_does_not_fit_is_refused(model):
+    with pytest.raises(ValueError, match=r"prompt has 71 tokens and the cache was made for 70; .* larger max_length"):
+        model(ids(num_tokens=MAX_LENGTH + 1), past_key_values=new_cache(model))
+
+
+def test_memory_is_that_of_max_length(tiny_model):
+    cache = new_cache(tiny_model)
+    generate(tiny_model, ids(), cache)
+    for layer in cache.memory_report().layers:
+        assert layer.token_nbytes == 2 * 31 * 2 * 68
+        assert layer.reserved_nbytes == 2 * (128 - 31) * 2 * 68
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda cache: cache.batch_repeat_interleave(2), "batch_repeat_interleave does not go with max_length"),
+        (
+            lambda cache: cache.batch_select_indices(torch.tensor([0])),
+            "batch_select_indices does not go with max_length",
+        ),
+        (lambda cache: cache.reorder_cache(torch.tensor([0])), "1 rows of a static cache of 2"),
+    ],
+    ids=["repeat", "select", "reorder"],
+)
+def test_what_would_move_it_is_refused(tiny_model, operation, message):
+    cache = new_cache(tiny_model)
+    generate(tiny_model, ids(), cache)
+    with pytest.raises(ValueError, match=message):
+        operation(cache)
+
+
+def test_offloading_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="offloading does not go with max_length"):
+        TurboQuantCache(tiny_model.config, max_length=70, offloading=True)
+
+
+def test_windows_take_the_static_layers_of_transformers():
+    config = Gemma3TextConfig(
+        vocab_size=1500,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        attn_implementation="turboquant",
+    )
+    torch.manual_seed(1)
+    model = Gemma3ForCausalLM(config).eval()
+    cache = new_cache(model)
+    assert cache.is_compileable
+    assert torch.equal(generate(model, ids(), cache), generate(model, ids(), TurboQuantCache(config)))
