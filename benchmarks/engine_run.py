@@ -1,6 +1,5 @@
 """Measure one engine of vLLM in this process, described in JSON, and write what was measured to a JSON file."""
 
-import asyncio
 import json
 import os
 import random
@@ -9,14 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-# A batch is built in the process that waits for it, so that steps are timed and not messages.
+# The engine steps in this process, so that steps are timed and not messages.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import torch
-from vllm import LLM, AsyncEngineArgs, SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
-from vllm.v1.engine.async_llm import AsyncLLM
 
 # Of Llama-3.1-8B. Speed does not depend on the values of weights, so they are random.
 VOCABULARY = 128256
@@ -60,13 +58,8 @@ def greedy(num_tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
 
 
-def measure_steps(engine: dict[str, Any], shapes: list[tuple[int, int]]) -> dict[str, Any]:
-    """Prefill and decode step of every batch x context, and the tokens that the cache holds."""
-    longest = max(context for _, context in shapes)
-    llm = LLM(
-        max_model_len=longest + DECODED + 16, max_num_seqs=max(batch for batch, _ in shapes), **engine
-    )  # fmt: skip
-    cache = llm.llm_engine.vllm_config.cache_config
+def measure_steps(llm: LLM, shapes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Prefill and decode step of every batch x context."""
     rows = []
     for index, (batch, context) in enumerate(shapes):
         prompts = [TokensPrompt(prompt_token_ids=random_tokens(context, 1000 * index + row)) for row in range(batch)]
@@ -85,76 +78,79 @@ def measure_steps(engine: dict[str, Any], shapes: list[tuple[int, int]]) -> dict
         rows.append({"batch": batch, "context": context, "prefill_s": prefill, "decode_step_ms": step * 1e3})
         print(rows[-1], flush=True)
         llm.reset_prefix_cache()
-    return {"kv_tokens": cache.num_gpu_blocks * cache.block_size, "rows": rows}
+    return rows
 
 
-def measure_serving(engine: dict[str, Any], load: dict[str, int]) -> dict[str, Any]:
+class Conversations:
     """Conversations that come back with a new question each round, a fixed number of them at once."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    arguments = AsyncEngineArgs(
-        max_model_len=load["prefix"] + 1024, max_num_seqs=load["concurrency"], **engine
-    )  # fmt: skip
-    return asyncio.run(_serve(arguments, load))
 
+    def __init__(self, llm: LLM, load: dict[str, int]) -> None:
+        self.engine, self.load = llm.llm_engine, load
+        self.prefixes = [random_tokens(load["prefix"], 10**6 + number) for number in range(load["conversations"])]
 
-async def _serve(arguments: AsyncEngineArgs, load: dict[str, int]) -> dict[str, Any]:
-    engine = AsyncLLM.from_engine_args(arguments)
-    gate = asyncio.Semaphore(load["concurrency"])
-    prefixes = [random_tokens(load["prefix"], seed) for seed in range(load["conversations"])]
-
-    async def ask(conversation: int, round_: int) -> tuple[float, float, int]:
-        question = random_tokens(load["question"], 10**6 + 1000 * round_ + conversation)
-        prompt = TokensPrompt(prompt_token_ids=prefixes[conversation] + question)
-        async with gate:
-            begin, first, cached = time.perf_counter(), 0.0, 0
-            async for answer in engine.generate(prompt, greedy(load["answer"]), f"{round_}-{conversation}"):
-                first = first or time.perf_counter()
-                cached = answer.num_cached_tokens or cached
-            end = time.perf_counter()
-        return first - begin, (end - first) / (load["answer"] - 1), cached
-
-    rounds = []
-    order = random.Random(0)
-    # A warm-up of other prompts, for what is still compiled or allocated late.
-    prefixes.append(random_tokens(load["prefix"], load["conversations"]))
-    await ask(load["conversations"], load["rounds"])
-    for index in range(load["rounds"]):
-        conversations = order.sample(range(load["conversations"]), load["conversations"])
+    def run_round(self, number: int) -> dict[str, Any]:
+        """Ask every conversation once, in another order each round, and time every answer."""
+        load = self.load
+        waiting = random.Random(number).sample(range(load["conversations"]), load["conversations"])
+        asked: dict[str, float] = {}
+        first: dict[str, float] = {}
+        ttft, tpot, cached = [], [], 0
         begin = time.perf_counter()
-        answers = await asyncio.gather(*(ask(conversation, index) for conversation in conversations))
+        while waiting or asked:
+            while waiting and len(asked) < load["concurrency"]:
+                conversation = waiting.pop()
+                question = random_tokens(load["question"], 10**7 + 1000 * number + conversation)
+                prompt = TokensPrompt(prompt_token_ids=self.prefixes[conversation] + question)
+                request = f"{number}-{conversation}"
+                asked[request] = time.perf_counter()
+                self.engine.add_request(request, prompt, greedy(load["answer"]))
+            for answer in self.engine.step():
+                now, request = time.perf_counter(), answer.request_id
+                if request not in first:
+                    first[request] = now
+                    ttft.append(now - asked[request])
+                    cached += answer.num_cached_tokens or 0
+                if answer.finished:
+                    tpot.append((now - first[request]) / (load["answer"] - 1))
+                    del asked[request]
         wall = time.perf_counter() - begin
-        ttft, tpot = (sorted(answer[part] for answer in answers) for part in (0, 1))
-        prompt_tokens = load["conversations"] * (load["prefix"] + load["question"])
-        rounds.append(
-            {
-                "wall_s": wall,
-                "requests_per_s": len(answers) / wall,
-                "output_tokens_per_s": len(answers) * load["answer"] / wall,
-                "ttft_ms": {"median": ttft[len(ttft) // 2] * 1e3, "p95": ttft[int(len(ttft) * 0.95)] * 1e3},
-                "tpot_ms": {"median": tpot[len(tpot) // 2] * 1e3, "p95": tpot[int(len(tpot) * 0.95)] * 1e3},
-                "cached_share_of_prompts": sum(answer[2] for answer in answers) / prompt_tokens,
-            }
-        )
-        print(rounds[-1], flush=True)
-    engine.shutdown()
-    return {"rounds": rounds}
+        return {
+            "wall_s": wall,
+            "requests_per_s": load["conversations"] / wall,
+            "output_tokens_per_s": load["conversations"] * load["answer"] / wall,
+            "ttft_ms": quantiles(ttft),
+            "tpot_ms": quantiles(tpot),
+            "cached_share_of_prompts": cached / (load["conversations"] * (load["prefix"] + load["question"])),
+        }
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """In milliseconds."""
+    ordered = sorted(seconds)
+    return {"median": ordered[len(ordered) // 2] * 1e3, "p95": ordered[int(len(ordered) * 0.95)] * 1e3}
 
 
 def main() -> None:
     """Read the request, measure, write the answer."""
     request, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
-    engine = {
-        "model": model_folder(answer.parent / "llama-3.1-8b-shape"),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": True,
-        "seed": 0,
+    shapes, load = request["shapes"], request["load"]
+    longest = max([load["prefix"] + load["question"] + load["answer"], *(context + DECODED for _, context in shapes)])
+    llm = LLM(
+        model_folder(answer.parent / "llama-3.1-8b-shape"),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enable_prefix_caching=True,
+        seed=0,
+        max_model_len=longest + 16,
+        max_num_seqs=max(batch for batch, _ in shapes),
         **request["engine"],
-    }
-    if request["measure"] == "steps":
-        measured = measure_steps(engine, request["load"])
-    else:
-        measured = measure_serving(engine, request["load"])
+    )
+    cache = llm.llm_engine.vllm_config.cache_config
+    measured: dict[str, Any] = {"kv_tokens": cache.num_gpu_blocks * cache.block_size}
+    measured["steps"] = measure_steps(llm, shapes)
+    answer.write_text(json.dumps(measured))
+    conversations = Conversations(llm, load)
+    measured["serving"] = [conversations.run_round(number) for number in range(load["rounds"])]
     answer.write_text(json.dumps(measured))
 
 
