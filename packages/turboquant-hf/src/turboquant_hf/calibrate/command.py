@@ -33,7 +33,8 @@ def calibrate(
     if not out.parent.is_dir():
         fail(errors, f"there is no folder {out.parent} to write {out.name} to")
     content = long_text() if text is None else _read(text, errors)
-    loaded = load_or_fail(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), errors)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_or_fail(model, device, errors, argument="MODEL")
     input_ids = _encode(loaded, content, tokens, errors)
     with errors.status("running the model"):
         key_means = mean_keys(loaded, input_ids)

@@ -42,7 +42,7 @@ def mean_keys(loaded: LoadedModel, input_ids: torch.Tensor) -> KeyMeans:
     """
     model = loaded.model
     cache = KeySums(model.config)
-    for chunk in input_ids.to(model.device).split(CHUNK_SIZE, dim=1):
+    for chunk in torch.split(input_ids.to(model.device), CHUNK_SIZE, dim=1):
         # Logits of a long chunk take more memory than its keys.
         model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
     num_tokens = input_ids.shape[1]

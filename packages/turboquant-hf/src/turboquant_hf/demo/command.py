@@ -32,7 +32,7 @@ def demo(
     if json_file is not None and not json_file.parent.is_dir():
         fail(errors, f"there is no folder {json_file.parent} to write {json_file.name} to")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_or_fail(model or default_model(), device, errors)
+    loaded = load_or_fail(model or default_model(), device, errors, argument="--model")
     long_ids = encode_long_prompt(loaded)
     _check_fits(loaded, long_ids.shape[1], errors)
     columns = (
