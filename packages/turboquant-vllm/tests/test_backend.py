@@ -126,7 +126,6 @@ def test_pages_may_leave_a_process_whose_means_others_know(monkeypatch, settings
         ({"alibi_slopes": [1.0]}, "ALiBi is not supported"),
         ({"kv_sharing_target_layer_name": "layers.3"}, "shares the cache of layers.3"),
         ({"extra": {"chunk_lookback": 3}}, "chunk_lookback=3"),
-        ({"engine_kv_cache_dtype": "tq4"}, "kv_cache_dtype auto among layers of tq4"),
     ],
 )
 def test_a_layer_that_would_be_wrong_is_refused(fields, message):
@@ -136,7 +135,6 @@ def test_a_layer_that_would_be_wrong_is_refused(fields, message):
         "attn_type": "decoder",
         "alibi_slopes": None,
         "kv_sharing_target_layer_name": None,
-        "engine_kv_cache_dtype": "auto",
         "extra": {"chunk_lookback": -1},
     }
     check_layer(**fine)

@@ -125,9 +125,3 @@ def process_settings() -> Settings:
     if config is not None:
         _latest = Settings.of_engine(config)
     return _latest
-
-
-def engine_kv_cache_dtype() -> str:
-    """What `--kv-cache-dtype` was given, in the context of a configuration."""
-    config = current_config()
-    return "auto" if config is None else str(config.cache_config.cache_dtype)

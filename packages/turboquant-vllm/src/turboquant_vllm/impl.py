@@ -9,7 +9,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from turboquant_core import KVCacheLayout
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_vllm._compat import current_config, start_up_is_over
-from turboquant_vllm.backend import engine_kv_cache_dtype, process_settings
+from turboquant_vllm.backend import process_settings
 from turboquant_vllm.calibration import read_for_model
 from turboquant_vllm.centring import GivenKeyMean, KeyMean
 from turboquant_vllm.engine_checks import engine_problems
@@ -37,18 +37,17 @@ class TurboQuantImpl(AttentionImpl[Any]):
         sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
+        config, settings = current_config(), process_settings()
+        if problems := engine_problems(config, settings):
+            raise ValueError(" ".join(problems))
         check_layer(
             head_size=head_size,
             kv_cache_dtype=kv_cache_dtype,
             attn_type=attn_type,
             alibi_slopes=alibi_slopes,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            engine_kv_cache_dtype=engine_kv_cache_dtype(),
             extra=extra,
         )
-        config, settings = current_config(), process_settings()
-        if problems := engine_problems(config, settings):
-            raise ValueError(" ".join(problems))
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
         self.head_size = head_size

@@ -22,7 +22,6 @@ def check_layer(
     attn_type: str,
     alibi_slopes: object,
     kv_sharing_target_layer_name: str | None,
-    engine_kv_cache_dtype: str,
     extra: dict[str, object],
 ) -> None:
     """Refuse a layer that would be attended wrongly: on CPUs vLLM does not ask the hooks.
@@ -36,11 +35,6 @@ def check_layer(
         raise ValueError(
             f"kv_cache_dtype is {kv_cache_dtype}; TurboQuant takes {', '.join(KV_CACHE_DTYPES)}: the bits of the cache "
             'are set with --additional-config \'{"turboquant": {"preset": "tq4"}}\'.'
-        )
-    if engine_kv_cache_dtype in PRESETS and kv_cache_dtype != engine_kv_cache_dtype:
-        raise ValueError(
-            f"a layer with kv_cache_dtype {kv_cache_dtype} among layers of {engine_kv_cache_dtype} is not supported by "
-            "TurboQuant. Leave --kv-cache-dtype-skip-layers out."
         )
     if attn_type != "decoder":
         raise ValueError(f"attn_type is {attn_type}; TurboQuant serves decoder attention. {INSTEAD}")
