@@ -6,17 +6,18 @@ from transformers import (
     BertConfig,
     DeepseekV3Config,
     DynamicCache,
+    FalconMambaConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     T5Config,
 )
 
 from turboquant_core import PRESETS, TurboQuantConfig
 from turboquant_core.quantized import storage_nbytes
-from turboquant_hf import TurboQuantCache, TurboQuantLayer
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.sliding import TurboQuantSlidingLayer
 
 
 def generate(model, prompt, cache, **kwargs):
@@ -121,7 +122,7 @@ def test_a_second_turn_continues_from_the_codes(tiny_model, prompt):
     assert cache.get_seq_length() == held + 1 + 40 + 19
 
 
-def test_sliding_window_layers_stay_native():
+def test_sliding_window_layers_compress_within_their_window():
     config = Gemma3TextConfig(
         vocab_size=200,
         hidden_size=64,
@@ -136,12 +137,11 @@ def test_sliding_window_layers_stay_native():
     torch.manual_seed(1)
     model = Gemma3ForCausalLM(config).eval()
     cache = TurboQuantCache(config, key_bits=8, value_bits=8)
-    assert [isinstance(layer, TurboQuantLayer) for layer in cache.layers] == [False, True] * 2
+    assert [isinstance(layer, TurboQuantSlidingLayer) for layer in cache.layers] == [True, False] * 2
     prompt = torch.randint(200, (1, 30), generator=torch.Generator().manual_seed(1))
     expected = generate(model, prompt, DynamicCache(config=config))
     assert torch.equal(generate(model, prompt, cache), expected)
-    kinds = [layer.kind for layer in cache.memory_report().layers]
-    assert kinds == ["DynamicSlidingWindowLayer", "turboquant 8/8 bits"] * 2
+    assert {layer.kind for layer in cache.memory_report().layers} == {"turboquant 8/8 bits"}
 
 
 def test_mixed_head_dims_are_learnt_by_layer(tiny_config):
@@ -182,7 +182,7 @@ def test_unknown_options_are_refused_at_once(tiny_config, arguments, message):
         (BertConfig(), "bert model is an encoder, which keeps no KV cache"),
         (T5Config(), "t5 model is an encoder-decoder"),
         (DeepseekV3Config(), r"multi-head latent attention \(kv_lora_rank 512\)"),
-        (MistralConfig(sliding_window=16), "no full-attention layer to compress .*DynamicSlidingWindowLayer"),
+        (FalconMambaConfig(), "FalconMambaConfig names no head_dim and no num_attention_heads"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -194,6 +194,21 @@ def test_models_it_cannot_hold_are_refused_at_once(config, message):
 def test_a_model_instead_of_its_config_is_refused(tiny_model):
     with pytest.raises(TypeError, match=r"config is LlamaForCausalLM; pass the model's configuration, model.config"):
         TurboQuantCache(tiny_model)
+
+
+def test_single_layers_may_keep_full_precision_or_have_bits_of_their_own(tiny_model, prompt):
+    config = tiny_model.config
+    cache = TurboQuantCache(config, skip_layers=[0], layer_bits={-1: (8, 3)})
+    generate(tiny_model, prompt, cache)
+    assert [layer.kind for layer in cache.memory_report().layers] == ["DynamicLayer", "turboquant 8/3 bits"]
+    with pytest.raises(ValueError, match=r"no attention layer to compress that is not in skip_layers \[0, 1\]"):
+        TurboQuantCache(config, skip_layers=[0, -1])
+    with pytest.raises(ValueError, match="skip_layers names layer 2; this model has 2 layers"):
+        TurboQuantCache(config, skip_layers=[2])
+    with pytest.raises(ValueError, match="layer_bits names layer -3"):
+        TurboQuantCache(config, layer_bits={-3: (4, 4)})
+    with pytest.raises(ValueError, match="value_bits is 9"):
+        TurboQuantCache(config, layer_bits={0: (4, 9)})
 
 
 def test_fractional_bits_refuse_a_head_dim_they_cannot_split(tiny_config):

@@ -25,13 +25,15 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 # transformers 5.16 and 5.17 have no DummyLayer: layers without a cache are not in the list there.
-NATIVE_LAYERS: tuple[type, ...] = (
+KNOWN_LAYERS: tuple[type, ...] = (
+    DynamicLayer,
     DynamicSlidingWindowLayer,
+    StaticLayer,
     StaticSlidingWindowLayer,
     LinearAttentionLayer,
     *([cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []),
 )
-"""Layer kinds that stay as transformers made them: bounded by a window or a state, or empty."""
+"""Layer kinds that are compressed, or stay as transformers made them: bounded by a window or a state, or empty."""
 
 ENCODER_MODEL_TYPES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 """Model types that attend in both directions unless their configuration says `is_decoder`."""
@@ -54,12 +56,13 @@ def transformers_layers(config: PreTrainedConfig, max_length: int | None) -> lis
 
 __all__ = [
     "ENCODER_MODEL_TYPES",
-    "NATIVE_LAYERS",
+    "KNOWN_LAYERS",
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
     "DynamicLayer",
+    "DynamicSlidingWindowLayer",
     "PreTrainedConfig",
     "StaticLayer",
     "gguf_weights_in_full",

@@ -25,7 +25,8 @@ class Rows(NamedTuple):
     """What a mask amounts to: causal, within a window, from a first token of every row on.
 
     Attributes:
-        starts: int32 [batch_size], the first token of every row that may be seen; None where it is the first of all.
+        starts: int32 [batch_size], the first token of every row that may be seen, counted from the row's very first;
+            None for all of them.
         window: Tokens that a token sees, itself included; None for all.
         doubt: float [], what is added to the output: 0, and NaN where the mask was something else. None where that has
             been looked at.
@@ -144,7 +145,8 @@ def _rows_of_mask(mask: torch.Tensor, q_offset: int, kv_offset: int, window: int
     is_compiling = torch.compiler.is_compiling()
     if not is_compiling and torch.equal(mask, seen.expand_as(mask)):
         return Rows(None, window)
-    starts = mask.any(2).byte().argmax(-1)[:, 0] + kv_offset
+    # The first query token sees the first token that any sees.
+    starts = mask[:, 0, 0].byte().argmax(-1) + kv_offset
     seen = seen & (token >= starts[:, None, None, None])
     if is_compiling:
         # Looking at a tensor would break the graph.

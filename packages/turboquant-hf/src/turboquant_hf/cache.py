@@ -1,19 +1,17 @@
 """The cache to pass as `past_key_values`."""
 
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from turboquant_core import TurboQuantConfig
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf._compat import Cache, PreTrainedConfig
-from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.layers import build_layers
 from turboquant_hf.report import MemoryReport, layer_tensors, memory_report
 from turboquant_hf.saving import load_layers, save_layers
-from turboquant_hf.static import TurboQuantStaticLayer
-from turboquant_hf.support import compressible_layers, text_head_dim
 
 
 class TurboQuantCache(Cache):
@@ -24,8 +22,9 @@ class TurboQuantCache(Cache):
     model.generate(**inputs, past_key_values=cache)
     ```
 
-    Full-attention layers are compressed. Layers whose memory is bounded anyway (sliding windows, linear attention) stay
-    as transformers makes them; `memory_report()` says which is which.
+    Full-attention layers are compressed, and sliding-window layers within their window. Linear-attention layers, those
+    that share another's cache, and with `max_length` those with a window stay as transformers makes them;
+    `memory_report()` says which is which.
 
     Args:
         config: The model's configuration.
@@ -33,12 +32,14 @@ class TurboQuantCache(Cache):
         offloading: Keep layers on the CPU while they are not used, as in `DynamicCache`.
         max_length: The most tokens of a sequence. With it storage is made once and stays where it is, for
             `torch.compile` and CUDA graphs, which `generate` then uses by itself on a GPU.
+        skip_layers: Layers that keep full precision, by index; negative ones count from the last.
+        layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's.
         **overrides: Fields of `TurboQuantConfig` that replace the preset's: `key_bits`, `value_bits`, `key_scale`,
             `value_scale`, `center_keys`.
 
     Raises:
-        ValueError: If preset or bits do not exist, the model has no layer that this cache can hold, or max_length comes
-            with offloading.
+        ValueError: If preset, bits or a layer do not exist, the model has no layer that this cache can hold, or
+            max_length comes with offloading.
     """
 
     def __init__(
@@ -48,23 +49,22 @@ class TurboQuantCache(Cache):
         *,
         offloading: bool = False,
         max_length: int | None = None,
+        skip_layers: Iterable[int] = (),
+        layer_bits: Mapping[int, tuple[float, float]] | None = None,
         **overrides: Any,
     ) -> None:
-        kinds = compressible_layers(config, max_length)
-        # A preset or bits that do not exist are found here, not at the first token.
-        TurboQuantConfig.preset(preset, text_head_dim(config), **overrides)
-        text_config = config.get_text_config(decoder=True)
         if max_length is not None and offloading:
             raise ValueError("offloading does not go with max_length: a static cache stays where it is")
-
-        def new_layer() -> TurboQuantLayer:
-            if max_length is not None:
-                return TurboQuantStaticLayer(max_length, preset, text_config=text_config, **overrides)
-            return TurboQuantLayer(preset, text_config=text_config, **overrides)
-
-        layers = [new_layer() if compress else layer for layer, compress in kinds]
+        layers = build_layers(
+            config,
+            preset,
+            max_length=max_length,
+            skip_layers=skip_layers,
+            layer_bits={} if layer_bits is None else layer_bits,
+            overrides=overrides,
+        )
         super().__init__(layers=layers, offloading=offloading)
-        self._text_config = text_config
+        self._text_config = config.get_text_config(decoder=True)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything held to a safetensors file, to be continued with `load`.

@@ -46,9 +46,14 @@ class PagedStates:
         return self._num_tokens
 
     @property
-    def read_length(self) -> int:
-        """Tokens of a row in what `dequantize` returns."""
+    def stored_length(self) -> int:
+        """Slots of a row that hold tokens, or may."""
         return self._num_tokens
+
+    @property
+    def read_length(self) -> int:
+        """How many of them, the last ones, attention reads."""
+        return self.stored_length
 
     @property
     def is_empty(self) -> bool:
@@ -89,14 +94,15 @@ class PagedStates:
         self._num_tokens = stop
 
     def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """All stored keys and values, [batch_size, num_kv_heads, read_length, head_dim].
+        """The keys and values that attention reads, [batch_size, num_kv_heads, read_length, head_dim].
 
         Raises:
             RuntimeError: If nothing is stored.
         """
-        keys, values = ops.read(self.pages, num_blocks(self.read_length), self._codec(), dtype)
+        keys, values = ops.read(self.pages, num_blocks(self.stored_length), self._codec(), dtype)
         shape = (self.batch_size, self.num_kv_heads, -1, self.config.head_dim)
-        return keys.view(shape)[:, :, : self.read_length], values.view(shape)[:, :, : self.read_length]
+        tokens = slice(self.stored_length - self.read_length, self.stored_length)
+        return keys.view(shape)[:, :, tokens], values.view(shape)[:, :, tokens]
 
     def attend(
         self,
@@ -144,7 +150,7 @@ class PagedStates:
 
         selected = copy(self)
         selected.batch_size = len(rows)
-        selected.pages = select(self.pages[: num_blocks(self.read_length)], dim=1)
+        selected.pages = select(self.pages[: num_blocks(self.stored_length)], dim=1)
         selected.codec = None if self.codec is None else self.codec.map(select)
         return selected
 

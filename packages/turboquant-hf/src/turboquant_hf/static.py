@@ -47,7 +47,7 @@ class StaticPagedStates(PagedStates):
         return int(self.length)
 
     @property
-    def read_length(self) -> int:
+    def stored_length(self) -> int:
         """All that there is room for."""
         return self.max_length
 

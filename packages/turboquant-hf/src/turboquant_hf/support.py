@@ -2,10 +2,8 @@
 
 from turboquant_hf._compat import (
     ENCODER_MODEL_TYPES,
-    NATIVE_LAYERS,
-    DynamicLayer,
+    KNOWN_LAYERS,
     PreTrainedConfig,
-    StaticLayer,
     transformers_layers,
 )
 
@@ -29,29 +27,23 @@ def text_head_dim(config: PreTrainedConfig) -> int:
     return int(head_dim)
 
 
-def compressible_layers(config: PreTrainedConfig, max_length: int | None = None) -> list[tuple[object, bool]]:
-    """The layers of transformers' own cache for this model, and whether each is to be compressed.
+def held_layers(config: PreTrainedConfig, max_length: int | None) -> list[object]:
+    """The layers of transformers' own cache for this model, `StaticCache` with a max_length.
 
     Raises:
         TypeError: If `config` is no model configuration.
-        ValueError: If the model is an encoder or uses MLA, has a layer of unknown kind, or none to compress.
+        ValueError: If the model is an encoder or uses MLA, or has a layer of unknown kind.
     """
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config is {type(config).__name__}; pass the model's configuration, model.config")
     check_architecture(config)
-    layers = [(layer, type(layer) in (DynamicLayer, StaticLayer)) for layer in transformers_layers(config, max_length)]
-    for index, (layer, compress) in enumerate(layers):
-        if not compress and type(layer) not in NATIVE_LAYERS:
+    layers = transformers_layers(config, max_length)
+    for index, layer in enumerate(layers):
+        if type(layer) not in KNOWN_LAYERS:
             raise ValueError(
                 f"layer {index} of this {config.model_type} model is a {type(layer).__name__}, which TurboQuantCache "
                 "does not know. Use DynamicCache for this model."
             )
-    if not any(compress for _, compress in layers):
-        kinds = ", ".join(sorted({type(layer).__name__ for layer, _ in layers})) or "none"
-        raise ValueError(
-            f"this {config.model_type} model has no full-attention layer to compress (its layers: {kinds}). Use "
-            "DynamicCache for it."
-        )
     return layers
 
 

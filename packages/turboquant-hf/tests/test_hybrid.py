@@ -1,0 +1,241 @@
+"""Models whose layers differ: windows, sinks, linear attention, shared caches, head sizes, images."""
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.sliding import TurboQuantSlidingLayer
+
+EXACT = {"key_bits": 8, "value_bits": 8}
+VOCAB = 300
+WINDOW = 80
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def gemma3(attention):
+    config = Gemma3TextConfig(
+        **COMMON,
+        num_hidden_layers=4,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        attn_implementation=attention,
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def mistral(attention):
+    config = MistralConfig(**COMMON, num_hidden_layers=2, sliding_window=WINDOW, attn_implementation=attention)
+    return MistralForCausalLM(config)
+
+
+def gpt_oss(attention):
+    config = GptOssConfig(
+        **COMMON,
+        num_hidden_layers=2,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],
+        # There is no SDPA with sinks.
+        attn_implementation="eager" if attention == "sdpa" else attention,
+    )
+    model = GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data.normal_(1.0)
+    return model
+
+
+def qwen3_next(attention):
+    config = Qwen3NextConfig(
+        **COMMON,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_value_heads=2,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        num_experts=2,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        attn_implementation=attention,
+    )
+    return Qwen3NextForCausalLM(config)
+
+
+BUILDERS = {"gemma3": gemma3, "mistral": mistral, "gpt-oss": gpt_oss, "qwen3-next": qwen3_next}
+KINDS = {
+    "gemma3": [TurboQuantSlidingLayer, TurboQuantSlidingLayer, TurboQuantLayer, TurboQuantSlidingLayer],
+    "mistral": [TurboQuantSlidingLayer] * 2,
+    "gpt-oss": [TurboQuantSlidingLayer, TurboQuantLayer],
+}
+
+
+@pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
+def attention(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(name, attention):
+    torch.manual_seed(3)
+    return BUILDERS[name](attention).eval()
+
+
+def ids(batch_size, num_tokens, seed=4):
+    return torch.randint(1, VOCAB, (batch_size, num_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, prompt, cache, **kwargs):
+    kwargs.setdefault("attention_mask", torch.ones_like(prompt))
+    arguments = {"max_new_tokens": 10, "do_sample": False, **kwargs}
+    return model.generate(prompt, past_key_values=cache, **arguments)
+
+
+def step_logits(model, prompt, cache, mask=None):
+    """Logits [batch_size, 34, vocab_size] of chunks after a prompt, the same for every cache."""
+    logits, length = [], prompt.shape[1]
+    positions = None if mask is None else mask.cumsum(-1).sub(1).clamp(min=0)
+
+    def forward(chunk, start):
+        end = start + chunk.shape[1]
+        given = {} if mask is None else {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+        return model(chunk, past_key_values=cache, **given).logits
+
+    with torch.no_grad():
+        forward(prompt, 0)
+        for size in (1, 1, 3, 8, 20, 1):
+            logits.append(forward(ids(len(prompt), size, seed=length), length))
+            length += size
+    return torch.cat(logits, dim=1)
+
+
+def assert_close(model, prompt, **kwargs):
+    expected = step_logits(model, prompt, DynamicCache(config=model.config), **kwargs)
+    actual = step_logits(model, prompt, TurboQuantCache(model.config, **EXACT), **kwargs)
+    errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < 0.03
+    # Every token's logits depend on what is stored.
+    assert errors.min() > 0
+
+
+@pytest.mark.parametrize("num_tokens", [20, WINDOW - 5, 3 * WINDOW])
+def test_logits_of_the_uncompressed_cache(model, num_tokens):
+    assert_close(model, ids(2, num_tokens))
+
+
+def test_left_padding(model):
+    prompt, mask = ids(2, 100), torch.ones(2, 134, dtype=torch.int64)
+    mask[0, :30] = 0
+    prompt[0, :30] = 0
+    assert_close(model, prompt, mask=mask)
+
+
+def test_drafts_that_are_taken_back(model, name):
+    if name == "qwen3-next":
+        pytest.skip("generate takes no drafts for models with linear attention")
+    prompt = ids(1, 10).repeat(1, 16)
+    expected = generate(model, prompt, TurboQuantCache(model.config))
+    assert torch.equal(generate(model, prompt, TurboQuantCache(model.config), prompt_lookup_num_tokens=5), expected)
+
+
+def test_layers_and_memory(model, name):
+    cache = TurboQuantCache(model.config)
+    generate(model, ids(1, 6 * WINDOW), cache)
+    for index, (layer, measured) in enumerate(zip(cache.layers, cache.memory_report().layers, strict=True)):
+        if name in KINDS:
+            assert type(layer) is KINDS[name][index]
+        if isinstance(layer, TurboQuantSlidingLayer):
+            # The window and at most a block more, beside what growing reserves.
+            assert WINDOW <= measured.num_tokens < WINDOW + 64
+            assert measured.token_nbytes + measured.reserved_nbytes <= (WINDOW + 3 * 64) * 2 * 68
+        elif isinstance(layer, TurboQuantLayer):
+            assert measured.num_tokens == 6 * WINDOW + 9
+
+
+def test_without_recording_what_left_the_window_cannot_be_taken_back():
+    torch.manual_seed(3)
+    model = mistral("sdpa").eval()
+    cache = TurboQuantCache(model.config)
+    generate(model, ids(1, 2 * WINDOW), cache)
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match=r"crop\(-100\) leaves 69 tokens, .* activate_past_recording"):
+        cache.crop(-100)
+
+
+def test_beams_over_a_window(attention):
+    torch.manual_seed(3)
+    model = gemma3(attention).eval()
+    prompt = ids(2, 2 * WINDOW)
+    expected = generate(model, prompt, DynamicCache(config=model.config), num_beams=3)
+    assert torch.equal(generate(model, prompt, TurboQuantCache(model.config, **EXACT), num_beams=3), expected)
+
+
+def test_images_in_the_prompt(attention):
+    config = Qwen2_5_VLConfig(
+        text_config={
+            **COMMON,
+            "hidden_size": 256,
+            "num_hidden_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 256,
+            "fullatt_block_indexes": [1],
+            "window_size": 56,
+        },
+        image_token_id=290,
+        video_token_id=291,
+        vision_start_token_id=292,
+        vision_end_token_id=293,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(3)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    grid = torch.tensor([[1, 8, 8]])
+    image = torch.tensor([[292, *[290] * 16, 293]])
+    prompt = torch.cat([ids(1, 6).clamp(max=280), image, ids(1, 9).clamp(max=280)], dim=1)
+    kwargs = {
+        "pixel_values": torch.randn(64, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1)),
+        "image_grid_thw": grid,
+        "mm_token_type_ids": (prompt == 290).int(),
+    }
+    expected = generate(model, prompt, DynamicCache(config=config), **kwargs)
+    cache = TurboQuantCache(model.config, **EXACT)
+    assert torch.equal(generate(model, prompt, cache, **kwargs), expected)
+    assert cache.get_seq_length() == prompt.shape[1] + 9
+    if attention == "turboquant":
+        assert model.model.language_model.config._attn_implementation == "turboquant"
