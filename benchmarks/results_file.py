@@ -22,7 +22,16 @@ def write_result(name: str, data: dict[str, Any]) -> Path:
 def provenance() -> dict[str, str | int]:
     """What ran, on what."""
     script = Path(sys.argv[0]).name
-    packages = ("torch", "triton", "transformers", "vllm", "turboquant-core", "turboquant-hf")
+    packages = (
+        "torch",
+        "triton",
+        "transformers",
+        "vllm",
+        "optimum-quanto",
+        "hqq",
+        "turboquant-core",
+        "turboquant-hf",
+    )
     return {
         "command": " ".join(["nox -s bench --", script, *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
