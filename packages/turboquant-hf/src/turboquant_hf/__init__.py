@@ -6,9 +6,10 @@ from turboquant_hf.attention import register
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.report import LayerMemory, MemoryReport
+from turboquant_hf.wrapper import CompressedDynamicCache
 
 __version__ = version("turboquant-hf")
 
 register()
 
-__all__ = ["LayerMemory", "MemoryReport", "TurboQuantCache", "TurboQuantLayer"]
+__all__ = ["CompressedDynamicCache", "LayerMemory", "MemoryReport", "TurboQuantCache", "TurboQuantLayer"]

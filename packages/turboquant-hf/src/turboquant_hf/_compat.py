@@ -61,6 +61,7 @@ __all__ = [
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
+    "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "PreTrainedConfig",

@@ -27,6 +27,7 @@ class TurboQuantLayer(CacheLayerMixin):
         preset: Preset of `TurboQuantConfig`; the layer learns its head_dim from the first keys it sees.
         text_config: The configuration that the model's attention reads, which says how it attends; without it the
             layer always returns dequantised states.
+        head_dim: Refuse keys of another dimension; None takes that of the first.
         **overrides: Fields of `TurboQuantConfig` that replace the preset's.
     """
 
@@ -36,8 +37,16 @@ class TurboQuantLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, preset: str = "tq4", *, text_config: PreTrainedConfig | None = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        preset: str = "tq4",
+        *,
+        text_config: PreTrainedConfig | None = None,
+        head_dim: int | None = None,
+        **overrides: Any,
+    ) -> None:
         super().__init__()
+        self._head_dim = head_dim
         self._preset = preset
         self._overrides = overrides
         self._text_config = text_config
@@ -64,6 +73,11 @@ class TurboQuantLayer(CacheLayerMixin):
             raise ValueError(
                 f"keys have {key_states.shape[-1]} channels and values {value_states.shape[-1]}; attention with "
                 "different sizes (such as MLA) is not supported. Use DynamicCache for this model."
+            )
+        if self._head_dim not in (None, key_states.shape[-1]):
+            raise ValueError(
+                f"keys have {key_states.shape[-1]} channels and the cache was made for head_dim {self._head_dim}; pass "
+                "the model's head_dim"
             )
         self.config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._overrides)
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -30,7 +30,7 @@ def build_layers(
     skipped = {_index(index, len(layers), "skip_layers") for index in skip_layers}
     bits = {_index(index, len(layers), "layer_bits"): pair for index, pair in layer_bits.items()}
     text_config, head_dim = config.get_text_config(decoder=True), text_head_dim(config)
-    built = []
+    built: list[object] = []
     for index, layer in enumerate(layers):
         options = overrides
         if index in bits:
@@ -38,7 +38,9 @@ def build_layers(
             options = {**overrides, "key_bits": key_bits, "value_bits": value_bits}
         # A preset or bits that do not exist are found here, not at the first token.
         TurboQuantConfig.preset(preset, head_dim, **options)
-        built.append(layer if index in skipped else _compressed(layer, preset, text_config, options))
+        built.append(
+            layer if index in skipped else compressed_layer(layer, preset, {"text_config": text_config, **options})
+        )
     if not any(isinstance(layer, TurboQuantLayer) for layer in built):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         left = f" that is not in skip_layers {sorted(skipped)}" if skipped else ""
@@ -49,14 +51,14 @@ def build_layers(
     return built
 
 
-def _compressed(layer: Any, preset: str, text_config: PreTrainedConfig, options: dict[str, Any]) -> Any:
+def compressed_layer(layer: Any, preset: str, options: dict[str, Any]) -> Any:
     """The compressed layer that takes the place of a layer of transformers, or that layer."""
     if type(layer) is DynamicLayer:
-        return TurboQuantLayer(preset, text_config=text_config, **options)
+        return TurboQuantLayer(preset, **options)
     if type(layer) is DynamicSlidingWindowLayer:
-        return TurboQuantSlidingLayer(layer.sliding_window, preset, text_config=text_config, **options)
+        return TurboQuantSlidingLayer(layer.sliding_window, preset, **options)
     if type(layer) is StaticLayer:
-        return TurboQuantStaticLayer(layer.max_cache_len, preset, text_config=text_config, **options)
+        return TurboQuantStaticLayer(layer.max_cache_len, preset, **options)
     return layer
 
 

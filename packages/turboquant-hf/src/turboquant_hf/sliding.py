@@ -6,7 +6,6 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import BLOCK_SIZE
 from turboquant_hf.states import PagedStates
@@ -67,8 +66,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
     Args:
         sliding_window: Tokens that a token sees, itself included.
         preset: As for `TurboQuantLayer`.
-        text_config: As there.
-        **overrides: As there.
+        **options: As there.
     """
 
     states: WindowedStates
@@ -79,11 +77,9 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         self,
         sliding_window: int,
         preset: str = "tq4",
-        *,
-        text_config: PreTrainedConfig | None = None,
-        **overrides: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(preset, text_config=text_config, **overrides)
+        super().__init__(preset, **options)
         self.sliding_window = sliding_window
         self.record_past = False
 

@@ -6,7 +6,6 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import ops
-from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.attention import reads_codes
 from turboquant_hf.codec import LayerCodec
 from turboquant_hf.layer import TurboQuantLayer
@@ -127,8 +126,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     Args:
         max_length: The most tokens of a sequence.
         preset: As for `TurboQuantLayer`.
-        text_config: As there.
-        **overrides: As there.
+        **options: As there.
     """
 
     states: StaticPagedStates
@@ -139,11 +137,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         self,
         max_length: int,
         preset: str = "tq4",
-        *,
-        text_config: PreTrainedConfig | None = None,
-        **overrides: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(preset, text_config=text_config, **overrides)
+        super().__init__(preset, **options)
         self._max_length = max_length
 
     def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
