@@ -51,8 +51,8 @@ def main() -> None:
     for family in missing:
         assert loaded is not None
         families[family] = _measure(loaded, FAMILIES[family], arguments.num_tokens, arguments.decode_tokens)
-        ordered = {known: families[known] for known in FAMILIES if known in families}
-        write_result(name, {"model": arguments.model, **settings, "families": ordered})
+        families = {known: families[known] for known in FAMILIES if known in families}
+        write_result(name, {"model": arguments.model, **settings, "families": families})
     print(markdown(families))
 
 

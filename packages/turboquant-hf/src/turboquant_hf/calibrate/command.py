@@ -42,6 +42,7 @@ def calibrate(
     console.print(
         f"{out}: key means of {len(key_means.means)} layers of {loaded.name}, over {key_means.num_tokens:,} tokens",
         highlight=False,
+        soft_wrap=True,
     )
 
 
