@@ -1,12 +1,17 @@
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from vllm.config import ModelConfig
+from vllm.config import CompilationMode, ModelConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from turboquant_core.calibration import KeyMeans, ModelIdentity, write_key_means
+from turboquant_core.calibration import KeyMeans, ModelIdentity, read_key_means, write_key_means
+from turboquant_vllm import calibration
 from turboquant_vllm.calibration import heads_of_rank, read_for_model
+from turboquant_vllm.centring import GivenKeyMean
 
 
 def identity(folder):
@@ -17,19 +22,18 @@ def model_config(folder):
     return ModelConfig(str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256)
 
 
+def write_means(path, folder):
+    # Unlike one another, and so large that a head with the mean of another one is hardly stored at all.
+    random = torch.Generator().manual_seed(0)
+    means = {layer: 5 * torch.randn(2, 64, generator=random) for layer in range(4)}
+    write_key_means(path, KeyMeans(means, identity(folder), str(folder), num_tokens=100))
+    return str(path)
+
+
 @pytest.fixture
 def means_of(tmp_path):
     """Writes a file of means for a model."""
-
-    def write(folder):
-        # Unlike one another, and so large that a head with the mean of another one is hardly stored at all.
-        random = torch.Generator().manual_seed(0)
-        means = {layer: 5 * torch.randn(2, 64, generator=random) for layer in range(4)}
-        path = tmp_path / "means.safetensors"
-        write_key_means(path, KeyMeans(means, identity(folder), str(folder), num_tokens=100))
-        return str(path)
-
-    return write
+    return partial(write_means, tmp_path / "means.safetensors")
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma3Text", "GptOss", "Qwen3Next"])
@@ -76,14 +80,44 @@ def test_ranks_that_share_a_head_share_its_mean():
     assert [heads_of_rank(mean, 1, rank, 4)[:, 0].tolist() for rank in range(4)] == [[0], [0], [1], [1]]
 
 
+class Layer(AttentionLayerBase):
+    """A layer of one KV head as the builder finds it."""
+
+    def __init__(self):
+        mean = GivenKeyMean(1, 64, torch.device("cpu"))
+        self.impl = SimpleNamespace(num_kv_heads=1, head_size=64, key_mean=mean)
+
+    def get_attn_backend(self):
+        raise NotImplementedError
+
+    def get_kv_cache_spec(self, vllm_config):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stage_of_two_ranks_gives_its_layers_their_means(monkeypatch, tiny_model, tmp_path, rank):
+    monkeypatch.setattr(calibration, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(calibration, "get_tensor_model_parallel_world_size", lambda: 2)
+    folder = tiny_model("Llama")
+    path = write_means(tmp_path / "means.safetensors", folder)
+    layers = {f"model.layers.{index}.self_attn.attn": Layer() for index in (2, 3)}
+    config = SimpleNamespace(
+        model_config=model_config(folder), compilation_config=SimpleNamespace(static_forward_context=layers)
+    )
+    calibration.give_key_means(path, layers, config)
+    for index, layer in zip((2, 3), layers.values(), strict=True):
+        expected = read_key_means(path).means[index][rank : rank + 1]
+        torch.testing.assert_close(layer.impl.key_mean.mean, expected, rtol=0, atol=0)
+
+
 TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
 
 
-@pytest.fixture
-def calibrated(generate, tiny_model, means_of):
+@pytest.fixture(scope="module")
+def calibrated(generate, tiny_model, tmp_path_factory):
     """Runs the small Llama with a calibration file."""
     folder = tiny_model("Llama")
-    path = means_of(folder)
+    path = write_means(tmp_path_factory.mktemp("means") / "means.safetensors", folder)
 
     def run(turboquant, **options):
         settings = {"turboquant": {**turboquant, "calibration": path}}
@@ -95,8 +129,17 @@ def calibrated(generate, tiny_model, means_of):
     return run
 
 
-def test_two_ranks_have_the_means_of_their_own_heads(calibrated, assert_same_but_for_ties):
-    found = calibrated({}, tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
+# Without a warm-up vLLM's worker for CPUs makes no room for what a stage receives.
+STAGES = {
+    "pipeline_parallel_size": 2,
+    "enforce_eager": False,
+    "compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"},
+}
+
+
+@pytest.mark.parametrize("parallel", [{"tensor_parallel_size": 2}, STAGES], ids=["tensor", "pipeline"])
+def test_ranks_have_the_means_of_their_own_heads_and_layers(calibrated, parallel, assert_same_but_for_ties):
+    found = calibrated({}, **parallel, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"})
     assert_same_but_for_ties(found, calibrated({}))
 
 

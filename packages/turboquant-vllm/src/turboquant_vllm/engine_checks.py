@@ -66,7 +66,8 @@ def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
             yield (
                 f"the pages that {transfer.kv_connector} hands to another process hold keys less means that only this "
                 "process knows. Write the means to a file with `turboquant calibrate MODEL --out FILE` and give it to "
-                "both sides as {'turboquant': {'calibration': FILE}}, or set {'turboquant': {'center_keys': False}}."
+                'both sides with --additional-config \'{"turboquant": {"calibration": "FILE"}}\', or give both '
+                '"center_keys": false there.'
             )
     elif _compresses_draft(speculative):
         yield f"calibration is {settings.calibration}, which holds no means of the draft model. {OWN_DRAFT_BACKEND}"
