@@ -15,6 +15,7 @@ from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache
 from turboquant_hf.report import memory_report
 
+MODEL = "Llama-3.1-8B's shape, random weights, bfloat16"
 # What bfloat16 attention makes on the same values.
 MAX_GATE_ERROR = 0.008
 WARM_UP_STEPS = 3
@@ -202,6 +203,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="contestants whose name contains one of these")
     parser.add_argument("--profile", action="store_true", help="print where the host spends its time")
     arguments = parser.parse_args()
+    contestants = [c for c in CONTESTANTS if any(part in c.name for part in arguments.only)]
+    if not contestants:
+        parser.error(f"no contestant is named like {arguments.only}: {', '.join(c.name for c in CONTESTANTS)}")
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
 
@@ -210,9 +214,7 @@ def main() -> None:
     rows = []
     for context in arguments.contexts:
         for batch_size in arguments.batch_sizes:
-            for contestant in CONTESTANTS:
-                if not any(part in contestant.name for part in arguments.only):
-                    continue
+            for contestant in contestants:
                 row = measure(
                     model, contestant, batch_size, context, arguments.steps, weights_nbytes, arguments.profile
                 )
@@ -223,9 +225,10 @@ def main() -> None:
                     flush=True,
                 )
                 rows.append(asdict(row))
+                # Each row is kept, whatever happens to the next.
+                path = write_result("hf_decode", {"model": MODEL, "rows": rows})
                 torch.compiler.reset()
                 torch.cuda.empty_cache()
-    path = write_result("hf_decode", {"model": "Llama-3.1-8B's shape, random weights, bfloat16", "rows": rows})
     print(path)
 
 

@@ -134,6 +134,16 @@ def test_a_prompt_that_does_not_fit_is_refused(model):
         model(ids(num_tokens=MAX_LENGTH + 1), past_key_values=new_cache(model))
 
 
+def test_warming_up_changes_nothing(tiny_model):
+    cache = new_cache(tiny_model)
+    generate(tiny_model, ids(), cache)
+    before = [tensor.clone() for layer in cache.layers for tensor in layer.tensors()]
+    for layer in cache.layers:
+        layer.states.warm_up()
+    assert all(map(torch.equal, before, (tensor for layer in cache.layers for tensor in layer.tensors())))
+    assert cache.get_seq_length() == 31
+
+
 def test_memory_is_that_of_max_length(tiny_model):
     cache = new_cache(tiny_model)
     generate(tiny_model, ids(), cache)

@@ -39,6 +39,20 @@ def default_model() -> str:
     return DEFAULT_HUB_ID
 
 
+def model_source(name: str) -> tuple[str, dict[str, str]]:
+    """The source of a hub id, folder or GGUF file for `from_pretrained`, and for a GGUF file its name as keyword.
+
+    Raises:
+        OSError: If there is no such GGUF file.
+    """
+    path = Path(name)
+    if path.suffix != ".gguf":
+        return name, {}
+    if not path.is_file():
+        raise OSError(f"there is no file {name}")
+    return str(path.parent), {"gguf_file": path.name}
+
+
 def load_model(name: str, device: str) -> LoadedModel:
     """Load a model that `TurboQuantCache` can serve; the configuration is checked before any weight is read.
 
@@ -53,13 +67,8 @@ def load_model(name: str, device: str) -> LoadedModel:
         OSError: If there is no such model.
     """
     path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise OSError(f"there is no file {name}")
-        source, kwargs = str(path.parent), {"gguf_file": path.name}
-        quantization = gguf_weights_in_full()
-    else:
-        source, kwargs, quantization = name, {}, {}
+    source, kwargs = model_source(name)
+    quantization = gguf_weights_in_full() if kwargs else {}
     TurboQuantCache(AutoConfig.from_pretrained(source, **kwargs))
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs, **quantization)

@@ -99,6 +99,11 @@ class StaticPagedStates(PagedStates):
             _copy(self.codec, selected.codec)
         return self
 
+    def warm_up(self) -> None:
+        """Attend once, so that what kernels keep from call to call is not made while a CUDA graph is recorded."""
+        query = self.pages.new_zeros(self.batch_size, self.num_kv_heads, 1, self.config.head_dim, dtype=torch.float16)
+        self.attend(query, scale=None)
+
     def _calibrate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         codec = LayerCodec.calibrate(self.config, keys, values)
         if self.codec is None:
@@ -179,6 +184,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if reads_codes(self._text_config):
+            if key_states.is_cuda and not torch.compiler.is_compiling() and self.states.has_kernel:
+                self.states.warm_up()
             return key_states, value_states
         room = (0, 0, 0, self._max_length - key_states.shape[-2])
         return torch.nn.functional.pad(key_states, room), torch.nn.functional.pad(value_states, room)

@@ -1,0 +1,27 @@
+"""Bytes of a token in every cache."""
+
+from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
+from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
+from turboquant_hf.codec import LayerCodec
+
+UNCOMPRESSED_ITEMSIZES = {"bf16": 2, "fp8": 1}
+CACHES = (*UNCOMPRESSED_ITEMSIZES, *PRESETS)
+"""Names of caches: bf16, fp8, and every preset."""
+
+
+def has_whole_bits(preset: str) -> bool:
+    """Whether kernels read the preset's codes."""
+    # Any head_dim tells.
+    return LayerCodec(TurboQuantConfig.preset(preset, 128)).has_whole_bits
+
+
+def token_bytes(cache: str, num_kv_heads: int, head_dim: int) -> int:
+    """Bytes of one token's keys and values in one layer.
+
+    Raises:
+        ValueError: If there is no such preset, or it does not store vectors of that size.
+    """
+    if cache in UNCOMPRESSED_ITEMSIZES:
+        return 2 * num_kv_heads * head_dim * UNCOMPRESSED_ITEMSIZES[cache]
+    layout = KVCacheLayout(TurboQuantConfig.preset(cache, head_dim), num_kv_heads, BLOCK_SIZE_MULTIPLE)
+    return layout.page_bytes // layout.block_size

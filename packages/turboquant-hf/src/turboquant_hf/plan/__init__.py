@@ -1,0 +1,1 @@
+"""`turboquant plan`: how many tokens and requests fit a card, by cache."""

@@ -1,0 +1,137 @@
+"""The command line of `turboquant plan`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from turboquant_core.vllm_limits import MIN_CAPABILITY
+from turboquant_hf.command_line import fail
+from turboquant_hf.doctor.capacity import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_GIB, kv_memory
+from turboquant_hf.doctor.cards import GIB, Card
+from turboquant_hf.doctor.checkpoint import Checkpoint
+from turboquant_hf.doctor.command_line import (
+    STDOUT,
+    card_or_fail,
+    check_json_target,
+    open_or_fail,
+    refuse,
+    write_json,
+)
+from turboquant_hf.plan.plot import can_plot, write_plot
+from turboquant_hf.plan.render import render
+from turboquant_hf.plan.run import caches_to_plan, make_plan, plotted_lengths, refusals
+
+DEFAULT_LENGTH = 8192
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
+    gpu: Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="Memory of a card in GiB, instead of --gpu.")] = None,
+    kv_memory_gib: Annotated[
+        float | None,
+        typer.Option(
+            "--kv-memory", min=0, help="GiB for the cache on a card, as vLLM's log gives it, instead of both."
+        ),
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Cards that share the heads.")] = 1,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a request, prompt and answer.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Preset to plan, repeatable. Default: all vLLM serves.")
+    ] = None,
+    weights: Annotated[float | None, typer.Option(min=0, help="GiB of all weights, instead of the files'.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the memory that vLLM takes.")
+    ] = MEMORY_SHARE,
+    reserve: Annotated[
+        float, typer.Option(min=0, help="GiB of that for activations, CUDA graphs and CUDA itself.")
+    ] = RESERVE_GIB,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=1, help="vLLM's setting; layers with a window keep the tokens of two steps beside it.")
+    ] = BATCHED_TOKENS,
+    json_target: Annotated[
+        str | None, typer.Option("--json", help="Write the plan to this file too; - for the output, alone.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw requests against their length to this SVG file.")] = None,
+) -> None:
+    """Say how many tokens and requests fit a card with every cache, counted as vLLM counts them.
+
+    Exit status: 0 with a plan, 1 if vLLM does not serve the model compressed or its weights leave no room, 2 for what
+    cannot be read.
+    """
+    console, errors = Console(), Console(stderr=True)
+    if sum(given is not None for given in (gpu, memory, kv_memory_gib)) != 1:
+        fail(errors, "give one of --gpu NAME, --memory GiB and --kv-memory GiB")
+    check_json_target(json_target, errors)
+    _check_plot(plot, errors)
+    card = card_or_fail(gpu, errors)
+    try:
+        caches = caches_to_plan(preset or [])
+    except ValueError as error:
+        fail(errors, str(error))
+    checkpoint, attention = open_or_fail(model, errors)
+    if why := refusals(attention, card.capability if card else MIN_CAPABILITY):
+        refuse(errors, f"vLLM serves {model} uncompressed only: {'; '.join(why)}")
+    if attention.max_length and length and length > attention.max_length:
+        fail(errors, f"--length is {length:,}, and the context of {model} is {attention.max_length:,} tokens")
+    if kv_memory_gib is not None:
+        kv_bytes, said = int(kv_memory_gib * GIB), "memory for the cache as given"
+    else:
+        total = card.memory_gib if card else memory or 0.0
+        weights_bytes = _weights_bytes(checkpoint, weights, errors)
+        kv_bytes = kv_memory(total, gpu_memory_utilization, weights_bytes, tensor_parallel, reserve)
+        said = _explain(total, card, gpu_memory_utilization, weights_bytes, tensor_parallel, reserve)
+        if kv_bytes <= 0:
+            refuse(errors, f"nothing is left for a cache: {said}. Give more cards with --tensor-parallel.")
+    try:
+        planned = make_plan(
+            checkpoint,
+            attention,
+            caches,
+            kv_bytes=kv_bytes,
+            tensor_parallel=tensor_parallel,
+            length=length or min(DEFAULT_LENGTH, attention.max_length or DEFAULT_LENGTH),
+            batched_tokens=max_num_batched_tokens,
+        )
+    except ValueError as error:
+        fail(errors, str(error))
+    if json_target is not None:
+        write_json(planned.to_dict(), json_target)
+    if json_target != STDOUT:
+        render(planned, said, console)
+    if plot is not None:
+        write_plot(planned, plotted_lengths(attention.max_length), plot)
+
+
+def _check_plot(plot: Path | None, errors: Console) -> None:
+    if plot is None:
+        return
+    if not can_plot():
+        fail(errors, "--plot needs matplotlib, which is not installed here. Install it, or leave --plot out.")
+    if plot.suffix != ".svg":
+        fail(errors, f"--plot is {plot}; it writes SVG, so the name must end with .svg")
+    if not plot.parent.is_dir():
+        fail(errors, f"there is no folder {plot.parent} to write {plot.name} to")
+
+
+def _weights_bytes(checkpoint: Checkpoint, given_gib: float | None, errors: Console) -> int:
+    if given_gib is not None:
+        return int(given_gib * GIB)
+    if checkpoint.weights_nbytes is None:
+        fail(
+            errors,
+            f"{checkpoint.name} has no safetensors files that tell the bytes of its weights. Give --weights GiB.",
+        )
+    return checkpoint.weights_nbytes
+
+
+def _explain(
+    total: float, card: Card | None, share: float, weights_bytes: int, tensor_parallel: int, reserve: float
+) -> str:
+    parts = f" / {tensor_parallel} cards" if tensor_parallel > 1 else ""
+    return (
+        f"{total:g} GiB{f' of {card.name}' if card else ''} x {share:g}, less {weights_bytes / GIB:.2f} GiB of weights"
+        f"{parts} and {reserve:g} GiB for activations, CUDA graphs and CUDA"
+    )
