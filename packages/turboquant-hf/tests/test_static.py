@@ -31,7 +31,7 @@ def generate(model, prompt, cache, **kwargs):
 
 
 def addresses(cache):
-    return [tensor.data_ptr() for layer in cache.layers for tensor in (*layer.tensors(), layer.states.length)]
+    return [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
 
 
 def steps(forward, model, cache, prompt, mask=None, num_steps=4):
@@ -119,14 +119,17 @@ def test_a_mask_with_holes_is_nan_in_a_fused_graph(tiny_model):
     torch.compiler.reset()
 
 
-def test_tokens_that_do_not_fit_are_nan_and_break_nothing(model):
-    cache = new_cache(model)
+@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+def test_tokens_that_do_not_fit_are_nan_and_break_nothing(model, preset):
+    cache = TurboQuantCache(model.config, preset, max_length=64)
     with torch.no_grad():
-        model(ids(num_tokens=MAX_LENGTH - 1), past_key_values=cache)
-        assert not model(ids(num_tokens=1), past_key_values=cache).logits.isnan().any()
-        assert model(ids(num_tokens=1), past_key_values=cache).logits.isnan().all()
+        model(ids(num_tokens=63), past_key_values=cache)
+        expected = model(ids(num_tokens=1), past_key_values=cache).logits
+        assert model(ids(num_tokens=1, seed=1), past_key_values=cache).logits.isnan().all()
+        before = [layer.states.pages.clone() for layer in cache.layers]
         cache.crop(-2)
-        assert not model(ids(num_tokens=1), past_key_values=cache).logits.isnan().any()
+        assert torch.equal(model(ids(num_tokens=1), past_key_values=cache).logits, expected)
+        assert all(map(torch.equal, before, (layer.states.pages for layer in cache.layers)))
 
 
 def test_a_prompt_that_does_not_fit_is_refused(model):

@@ -49,9 +49,16 @@ def write(
         return
     stored_keys, stored_values = codec.quantize(keys, values)
     views = layout.views(pages)
-    slot = (slots // BLOCK_SIZE, slice(None), slots % BLOCK_SIZE)
-    views.key_codes[slot], views.key_scales[slot] = stored_keys.codes, stored_keys.scales
-    views.value_codes[slot], views.value_scales[slot] = stored_values.codes, stored_values.scales
+    _put(views.key_codes, slots, stored_keys.codes)
+    _put(views.key_scales, slots, stored_keys.scales)
+    _put(views.value_codes, slots, stored_values.codes)
+    _put(views.value_scales, slots, stored_values.scales)
+
+
+def _put(field: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:
+    """Write [num_tokens, heads, n] into a field [blocks, heads, slots, n]; negative slots keep what they hold."""
+    at = (slots // BLOCK_SIZE, slice(None), slots % BLOCK_SIZE)
+    field[at] = torch.where((slots >= 0)[:, None, None], new, field[at])
 
 
 def read(pages: torch.Tensor, count: int, codec: LayerCodec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,6 +55,10 @@ class StaticPagedStates(PagedStates):
         """Whether the next tokens are the first."""
         return self._is_empty
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor that is kept."""
+        return [*super().tensors(), self.length, self._table]
+
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim]."""
         num_new = keys.shape[-2]
