@@ -2,12 +2,12 @@
 
 import torch
 
+from turboquant_core import vllm_limits
 from turboquant_vllm.settings import PRESETS
 
-HEAD_SIZES = (64, 80, 96, 128, 192, 256)
-BLOCK_SIZE_MULTIPLE = 16
-# FlashAttention 2, which prefills, needs Ampere.
-MIN_CAPABILITY = (8, 0)
+HEAD_SIZES = vllm_limits.HEAD_DIMS
+BLOCK_SIZE_MULTIPLE = vllm_limits.BLOCK_SIZE_MULTIPLE
+MIN_CAPABILITY = vllm_limits.MIN_CAPABILITY
 # float32 is for CPUs; FlashAttention takes the others.
 DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (*DTYPES, torch.float32)

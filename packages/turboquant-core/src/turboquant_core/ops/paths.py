@@ -62,13 +62,22 @@ def obstacle(
         return None
     if torch.version.hip is not None:
         return "its inline assembly is NVIDIA's"
-    needed, have = MIN_CAPABILITY[path], torch.cuda.get_device_capability(device)
-    if have < needed:
-        return f"the card is sm_{have[0]}{have[1]}, and it needs sm_{needed[0]}{needed[1]}"
-    return _fragment_obstacle(layout, pages) if path == "fragment" else None
+    if reason := card_obstacle(path, layout, torch.cuda.get_device_capability(device)):
+        return reason
+    return _pages_obstacle(pages) if path == "fragment" else None
 
 
-def _fragment_obstacle(layout: KVCacheLayout, pages: torch.Tensor | None) -> str | None:
+def card_obstacle(path: KernelPath, layout: KVCacheLayout, capability: tuple[int, int]) -> str | None:
+    """Why a kernel cannot run for this layout on NVIDIA cards of a compute capability; None if it can."""
+    if path == "portable":
+        return None
+    needed = MIN_CAPABILITY[path]
+    if capability < needed:
+        return f"the card is sm_{capability[0]}{capability[1]}, and it needs sm_{needed[0]}{needed[1]}"
+    return _layout_obstacle(layout) if path == "fragment" else None
+
+
+def _layout_obstacle(layout: KVCacheLayout) -> str | None:
     if layout.config.head_dim not in FRAGMENT_HEAD_DIMS:
         known = ", ".join(map(str, FRAGMENT_HEAD_DIMS))
         return f"head_dim is {layout.config.head_dim}, and it takes {known}"
@@ -76,6 +85,10 @@ def _fragment_obstacle(layout: KVCacheLayout, pages: torch.Tensor | None) -> str
         return "value_bits is 8, whose outermost centroids its polynomial misses by more than a short row averages out"
     if layout.block_size % SUBTILE:
         return f"block_size is {layout.block_size}, and it takes multiples of {SUBTILE}"
+    return None
+
+
+def _pages_obstacle(pages: torch.Tensor | None) -> str | None:
     if pages is not None and any(at % FRAGMENT_ALIGNMENT for at in (*pages.stride()[:2], pages.data_ptr())):
         return (
             f"pages start at {pages.data_ptr():#x} with strides {list(pages.stride())}, and it takes multiples of "
