@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from vllm.config import cache
 
 TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
 IMAGES = [{"prompt": "<image> " + " ".join(f"t{n}" for n in range(40, 240, 3)), "image": c} for c in ("red", "blue")]
@@ -19,6 +20,19 @@ EIGHT_BITS = {
 def plain(generate, tiny_model):
     """The text of the small Llama at 8 bits."""
     return generate(TOKENS, model=tiny_model("Llama"), **TINY, **EIGHT_BITS)
+
+
+@pytest.mark.skipif(not hasattr(cache, "register_kv_cache_dtype"), reason="vLLM before 0.33 has no such hook")
+def test_a_preset_as_the_type_of_the_cache(generate, tiny_model):
+    tiny = {"model": tiny_model("Llama"), **TINY, "attention_backend": "CUSTOM"}
+    found, expected = (
+        generate(TOKENS, **tiny, **preset)
+        for preset in (
+            {"kv_cache_dtype": "k8v4"},
+            {"additional_config": {"turboquant": {"preset": "k8v4"}}},
+        )
+    )
+    assert (found["tokens"], found["kv_tokens"]) == (expected["tokens"], expected["kv_tokens"])
 
 
 @pytest.mark.parametrize("architecture", ["Gemma2", "Gemma3Text", "GptOss"])
