@@ -9,6 +9,8 @@ from turboquant_hf.doctor.diagnosis import Diagnosis
 from turboquant_hf.doctor.engines import Verdict
 from turboquant_hf.doctor.sizes import CACHES
 
+ENGINE_NAMES = {"vllm": "vLLM", "transformers": "transformers"}
+
 
 def render(diagnosis: Diagnosis, console: Console) -> None:
     """Print what was found, the recommendation last."""
@@ -17,12 +19,12 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     _print_biases(diagnosis, console)
     for engine, verdict in diagnosis.verdicts.items():
         for refusal in verdict.refusals:
-            console.print(Text.assemble((f"{engine} refuses: ", "bold red"), refusal))
+            console.print(Text.assemble((f"{ENGINE_NAMES[engine]} refuses: ", "bold red"), refusal))
     commands = diagnosis.commands()
     if commands:
         console.print(Text.assemble(("recommended: ", "bold"), f"{diagnosis.preset}. {diagnosis.reason}."))
     for engine, command in commands.items():
-        console.print(Text(f"\n{engine}:", "bold"))
+        console.print(Text(f"\n{ENGINE_NAMES[engine]}:", "bold"))
         # Lines are to be copied: none may be wrapped.
         console.print(Text(command), soft_wrap=True)
 

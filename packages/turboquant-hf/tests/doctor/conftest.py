@@ -1,0 +1,68 @@
+"""Small model folders for the tests of doctor and plan: configurations, and safetensors files made by hand."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    BertConfig,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3NextConfig,
+)
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        num_hidden_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+    ),
+    "qwen2": Qwen2Config(num_hidden_layers=3, hidden_size=512, num_attention_heads=4, num_key_value_heads=2),
+    "gemma3": Gemma3TextConfig(
+        num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=1024
+    ),
+    "qwen3next": Qwen3NextConfig(num_hidden_layers=8),
+    "gpt-oss": GptOssConfig(num_hidden_layers=4),
+    "deepseek": DeepseekV3Config(num_hidden_layers=2),
+    "bert": BertConfig(num_hidden_layers=2),
+}
+
+
+@pytest.fixture
+def model_config():
+    """A configuration by name."""
+    return CONFIGS.__getitem__
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Writes a folder with the configuration of that name, fields of it replaced, and tensors where given."""
+
+    def write(name, tensors=None, **fields):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(CONFIGS[name].to_dict() | fields), encoding="utf-8")
+        if tensors is not None:
+            save_file(tensors, folder / "model.safetensors")
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def key_biases():
+    """Makes constant key biases, one a layer."""
+
+    def make(*values, size=256):
+        return {
+            f"model.layers.{layer}.self_attn.k_proj.bias": torch.full((size,), float(value), dtype=torch.bfloat16)
+            for layer, value in enumerate(values)
+        }
+
+    return make

@@ -1,0 +1,301 @@
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from gguf import GGUFWriter
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
+from turboquant_hf.doctor import checkpoint as checkpoints
+from turboquant_hf.doctor.attention import model_attention
+from turboquant_hf.doctor.cards import CARDS, find_card
+from turboquant_hf.doctor.checkpoint import open_checkpoint
+from turboquant_hf.doctor.command import doctor
+from turboquant_hf.doctor.engines import by_transformers, by_vllm
+from turboquant_hf.doctor.key_bias import key_biases as read_key_biases
+
+app = typer.Typer()
+app.command()(doctor)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def said(outcome):
+    return " ".join(outcome.output.split())
+
+
+def found(folder, *arguments):
+    outcome = run(folder, "--json", "-", *arguments)
+    return outcome.exit_code, json.loads(outcome.output)
+
+
+def test_core_finds_the_command():
+    (entry_point,) = entry_points(group="turboquant.commands", name="doctor")
+    assert entry_point.load() is doctor
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "vllm", "transformers"),
+    [
+        ("llama", {"full attention": 32}, True, True),
+        ("qwen2", {"full attention": 3}, True, True),
+        ("gemma3", {"sliding window": 10, "full attention": 2}, True, True),
+        ("qwen3next", {"linear attention": 6, "full attention": 2}, True, True),
+        ("gpt-oss", {"sliding window": 2, "full attention": 2}, True, True),
+        ("deepseek", {"MLA": 2}, False, False),
+    ],
+)
+def test_kinds_of_layers_and_who_serves_them(model, name, kinds, vllm, transformers):
+    status, data = found(model(name))
+    layers = [layer["kind"] for layer in data["layers"]]
+    assert {kind: layers.count(kind) for kind in layers} == kinds
+    served = {engine: verdict["served"] for engine, verdict in data["engines"].items()}
+    assert served == {"vllm": vllm, "transformers": transformers}
+    assert status == (0 if vllm or transformers else 1)
+    assert (data["engines"]["vllm"]["command"] is not None) == vllm
+
+
+def test_what_is_special_about_a_model_is_said(model):
+    assert found(model("gpt-oss"))[1]["sinks"]
+    assert found(model("gemma3", attn_logit_softcapping=50.0))[1]["softcap"] == 50
+    data = found(model("deepseek"))[1]
+    assert data["kv_lora_rank"] == 512
+    assert data["bytes_per_token"]["growing"]["bf16"] == 2 * 2 * (512 + 64)
+    assert "latent attention" in data["engines"]["transformers"]["refusals"][0]
+
+
+def test_linear_layers_stay_the_engines_own(model):
+    for verdict in found(model("qwen3next"))[1]["engines"].values():
+        assert [path["path"] for path in verdict["layers"]] == [*["uncompressed"] * 3, "fused"] * 2
+
+
+def test_bytes_are_those_of_the_layout(model):
+    growing = found(model("gemma3"))[1]["bytes_per_token"]["growing"]
+    for preset in PRESETS:
+        layout = KVCacheLayout(TurboQuantConfig.preset(preset, 256), num_kv_heads=4, block_size=16)
+        assert growing[preset] == 2 * layout.page_bytes / 16
+    assert (growing["bf16"], growing["fp8"]) == (2 * 4096, 2 * 2048)
+
+
+def test_a_preset_that_does_not_store_a_head_dim_has_no_size(model):
+    growing = found(model("llama", hidden_size=1280, head_dim=40))[1]["bytes_per_token"]["growing"]
+    assert growing["tq3.5"] is None
+    assert growing["tq4"] == 32 * 8 * 44
+
+
+def test_a_head_dim_that_vllm_refuses_and_transformers_serves(model):
+    status, data = found(model("llama", head_dim=112))
+    assert status == 0
+    assert "head_dim is 112" in data["engines"]["vllm"]["refusals"][0]
+    assert data["engines"]["transformers"]["layers"][0]["reason"].startswith("fp16 kernel; not fragment: head_dim")
+
+
+def test_the_card_decides_on_the_kernel(model):
+    data = found(model("llama"), "--gpu", "t4")[1]
+    assert not data["engines"]["vllm"]["served"]
+    assert "sm_75" in data["engines"]["vllm"]["refusals"][0]
+    assert data["engines"]["transformers"]["layers"][0]["reason"].startswith("fp16 kernel")
+
+
+def test_fractional_bits_and_old_models_are_dequantised(model):
+    checkpoint = open_checkpoint(str(model("llama")))
+    attention = model_attention(checkpoint.config)
+    assert {path.path for path in by_transformers(checkpoint.config, attention, "tq3.5", (9, 0)).layers} == {
+        "dequantised"
+    }
+    assert "fractional bits" in by_vllm(attention, "tq3.5", (9, 0)).refusals[0]
+
+
+def test_large_key_biases_raise_the_alarm(model, key_biases):
+    folder = model("qwen2", key_biases(80, 0.5, 0.5))
+    status, data = found(folder)
+    assert status == 0
+    assert [layer["alarm"] for layer in data["key_bias"]["layers"]] == [True, False, False]
+    # The bias times the root of the distortion of 4 bits at head_dim 128.
+    assert data["key_bias"]["layers"][0]["logit_error"] == pytest.approx(80 * 0.009315**0.5, rel=1e-3)
+    command = data["engines"]["vllm"]["command"]
+    assert command.startswith(f"turboquant calibrate {folder} --out turboquant.safetensors\nvllm serve")
+    assert '"calibration": "turboquant.safetensors"' in command
+    assert "ALARM" in said(run(folder))
+    assert "leave center_keys on" in said(run(folder))
+
+
+def test_small_biases_or_none_do_not(model, key_biases):
+    for tensors, are_read in ((None, False), ({"model.norm.weight": torch.ones(4)}, True), (key_biases(1, 1, 1), True)):
+        data = found(model("qwen2", tensors))[1]
+        assert not data["key_bias"]["alarm"]
+        assert data["key_bias"]["read"] == are_read
+        assert data["engines"]["vllm"]["command"].startswith("vllm serve")
+
+
+def test_the_keys_of_a_fused_bias_lie_after_the_queries(model):
+    bias = torch.zeros(8, 128)
+    bias[4:6] = 60
+    folder = model("qwen2", {"model.layers.1.self_attn.qkv_proj.bias": bias.flatten()})
+    checkpoint = open_checkpoint(str(folder))
+    (found_bias,) = read_key_biases(checkpoint, model_attention(checkpoint.config))
+    assert (found_bias.layer, found_bias.largest) == (1, 60)
+
+
+def test_a_bias_of_another_model_is_refused(model, key_biases):
+    outcome = run(model("qwen2", key_biases(1, size=100)))
+    assert outcome.exit_code == 2
+    assert "k_proj.bias has 100 numbers" in said(outcome)
+
+
+def test_shards_are_found_through_their_index(model, key_biases):
+    folder = model("qwen2")
+    biases = key_biases(80, 0.5, 0.5)
+    shards = {name: f"model-{index}-of-3.safetensors" for index, name in enumerate(biases)}
+    for name, file in shards.items():
+        save_file({name: biases[name]}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    data = found(folder)[1]
+    assert data["weights_bytes"] == 3 * 512
+    assert len(data["key_bias"]["layers"]) == 3
+    (folder / "model-1-of-3.safetensors").unlink()
+    outcome = run(folder)
+    assert outcome.exit_code == 2
+    assert "model-1-of-3.safetensors, which is not there" in said(outcome)
+
+
+def test_a_gguf_file(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(path, "qwen2")
+    writer.add_block_count(1)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(256)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_tensor("blk.0.attn_k.bias", torch.full((128,), 90.0).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    status, data = found(path)
+    assert status == 0
+    assert data["key_bias"]["alarm"]
+    assert "GGUF" in data["engines"]["vllm"]["refusals"][0]
+    assert "gguf_file='tiny.gguf'" in data["engines"]["transformers"]["command"]
+
+
+def test_of_a_hub_repository_only_headers_and_biases_are_read(model, monkeypatch, key_biases):
+    weights = {f"model.layers.{layer}.mlp.weight": torch.zeros(1024, 512) for layer in range(3)}
+    folder = model("qwen2", weights | key_biases(80, 0.5, 0.5))
+    config, bytes_read = open_checkpoint(str(folder)).config, []
+
+    class Remote:
+        def open(self, path, mode, block_size):
+            file = (folder / Path(path).name).open(mode)
+
+            class Counted:
+                def __enter__(self):
+                    return self
+
+                def __exit__(self, *_):
+                    file.close()
+
+                def seek(self, *where):
+                    return file.seek(*where)
+
+                def read(self, count):
+                    bytes_read.append(count)
+                    return file.read(count)
+
+            return Counted()
+
+    monkeypatch.setattr(checkpoints, "HfFileSystem", Remote)
+    monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", lambda *_, **__: config)
+    checkpoint = open_checkpoint("someone/a-model")
+    assert checkpoint.weights_nbytes == 3 * (1024 * 512 * 4 + 512)
+    assert read_key_biases(checkpoint, model_attention(config))[0].is_alarming
+    assert sum(bytes_read) < 5000
+
+
+def test_heads_below_128_get_more_key_bits(model):
+    data = found(model("gpt-oss"))[1]
+    assert data["recommended"]["preset"] == "k6v4"
+    assert '{"turboquant": {"preset": "k6v4"}}' in data["engines"]["vllm"]["command"]
+    assert found(model("llama"))[1]["recommended"]["preset"] == "tq4"
+
+
+def test_what_fits_a_card(model):
+    folder = model("qwen2", {"model.norm.weight": torch.ones(4)})
+    assert "H200" in said(run(folder, "--gpu", "h200"))
+    fit = found(folder, "--memory", "10")[1]["fit"]
+    assert fit["tokens"]["tq4"] / fit["tokens"]["bf16"] == pytest.approx(512 / 132, rel=0.001)
+    assert (
+        found(folder, "--memory", "1")[1]["fit"]["problem"] == "weights of 0.0 GiB leave nothing of 1 GiB for a cache"
+    )
+
+
+def test_json_goes_to_a_file_beside_the_tables(model, tmp_path):
+    path = tmp_path / "found.json"
+    outcome = run(model("llama"), "--json", path)
+    assert "Bytes per token" in outcome.output
+    assert json.loads(path.read_text())["bytes_per_token"]["growing"]["tq4"] == 33_792
+
+
+def test_an_encoder_is_refused(model):
+    outcome = run(model("bert"))
+    assert outcome.exit_code == 1
+    assert "encoder" in said(outcome)
+
+
+def test_a_folder_without_a_configuration(tmp_path):
+    outcome = run(tmp_path)
+    assert outcome.exit_code == 2
+    assert "has no config.json" in said(outcome)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x10", "truncated"),
+        (b"\xff" * 8 + b"{}", "truncated"),
+        ((100).to_bytes(8, "little") + b"{", "truncated"),
+        ((2).to_bytes(8, "little") + b"[]", "no readable safetensors header"),
+        ((2).to_bytes(8, "little") + b"{x", "no readable safetensors header"),
+    ],
+)
+def test_a_damaged_file_is_named(model, content, reason):
+    folder = model("llama")
+    (folder / "model.safetensors").write_bytes(content)
+    outcome = run(folder)
+    assert outcome.exit_code == 2
+    assert "model.safetensors" in said(outcome)
+    assert reason in said(outcome)
+
+
+def test_a_file_without_its_end_is_named(model, key_biases):
+    folder = model("qwen2", key_biases(1, 1, 1))
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    outcome = run(folder)
+    assert outcome.exit_code == 2
+    assert "its tensors end at byte" in said(outcome)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--gpu", "H900"], "GPU 'H900' is not known; known are B200, H200"),
+        (["--gpu", "H200", "--memory", "80"], "give one of them"),
+        (["--json", "none/found.json"], "there is no folder none"),
+    ],
+)
+def test_bad_arguments(model, arguments, reason):
+    outcome = run(model("llama"), *arguments)
+    assert outcome.exit_code == 2
+    assert reason in said(outcome)
+
+
+def test_cards_are_found_however_they_are_written():
+    assert find_card("a100 80gb") is find_card("A100-80GB")
+    assert len({card.name.lower() for card in CARDS}) == len(CARDS)
