@@ -75,7 +75,8 @@ class _Parts:
         return CacheScore(torch.cat(self.kl), torch.cat(self.agrees), torch.cat(self.nll))
 
 
-@torch.inference_mode()
+# Not inference mode: its tensors cannot be written outside it, and the caches may be continued.
+@torch.no_grad()
 def score_caches(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
