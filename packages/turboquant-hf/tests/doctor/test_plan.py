@@ -98,6 +98,23 @@ def test_layers_with_a_window_take_no_more_than_it(blocks):
     assert blocks("gpt-oss", "tq4").groups[0].blocks_of(64, 8192) == 64 // 16 + 1
 
 
+@pytest.mark.parametrize(
+    ("name", "cache", "length", "num_blocks", "tokens"),
+    [
+        ("llama", "bf16", 8192, 10_240, 163_840),
+        ("llama", "tq4", 8192, 39_718, 635_488),
+        ("gemma3", "bf16", 131_072, 163_840, 1_574_747),
+        ("gemma3", "tq4", 131_072, 645_277, 6_202_078),
+        ("gpt-oss", "bf16", 4096, 327_680, 2_616_329),
+        ("gpt-oss", "k6v4", 4096, 998_643, 7_973_570),
+    ],
+)
+def test_what_vllm_counts_for_20_gib(blocks, name, cache, length, num_blocks, tokens):
+    # get_kv_cache_groups and get_kv_cache_capacity of vLLM 0.32.0, given specs of these layers.
+    found = blocks(name, cache).capacity(20 * GIB, length)
+    assert (found.num_blocks, found.tokens) == (num_blocks, tokens)
+
+
 def test_states_of_linear_attention_fill_a_page(blocks):
     cut = blocks("qwen3next", "bf16")
     # 32 heads of 128 x 128 and a convolution of 8,192 channels over 3 tokens, in bf16.

@@ -106,7 +106,9 @@ def cut_into_blocks(
         pages = _beside_states(pages, num_states, _state_bytes(config, tensor_parallel))
     if len({(page.tokens, page.window) for page in pages}) == 1:
         return Blocks(sum(page.nbytes for page in pages), (pages[0],))
-    return _grouped(_of_one_size(pages))
+    if len({page.nbytes for page in pages}) > 1:
+        raise ValueError("layers of different sizes beside windows or linear attention are not planned")
+    return _grouped(pages)
 
 
 def kv_memory(memory_gib: float, share: float, weights_bytes: int, tensor_parallel: int, reserve_gib: float) -> int:
@@ -125,16 +127,6 @@ def _beside_states(pages: list[Pages], num_states: int, state_bytes: int) -> lis
     factor = _ceil(state_bytes, largest)
     longer = [Pages((page.tokens or 0) * factor, page.nbytes * factor, page.window) for page in pages]
     return longer + [Pages(None, largest * factor)] * num_states
-
-
-def _of_one_size(pages: list[Pages]) -> list[Pages]:
-    """Smaller pages take more tokens where that fills a page, and padding where it does not."""
-    largest = max(page.nbytes for page in pages)
-    same = []
-    for page in pages:
-        factor = largest // page.nbytes if largest % page.nbytes == 0 else 1
-        same.append(Pages(page.tokens and page.tokens * factor, largest, page.window))
-    return same
 
 
 def _grouped(pages: list[Pages]) -> Blocks:

@@ -198,9 +198,9 @@ def _recommend(attention: ModelAttention) -> tuple[str, str]:
     if head_dim >= ENOUGH_HEAD_DIM:
         return (
             "tq4",
-            f"head_dim is {head_dim}: 4 bits for centred keys and for values are close, and the smallest that are",
+            f"head_dim is {head_dim}: 4 bits lose little here while keys are centred, and 3 several times as much",
         )
     return "k6v4", (
-        f"head_dim is {head_dim}: below {ENOUGH_HEAD_DIM} 4-bit keys cost several times the KL of 6-bit ones, which "
+        f"head_dim is {head_dim}: below {ENOUGH_HEAD_DIM} 4-bit keys lose several times as much as 6-bit ones, which "
         "`turboquant demo` measures; tq4 where memory matters more"
     )

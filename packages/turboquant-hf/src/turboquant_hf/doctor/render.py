@@ -63,18 +63,16 @@ def _extras(attention: ModelAttention) -> str | None:
 
 def _sizes(diagnosis: Diagnosis) -> Table:
     table = Table(title="Bytes per token")
-    table.add_column("layers", no_wrap=True)
-    for cache in CACHES:
-        table.add_column(cache, justify="right")
+    table.add_column("cache", no_wrap=True)
     for group in diagnosis.groups:
-        row = [group.nbytes[cache] for cache in CACHES]
-        table.add_row(f"one with {group.layer.describe()}", *map(_number, row))
-    total = [diagnosis.bytes_per_token(cache) for cache in CACHES]
-    table.add_section()
-    table.add_row("all that keep every token", *map(_number, total))
-    if total[0]:
-        ratios = [f"{total[0] / nbytes:.2f}x" if nbytes else "-" for nbytes in total]
-        table.add_row("against bf16", *ratios)
+        table.add_column(f"a layer of {group.layer.describe()}", justify="right")
+    table.add_column("all that keep every token", justify="right")
+    table.add_column("against bf16", justify="right")
+    plain = diagnosis.bytes_per_token("bf16")
+    for cache in CACHES:
+        total = diagnosis.bytes_per_token(cache)
+        ratio = f"{plain / total:.2f}x" if plain and total else "-"
+        table.add_row(cache, *(_number(group.nbytes[cache]) for group in diagnosis.groups), _number(total), ratio)
     return table
 
 
@@ -90,11 +88,11 @@ def _print_biases(diagnosis: Diagnosis, console: Console) -> None:
         console.print(f"key biases: {what}")
     else:
         worst = max(diagnosis.alarms, key=lambda bias: bias.logit_error)
-        layers = ", ".join(str(bias.layer) for bias in diagnosis.alarms)
+        indices = ", ".join(str(bias.layer) for bias in diagnosis.alarms)
         console.print(
             Text.assemble(
                 ("key biases: ALARM. ", "bold red"),
-                f"Those of layer {layers} are so large that plain 4-bit keys would ruin the model: in layer "
+                f"They are so large that plain 4-bit keys would ruin the model (layers {indices}): in layer "
                 f"{worst.layer}, up to {worst.largest:.0f}, they alone put an error of {worst.logit_error:.1f} nats on "
                 "a logit. TurboQuant subtracts the mean key before it quantises, and a bias is part of the mean: "
                 "leave center_keys on.",
