@@ -182,7 +182,7 @@ def test_a_gguf_file(tmp_path):
     assert status == 0
     assert data["key_bias"]["alarm"]
     assert "GGUF" in data["engines"]["vllm"]["refusals"][0]
-    assert "gguf_file='tiny.gguf'" in data["engines"]["transformers"]["command"]
+    assert 'gguf_file="tiny.gguf"' in data["engines"]["transformers"]["command"]
 
 
 def test_of_a_hub_repository_only_headers_and_biases_are_read(model, monkeypatch, key_biases):

@@ -142,7 +142,7 @@ class Diagnosis:
 
     def _transformers_code(self) -> str:
         source, kwargs = model_source(self.checkpoint.name)
-        arguments = [repr(source), *(f"{name}={value!r}" for name, value in kwargs.items())]
+        arguments = [json.dumps(source), *(f"{name}={json.dumps(value)}" for name, value in kwargs.items())]
         if any(path.path == "fused" for path in self.verdicts["transformers"].layers):
             arguments.append('attn_implementation="turboquant"')
         return (
