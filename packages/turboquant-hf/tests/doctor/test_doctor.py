@@ -211,11 +211,24 @@ def test_of_a_hub_repository_only_headers_and_biases_are_read(model, monkeypatch
             return Counted()
 
     monkeypatch.setattr(checkpoints, "HfFileSystem", Remote)
+    monkeypatch.setattr(checkpoints.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", lambda *_, **__: config)
     checkpoint = open_checkpoint("someone/a-model")
     assert checkpoint.weights_nbytes == 3 * (1024 * 512 * 4 + 512)
     assert read_key_biases(checkpoint, model_attention(config))[0].is_alarming
     assert sum(bytes_read) < 5000
+
+
+def test_without_a_network_the_cache_is_read(model, monkeypatch, key_biases):
+    folder = model("qwen2", key_biases(80, 0.5, 0.5))
+    config = open_checkpoint(str(folder)).config
+    cached = {"model.safetensors": str(folder / "model.safetensors")}
+    monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda _, filename: cached.get(filename))
+    monkeypatch.setattr(checkpoints.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", lambda *_, **__: config)
+    assert open_checkpoint("someone/a-model").weights_nbytes == 3 * 512
+    cached.clear()
+    assert open_checkpoint("someone/a-model").tensors is None
 
 
 def test_heads_below_128_get_more_key_bits(model):

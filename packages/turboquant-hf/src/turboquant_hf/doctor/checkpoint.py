@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from huggingface_hub import HfFileSystem, try_to_load_from_cache
+from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
 from transformers import AutoConfig
 
 from turboquant_hf._compat import PreTrainedConfig
@@ -41,7 +41,7 @@ class Checkpoint:
     Attributes:
         name: Hub id, folder or GGUF file.
         config: The configuration.
-        tensors: Name to tensor; None where there are no safetensors files.
+        tensors: Name to tensor; None where no safetensors files are found.
     """
 
     name: str
@@ -122,6 +122,9 @@ def _open(source: str, filename: str) -> BinaryIO | None:
     cached = try_to_load_from_cache(source, filename)
     if isinstance(cached, str):
         return Path(cached).open("rb")
+    # What else the cache gives is a note that there is no such file.
+    if cached is not None or constants.HF_HUB_OFFLINE:
+        return None
     try:
         remote: Any = HfFileSystem().open(f"{source}/{filename}", "rb", block_size=REMOTE_BLOCK_BYTES)
     except FileNotFoundError:

@@ -82,7 +82,7 @@ def _number(nbytes: int | None) -> str:
 
 def _print_biases(diagnosis: Diagnosis, console: Console) -> None:
     if diagnosis.checkpoint.tensors is None:
-        console.print("key biases: not looked at, for there are no safetensors files")
+        console.print("key biases: not looked at, for no safetensors files were found")
     elif not diagnosis.alarms:
         what = "none" if not diagnosis.biases else f"of {len(diagnosis.biases)} layers, none of them large"
         console.print(f"key biases: {what}")
