@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import (
     BertConfig,
     DeepseekV3Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -27,6 +28,7 @@ CONFIGS = {
     "gemma3": Gemma3TextConfig(
         num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=1024
     ),
+    "gemma3n": Gemma3nTextConfig(num_hidden_layers=10, num_kv_shared_layers=4),
     "qwen3next": Qwen3NextConfig(num_hidden_layers=8),
     "gpt-oss": GptOssConfig(num_hidden_layers=4),
     "deepseek": DeepseekV3Config(num_hidden_layers=2),

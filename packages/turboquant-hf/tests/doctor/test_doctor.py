@@ -46,6 +46,7 @@ def test_core_finds_the_command():
         ("llama", {"full attention": 32}, True, True),
         ("qwen2", {"full attention": 3}, True, True),
         ("gemma3", {"sliding window": 10, "full attention": 2}, True, True),
+        ("gemma3n", {"sliding window": 5, "full attention": 1, "shared KV": 4}, False, True),
         ("qwen3next", {"linear attention": 6, "full attention": 2}, True, True),
         ("gpt-oss", {"sliding window": 2, "full attention": 2}, True, True),
         ("deepseek", {"MLA": 2}, False, False),

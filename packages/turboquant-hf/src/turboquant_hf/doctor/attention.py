@@ -9,7 +9,14 @@ from turboquant_hf._compat import DynamicLayer, DynamicSlidingWindowLayer, PreTr
 from turboquant_hf.support import check_architecture, text_head_dim
 
 LayerKind = Literal[
-    "full attention", "sliding window", "chunked attention", "linear attention", "shared KV", "MLA", "other"
+    "full attention",
+    "sliding window",
+    "chunked attention",
+    "linear attention",
+    "shared KV",
+    "no attention",
+    "MLA",
+    "other",
 ]
 GROWING_KINDS: tuple[LayerKind, ...] = ("full attention", "MLA")
 """Kinds whose cache grows with every token."""
@@ -115,11 +122,12 @@ def _layers(config: PreTrainedConfig) -> Iterator[LayerAttention]:
     for index, layer_config in enumerate(text.per_layer_config):
         # Layers that share another's cache come last, and before transformers 5.23 or so they are not in the list.
         cache = caches[index] if index < len(caches) else None
-        is_chunked = kinds[index] == "chunked_attention" if kinds else hasattr(text, "attention_chunk_size")
+        named = kinds[index] if kinds else None
+        is_chunked = named == "chunked_attention" or (not kinds and bool(getattr(text, "attention_chunk_size", None)))
         head_dim = getattr(layer_config, "head_dim", None) or text_head_dim(config)
         yield LayerAttention(
             index=index,
-            kind="MLA" if getattr(text, "kv_lora_rank", None) else _kind(cache, is_chunked),
+            kind="MLA" if getattr(text, "kv_lora_rank", None) else _kind(cache, named, is_chunked),
             head_dim=head_dim,
             value_dim=getattr(layer_config, "v_head_dim", None) or head_dim,
             num_kv_heads=_num_kv_heads(layer_config),
@@ -135,7 +143,9 @@ def _num_kv_heads(layer_config: PreTrainedConfig) -> int:
     return next((count for count in named if count), layer_config.num_attention_heads)
 
 
-def _kind(cache: object, is_chunked: bool) -> LayerKind:
+def _kind(cache: object, named: str | None, is_chunked: bool) -> LayerKind:
+    if named in ("moe", "mlp"):
+        return "no attention"
     if cache is None or type(cache).__name__ == "DummyLayer":
         return "shared KV"
     if type(cache) is DynamicSlidingWindowLayer:

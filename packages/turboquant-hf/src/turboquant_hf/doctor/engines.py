@@ -142,6 +142,7 @@ def _uncompressed(layer: LayerAttention) -> LayerPath:
     why = {
         "linear attention": "a state of fixed size",
         "shared KV": "reads the cache of an earlier layer",
+        "no attention": "stores nothing",
         "sliding window": "bounded by its window",
         "chunked attention": "bounded by its chunk",
     }
