@@ -136,7 +136,7 @@ def test_an_empty_cache_is_not_saved(tiny_model, tmp_path):
         TurboQuantCache(tiny_model.config).save(tmp_path / "prefix.safetensors")
 
 
-def test_native_layers_are_not_saved(tmp_path):
+def test_windows_are_not_saved(tmp_path):
     config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], head_dim=64)
-    with pytest.raises(ValueError, match="layer 0 is a DynamicSlidingWindowLayer"):
+    with pytest.raises(ValueError, match="layer 0 is a TurboQuantSlidingLayer; only caches of full-attention"):
         TurboQuantCache(config).save(tmp_path / "prefix.safetensors")

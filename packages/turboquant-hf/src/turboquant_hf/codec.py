@@ -51,13 +51,13 @@ class LayerCodec:
         return self._keys().quantize(_centred(keys, self.key_mean)), self._values().quantize(values)
 
     def dequantize_keys(self, stored: QuantizedTensor) -> torch.Tensor:
-        """Keys float32 [num_tokens, heads, head_dim]."""
-        keys = self._keys().dequantize(stored)
-        return keys if self.key_mean is None else keys + self.key_mean
+        """Keys float32 [heads, num_tokens, head_dim]."""
+        keys = _heads_first(self._keys()).dequantize(stored)
+        return keys if self.key_mean is None else keys.add_(self.key_mean[:, None])
 
     def dequantize_values(self, stored: QuantizedTensor) -> torch.Tensor:
-        """Values float32 [num_tokens, heads, head_dim]."""
-        return self._values().dequantize(stored)
+        """Values float32 [heads, num_tokens, head_dim]."""
+        return _heads_first(self._values()).dequantize(stored)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerCodec":
         """The codec with `function`, a choice of heads or a move, applied to every tensor."""
@@ -76,6 +76,11 @@ class LayerCodec:
 
     def _values(self) -> Quantizer:
         return _quantizer(self.config.head_dim, self.config.value_bits, self.config.value_scale, self.value_order)
+
+
+def _heads_first(quantizer: Quantizer) -> Quantizer:
+    """The quantiser for vectors [heads, num_tokens, head_dim]."""
+    return quantizer.map(lambda order: order[:, None]) if isinstance(quantizer, OutlierQuantizer) else quantizer
 
 
 def _centred(keys: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:

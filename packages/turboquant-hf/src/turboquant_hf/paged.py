@@ -72,12 +72,12 @@ def read(pages: torch.Tensor, count: int, codec: LayerCodec, dtype: torch.dtype)
         blocks = slice(first, min(first + step, count))
 
         def take(codes: torch.Tensor, scales: torch.Tensor, blocks: slice = blocks) -> QuantizedTensor:
-            # [blocks, heads, slots, bytes] to [tokens, heads, bytes]
-            return QuantizedTensor(*(x[blocks].transpose(1, 2).flatten(0, 1) for x in (codes, scales)))
+            # [blocks, heads, slots, bytes] to [heads, tokens, bytes]
+            return QuantizedTensor(*(x[blocks].transpose(0, 1).flatten(1, 2) for x in (codes, scales)))
 
         tokens = slice(first * BLOCK_SIZE, blocks.stop * BLOCK_SIZE)
-        keys[:, tokens] = codec.dequantize_keys(take(views.key_codes, views.key_scales)).transpose(0, 1)
-        values[:, tokens] = codec.dequantize_values(take(views.value_codes, views.value_scales)).transpose(0, 1)
+        keys[:, tokens] = codec.dequantize_keys(take(views.key_codes, views.key_scales))
+        values[:, tokens] = codec.dequantize_values(take(views.value_codes, views.value_scales))
     return keys, values
 
 

@@ -35,8 +35,8 @@ def save_layers(layers: Sequence[object], text_config: PreTrainedConfig, path: P
     for index, layer in enumerate(layers):
         if type(layer) is not TurboQuantLayer:
             raise ValueError(
-                f"layer {index} is a {type(layer).__name__}, and only TurboQuantLayers that grow can be saved: no "
-                "native and no static ones"
+                f"layer {index} is a {type(layer).__name__}; only caches of full-attention layers that are compressed "
+                "and grow can be saved"
             )
         if layer.get_seq_length() == 0:
             raise ValueError(f"layer {index} holds no tokens; feed the model a prompt before saving its cache")
