@@ -108,8 +108,8 @@ def assert_lse(lse, expected, path):
     assert lse.dtype == torch.float32
     assert torch.equal(lse.isneginf(), expected.isneginf())
     seen = ~expected.isneginf()
-    # Hopper's fp8 products keep fewer bits while they accumulate than float32 has.
-    rtol, atol = (3e-3, 1.5e-2) if path == "fp8" and CUDA else (1e-3, 5e-3)
+    # Two e4m3 parts hold a factor to seven bits; rounding logits to bfloat16 costs up to 4e-3.
+    rtol, atol = (3e-3, 1.5e-2) if path == "fp8" else (1e-3, 5e-3)
     torch.testing.assert_close(lse[seen].double(), expected[seen], rtol=rtol, atol=atol)
 
 
