@@ -174,6 +174,15 @@ def test_copies_go_their_own_way(model, duplicate):
     assert torch.equal(greedy(model, twin, first), expected)
 
 
+def test_a_copy_looks_at_the_model_too(tiny_model):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation("turboquant")
+    ids, first = prompts(2), prompts(2, 1, seed=2)
+    twin = copy.deepcopy(prefill(model, ids))
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(greedy(model, twin, first), greedy(model, prefill(model, ids), first))
+
+
 class OffloadedByHand(TurboQuantCache):
     """What `offloading=True` does around every update, which needs a GPU's streams."""
 

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.saving import HEADER
 
 
 @pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
@@ -113,6 +114,14 @@ def test_a_truncated_file_is_refused(tiny_model, saved):
     saved.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"no safetensors file, or a part of one .* save it again"):
         TurboQuantCache.load(saved, tiny_model.config)
+
+
+@pytest.mark.parametrize("header", ["{}", "[]", "nonsense"])
+def test_a_damaged_header_is_refused_by_name(tiny_model, tmp_path, header):
+    path = tmp_path / "cache.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={HEADER: header})
+    with pytest.raises(ValueError, match=r"cache.safetensors has a header that is not a cache's .* save it again"):
+        TurboQuantCache.load(path, tiny_model.config)
 
 
 def test_a_foreign_file_is_refused(tiny_model, tmp_path):

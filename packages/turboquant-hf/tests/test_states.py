@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from turboquant_core import MSEQuantizer, TurboQuantConfig
-from turboquant_hf.paged import BLOCK_SIZE
-from turboquant_hf.states import PagedStates
+from turboquant_hf.paged import BLOCK_SIZE, write
+from turboquant_hf.states import PagedStates, tokens_first
 
 
 def random_states(*shape, seed=0, offset=0.0):
@@ -19,6 +19,23 @@ def stored_states(keys, values=None, **overrides):
     stored = PagedStates(config, keys.shape[0], keys.shape[1], keys.device)
     stored.append(keys, keys if values is None else values)
     return stored
+
+
+@pytest.mark.parametrize("bits", [3.5, 4])
+@pytest.mark.parametrize("kept", [3, 0])
+def test_what_has_no_slot_changes_nothing_stored(bits, kept):
+    keys = random_states(1, 2, BLOCK_SIZE, 64)
+    stored = stored_states(keys, key_bits=bits, value_bits=bits)
+    before = read_keys(stored)
+    new = tokens_first(random_states(1, 2, 5, 64, seed=1))
+    # The last slots of the block, and then none.
+    slots = torch.tensor([*range(BLOCK_SIZE - kept, BLOCK_SIZE), *[-1] * (5 - kept)])
+    write(stored.pages, new, new, slots, stored.codec)
+    after = read_keys(stored)
+    assert torch.equal(after[:, :, : BLOCK_SIZE - kept], before[:, :, : BLOCK_SIZE - kept])
+    expected = new[:kept].permute(1, 0, 2)
+    if kept:
+        assert relative_error(expected, after[0, :, -kept:]) < 0.1
 
 
 def read_keys(stored):

@@ -1,6 +1,7 @@
 """The cache to pass as `past_key_values`."""
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -65,6 +66,14 @@ class TurboQuantCache(Cache):
         )
         super().__init__(layers=layers, offloading=offloading)
         self._text_config = config.get_text_config(decoder=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A copy serves the same model, and looks at that model's configuration for how it attends.
+        memo[id(self._text_config)] = self._text_config
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(deepcopy(self.__dict__, memo))
+        return twin
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything held to a safetensors file, to be continued with `load`.

@@ -74,9 +74,13 @@ def load_layers(path: Path, text_config: PreTrainedConfig, device: torch.device)
         with safe_open(path, framework="pt", device=str(device)) as file:
             header = _header(file.metadata() or {}, text_config, path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return [
+            _restore(index, described, tensors, text_config, path) for index, described in enumerate(header["layers"])
+        ]
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or a part of one ({error}). {AGAIN}") from error
-    return [_restore(index, described, tensors, text_config, path) for index, described in enumerate(header["layers"])]
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} has a header that is not a cache's ({error!r}). {AGAIN}") from error
 
 
 def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
