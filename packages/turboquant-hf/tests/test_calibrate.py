@@ -171,6 +171,12 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert "there is no folder" in said(outcome)
 
 
+def test_a_folder_in_place_of_the_file(tmp_path):
+    outcome = run("a/model", "--out", tmp_path)
+    assert outcome.exit_code == 2
+    assert "is a folder; name a file" in said(outcome)
+
+
 def test_a_model_that_is_not_there(tmp_path):
     outcome = run("missing.gguf", "--out", tmp_path / "means.safetensors", "--device", "cpu")
     assert outcome.exit_code == 2

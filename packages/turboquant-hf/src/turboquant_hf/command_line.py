@@ -1,5 +1,6 @@
 """What the commands share: errors, and loading a model."""
 
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -14,6 +15,14 @@ def fail(errors: Console, message: str) -> NoReturn:
     """Print an error and end the command with status 2."""
     errors.print(Text.assemble(("error: ", "bold red"), message))
     raise typer.Exit(2)
+
+
+def check_target(path: Path, errors: Console) -> None:
+    """End the command if no file can be written there, before the work for it is done."""
+    if not path.parent.is_dir():
+        fail(errors, f"there is no folder {path.parent} to write {path.name} to")
+    if path.is_dir():
+        fail(errors, f"{path} is a folder; name a file to write")
 
 
 def load_or_fail(name: str, device: str, errors: Console, *, argument: str) -> LoadedModel:

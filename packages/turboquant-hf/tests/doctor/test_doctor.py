@@ -113,6 +113,13 @@ def test_fractional_bits_and_old_models_are_dequantised(model):
     assert "fractional bits" in by_vllm(attention, "tq3.5", (9, 0)).refusals[0]
 
 
+def test_biases_of_a_vision_tower_are_not_the_text_model_s(model, key_biases):
+    tower = {"vision_tower.encoder.layers.0.self_attn.k_proj.bias": torch.full((96,), 300.0)}
+    status, data = found(model("qwen2", key_biases(0.1) | tower))
+    assert status == 0
+    assert [layer["alarm"] for layer in data["key_bias"]["layers"]] == [False]
+
+
 def test_large_key_biases_raise_the_alarm(model, key_biases):
     folder = model("qwen2", key_biases(80, 0.5, 0.5))
     status, data = found(folder)
@@ -302,6 +309,7 @@ def test_a_file_without_its_end_is_named(model, key_biases):
         (["--gpu", "H900"], "GPU 'H900' is not known; known are B200, H200"),
         (["--gpu", "H200", "--memory", "80"], "give one of them"),
         (["--json", "none/found.json"], "there is no folder none"),
+        (["--json", "."], "is a folder; name a file"),
     ],
 )
 def test_bad_arguments(model, arguments, reason):

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from turboquant_core.calibration import write_key_means
 from turboquant_hf.calibrate.run import mean_keys
-from turboquant_hf.command_line import fail, load_or_fail
+from turboquant_hf.command_line import check_target, fail, load_or_fail
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import LoadedModel
 
@@ -30,8 +30,7 @@ def calibrate(
 ) -> None:
     """Write the mean key of every layer to a file that vLLM loads, so that all processes centre keys alike."""
     console, errors = Console(), Console(stderr=True)
-    if not out.parent.is_dir():
-        fail(errors, f"there is no folder {out.parent} to write {out.name} to")
+    check_target(out, errors)
     content = long_text() if text is None else _read(text, errors)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_or_fail(model, device, errors, argument="MODEL")

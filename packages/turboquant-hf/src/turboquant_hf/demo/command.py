@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from turboquant_hf.command_line import fail, load_or_fail
+from turboquant_hf.command_line import check_target, fail, load_or_fail
 from turboquant_hf.demo.render import render
 from turboquant_hf.demo.run import CHUNK_SIZE, encode_long_prompt, num_steps, run_demo
 from turboquant_hf.models import LoadedModel, default_model
@@ -29,8 +29,8 @@ def demo(
 ) -> None:
     """Generate from compressed caches, beside the uncompressed one, and measure the difference."""
     console, errors = Console(), Console(stderr=True)
-    if json_file is not None and not json_file.parent.is_dir():
-        fail(errors, f"there is no folder {json_file.parent} to write {json_file.name} to")
+    if json_file is not None:
+        check_target(json_file, errors)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_or_fail(model or default_model(), device, errors, argument="--model")
     long_ids = encode_long_prompt(loaded)

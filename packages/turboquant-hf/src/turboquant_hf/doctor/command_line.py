@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from turboquant_hf.command_line import fail
+from turboquant_hf.command_line import check_target, fail
 from turboquant_hf.doctor.attention import ModelAttention, model_attention
 from turboquant_hf.doctor.cards import Card, find_card
 from turboquant_hf.doctor.checkpoint import Checkpoint, open_checkpoint
@@ -50,8 +50,8 @@ def card_or_fail(gpu: str | None, errors: Console) -> Card | None:
 
 def check_json_target(target: str | None, errors: Console) -> None:
     """End the command if the file cannot be written."""
-    if target not in (None, STDOUT) and not Path(str(target)).parent.is_dir():
-        fail(errors, f"there is no folder {Path(str(target)).parent} to write {Path(str(target)).name} to")
+    if target not in (None, STDOUT):
+        check_target(Path(str(target)), errors)
 
 
 def write_json(data: dict[str, Any], target: str) -> None:

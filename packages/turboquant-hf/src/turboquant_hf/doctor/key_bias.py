@@ -14,6 +14,8 @@ PLAIN_BITS = 4
 # Qwen2.5-Coder-1.5B, which plain 4 bits ruin, has 7.8 in its first layer and below 0.2 in most.
 ALARM = 0.5
 
+# Towers of other inputs number their layers too.
+_TOWER = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
 _KEY_BIAS = re.compile(r"(?:^|\.)(?:layers|blk|h)\.(\d+)\..*?(?:k_proj|attn_k|(qkv_proj)|(c_attn)|(attn_qkv))\.bias$")
 
 
@@ -52,7 +54,7 @@ def key_biases(checkpoint: Checkpoint, attention: ModelAttention) -> list[KeyBia
 def _found(checkpoint: Checkpoint, attention: ModelAttention) -> Iterator[KeyBias]:
     for name, tensor in (checkpoint.tensors or {}).items():
         match = _KEY_BIAS.search(name)
-        if match is None or int(match[1]) >= len(attention.layers):
+        if match is None or _TOWER.search(name) or int(match[1]) >= len(attention.layers):
             continue
         layer = attention.layers[int(match[1])]
         is_fused = any(match.groups()[1:])

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from turboquant_core.vllm_limits import MIN_CAPABILITY
-from turboquant_hf.command_line import fail
+from turboquant_hf.command_line import check_target, fail
 from turboquant_hf.doctor.capacity import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_GIB, kv_memory
 from turboquant_hf.doctor.cards import GIB, Card
 from turboquant_hf.doctor.checkpoint import Checkpoint
@@ -112,8 +112,7 @@ def _check_plot(plot: Path | None, errors: Console) -> None:
         fail(errors, "--plot needs matplotlib, which is not installed here. Install it, or leave --plot out.")
     if plot.suffix != ".svg":
         fail(errors, f"--plot is {plot}; it writes SVG, so the name must end with .svg")
-    if not plot.parent.is_dir():
-        fail(errors, f"there is no folder {plot.parent} to write {plot.name} to")
+    check_target(plot, errors)
 
 
 def _weights_bytes(checkpoint: Checkpoint, given_gib: float | None, errors: Console) -> int:
