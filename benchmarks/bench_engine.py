@@ -1,7 +1,7 @@
 """Decode step, prefill, capacity and serving under load in vLLM: compressed pages against bf16 and fp8, on a GPU.
 
-Needs vLLM and the plugin installed. Nothing is timed unless the plugin's own tests of prefill and of decode attention
-pass on this GPU first.
+Needs vLLM, the plugin and pytest installed. Nothing is timed unless some of the tests of prefill and of decode
+attention, those in `GATE`, pass on this GPU first.
 """
 
 import argparse

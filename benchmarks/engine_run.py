@@ -17,7 +17,6 @@ from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
 # Of Llama-3.1-8B. Speed does not depend on the values of weights, so they are random.
-VOCABULARY = 128256
 SHAPE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -27,7 +26,7 @@ SHAPE = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "vocab_size": VOCABULARY,
+    "vocab_size": 128256,
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,

@@ -76,7 +76,7 @@ def update_launch(
     # warps, 8 that share the rows of 64 or have 128, take longer.
     block_rows, num_warps = (64 if num_tokens > 16 else 16), 4
     block_k, num_stages, depth = channels, 1, 2
-    # The rotation, and next to it the input of two tiles: the next one's comes while a tile is stored.
+    # The rotation, and next to it the input of two tiles: the pipeline has a buffer for each of its stages.
     resident_bytes = ELEMENT_BYTES * channels * (num_parts * channels + 2 * input_parts * block_rows)
     small = one_path and channels <= 128 and num_parts * input_parts == 1
     most = MAX_SMALL_PROGRAMS_PER_SM if small else MAX_PROGRAMS_PER_SM
