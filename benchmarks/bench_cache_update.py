@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 
+from llama_8b import MODEL
 from peers import BLOCK_SIZE, copies_beyond_l2, copy_bandwidth, graph_milliseconds
 from results_file import write_result
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_update
-from turboquant_core.testing import MODEL_SHAPES
 
-MODEL = next(shape for shape in MODEL_SHAPES if shape.name == "Llama-3.1-8B")
 KV_HEADS, HEAD_DIM = MODEL.num_kv_heads, MODEL.head_dim
 UPDATE_TOKENS = 8192
 PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")

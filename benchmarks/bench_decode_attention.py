@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llama_8b import MODEL
 from peers import (
     BLOCK_SIZE,
     copies_beyond_l2,
@@ -24,9 +25,7 @@ from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops.reference.decode_attention import decode_attention as reference
 from turboquant_core.ops.reference.decode_attention import stored_row
-from turboquant_core.testing import MODEL_SHAPES
 
-MODEL = next(shape for shape in MODEL_SHAPES if shape.name == "Llama-3.1-8B")
 HEADS, KV_HEADS, HEAD_DIM = MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim
 SHAPES = (
     (1, 8192),

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from llama_8b import ROPE_THETA, SIZES
 from results_file import write_result
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache
@@ -92,17 +93,7 @@ CONTESTANTS = (
 
 def llama_8b() -> LlamaForCausalLM:
     """A model of Llama-3.1-8B's shape with random weights, made on the GPU."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-    )
+    config = LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA})
     with torch.device("cuda"):
         return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 

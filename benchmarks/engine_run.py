@@ -16,20 +16,14 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
-# Of Llama-3.1-8B. Speed does not depend on the values of weights, so they are random.
-SHAPE = {
+from llama_8b import ROPE_THETA, SIZES
+
+CONFIG = {
+    **SIZES,
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
+    "rope_theta": ROPE_THETA,
     "torch_dtype": "bfloat16",
     "tie_word_embeddings": False,
     "bos_token_id": 1,
@@ -42,7 +36,7 @@ DECODED = 128
 def model_folder(folder: Path) -> str:
     """A model without weights."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
     return str(folder)
 
 

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from results_file import write_result
-from side_by_side.weights import find_model
+from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import load_model
@@ -39,7 +39,7 @@ def main() -> None:
     for name, score in scores.items():
         change = score.perplexity / expected - 1
         print(f"{name:12s} perplexity {score.perplexity:.4f} ({change:+.2%})  KL {score.mean_kl:.4f}")
-    name = "centring_" + arguments.model.rsplit("/")[-1].removesuffix(".gguf")
+    name = "centring_" + file_stem(arguments.model)
     write_result(name, {**vars(arguments), "scores": {name: score.to_dict() for name, score in scores.items()}})
 
 

@@ -17,7 +17,7 @@ from side_by_side.lifecycle import failure, lifecycle
 from side_by_side.speed import tokens_per_second
 from side_by_side.storage import bytes_per_token
 from side_by_side.table import markdown
-from side_by_side.weights import find_model
+from side_by_side.weights import file_stem, find_model
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import LoadedModel, load_model
 from turboquant_hf.scoring import score_caches
@@ -38,7 +38,7 @@ def main() -> None:
         parser.error(f"--num-tokens is {arguments.num_tokens}; it must be a multiple of {CHUNK_SIZE}, two or more")
     transformers_logging.set_verbosity_error()
 
-    name = "side_by_side_" + arguments.model.rsplit("/")[-1].removesuffix(".gguf")
+    name = "side_by_side_" + file_stem(arguments.model)
     settings = {
         "text": "Encyclopaedia Britannica, 1911, Shakespeare",
         "num_tokens": arguments.num_tokens,

