@@ -1,7 +1,8 @@
 """Decode step, prefill, capacity and serving under load in vLLM: compressed pages against bf16 and fp8, on a GPU.
 
 Needs vLLM, the plugin and pytest installed. Nothing is timed unless some of the tests of prefill and of decode
-attention, those in `GATE`, pass on this GPU first.
+attention, those in `GATE`, pass on this GPU first. Each part has a file of results of its own, written anew after every
+engine.
 """
 
 import argparse
@@ -26,6 +27,11 @@ CACHES: dict[str, dict[str, Any]] = {
 SHAPES = [(16, 16384), (1, 32768), (32, 4096), (64, 8192)]
 # 1,152,000 tokens of prefixes: more than an H200 holds beside this model in bf16, less than in the others.
 LOAD = {"conversations": 72, "prefix": 16000, "question": 64, "answer": 64, "rounds": 2, "concurrency": 16}
+# What a part measures, and the name of its results.
+PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "steps": ({"shapes": SHAPES}, "engine"),
+    "serving": ({"load": LOAD}, "engine_serving"),
+}
 MEMORY = {"gpu_memory_utilization": 0.88}
 GATE = {
     "packages/turboquant-vllm/tests/test_prefill.py": "own_tokens and (mixed or context)",
@@ -49,11 +55,11 @@ def run_gate() -> dict[str, str]:
     return passed
 
 
-def run_engine(cache: str, folder: Path) -> dict[str, Any] | None:
-    """Measure one engine in a process of its own; None, and what it printed, if it fails."""
+def run_engine(cache: str, parts: list[str], folder: Path) -> dict[str, Any] | None:
+    """Measure one engine in a process of its own; what it printed, and what it measured till then, if it fails."""
     answer = folder / f"{cache}.json"
     answer.unlink(missing_ok=True)
-    request = json.dumps({"shapes": SHAPES, "load": LOAD, "engine": {**CACHES[cache], **MEMORY}})
+    request = json.dumps({"parts": parts, "shapes": SHAPES, "load": LOAD, "engine": {**CACHES[cache], **MEMORY}})
     script = str(Path(__file__).with_name("engine_run.py"))
     with (folder / f"{cache}.log").open("w+") as log:
         done = subprocess.run([sys.executable, script, request, str(answer)], stdout=log, stderr=log, check=False)
@@ -68,7 +74,7 @@ def describe(cache: str, measured: dict[str, Any]) -> str:
     lines = [f"{cache}: {measured['kv_tokens']:,} KV tokens"]
     lines += [
         f"  {row['batch']} x {row['context']}: step {row['decode_step_ms']:.2f} ms, prefill {row['prefill_s']:.2f} s"
-        for row in measured["steps"]
+        for row in measured.get("steps", ())
     ]
     lines += [
         f"  round {index + 1}: {row['requests_per_s']:.2f} requests/s, TTFT {row['ttft_ms']['median']:.0f} ms, "
@@ -78,11 +84,23 @@ def describe(cache: str, measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_part(part: str, gate: dict[str, str], caches: dict[str, Any]) -> None:
+    """Write what was measured for one part, of the engines that have it."""
+    measures, name = PARTS[part]
+    rows = {
+        cache: {"kv_tokens": measured["kv_tokens"], part: measured[part]}
+        for cache, measured in caches.items()
+        if part in measured
+    }
+    write_result(name, {"gate": gate, **measures, "caches": rows})
+
+
 def main() -> None:
     """Test, measure, print, and with --json keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=["bf16", "fp8", "tq4"])
-    parser.add_argument("--json", action="store_true", help="write benchmarks/results/engine.json")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--json", action="store_true", help="write benchmarks/results/engine.json, engine_serving.json")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -94,12 +112,12 @@ def main() -> None:
         folder = arguments.logs or Path(temporary)
         folder.mkdir(exist_ok=True)
         for cache in arguments.caches:
-            measured = run_engine(cache, folder)
+            measured = run_engine(cache, arguments.parts, folder)
             if measured is not None:
                 caches[cache] = measured
                 print(describe(cache, measured), flush=True)
-            if arguments.json:
-                write_result("engine", {"gate": gate, "shapes": SHAPES, "load": LOAD, "caches": caches})
+            for part in arguments.parts if arguments.json else ():
+                write_part(part, gate, caches)
 
 
 if __name__ == "__main__":
