@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import save_file
 from transformers import (
     BertConfig,
@@ -68,3 +69,21 @@ def key_biases():
         }
 
     return make
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A GGUF file of one layer with a large key bias."""
+    path = tmp_path / "tiny.gguf"
+    writer = GGUFWriter(path, "qwen2")
+    writer.add_block_count(1)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(256)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_tensor("blk.0.attn_k.bias", torch.full((128,), 90.0).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

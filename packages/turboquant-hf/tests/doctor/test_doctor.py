@@ -1,12 +1,21 @@
 import json
+import re
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 import torch
 import typer
-from gguf import GGUFWriter
 from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DynamicCache,
+    FalconConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTNeoXConfig,
+    PersimmonConfig,
+)
 from typer.testing import CliRunner
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
@@ -17,6 +26,8 @@ from turboquant_hf.doctor.checkpoint import open_checkpoint
 from turboquant_hf.doctor.command import doctor
 from turboquant_hf.doctor.engines import by_transformers, by_vllm
 from turboquant_hf.doctor.key_bias import key_biases as read_key_biases
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 16}
 
 app = typer.Typer()
 app.command()(doctor)
@@ -110,7 +121,7 @@ def test_fractional_bits_and_old_models_are_dequantised(model):
     assert {path.path for path in by_transformers(checkpoint.config, attention, "tq3.5", (9, 0)).layers} == {
         "dequantised"
     }
-    assert "fractional bits" in by_vllm(attention, "tq3.5", (9, 0)).refusals[0]
+    assert "fractional bits" in by_vllm(checkpoint, attention, "tq3.5", (9, 0)).refusals[0]
 
 
 def test_biases_of_a_vision_tower_are_not_the_text_model_s(model, key_biases):
@@ -151,6 +162,38 @@ def test_the_keys_of_a_fused_bias_lie_after_the_queries(model):
     assert (found_bias.layer, found_bias.largest) == (1, 60)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPTNeoXConfig(**SMALL, intermediate_size=64),
+        PersimmonConfig(**SMALL, intermediate_size=64, qk_layernorm=False),
+        BloomConfig(**SMALL),
+        FalconConfig(**SMALL, bias=True, multi_query=True),
+        FalconConfig(**SMALL, bias=True, multi_query=False),
+        FalconConfig(**SMALL, bias=True, new_decoder_architecture=True, num_kv_heads=2),
+        GPT2Config(**SMALL),
+        GPTBigCodeConfig(**SMALL, multi_query=True),
+        GPTBigCodeConfig(n_layer=2, n_embd=64, n_head=4, vocab_size=16, multi_query=False),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_the_keys_of_a_fused_bias_are_those_of_the_model(config, tmp_path):
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    random = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if re.search(r"(query_key_value|c_attn)\.", name):
+            fill = torch.randn(parameter.shape, generator=random) if name.endswith("bias") else 0.0
+            parameter.data.copy_(torch.as_tensor(fill))
+    model.save_pretrained(tmp_path)
+    cache = DynamicCache(config=config)
+    # Keys are the biases where weights are zero, and rotary embeddings leave those of position 0 as they are.
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+    checkpoint = open_checkpoint(str(tmp_path))
+    biases = read_key_biases(checkpoint, model_attention(checkpoint.config))
+    assert [bias.largest for bias in biases] == pytest.approx([float(layer.keys.abs().max()) for layer in cache.layers])
+
+
 def test_a_bias_of_another_model_is_refused(model, key_biases):
     outcome = run(model("qwen2", key_biases(1, size=100)))
     assert outcome.exit_code == 2
@@ -173,58 +216,12 @@ def test_shards_are_found_through_their_index(model, key_biases):
     assert "model-1-of-3.safetensors, which is not there" in said(outcome)
 
 
-def test_a_gguf_file(tmp_path):
-    path = tmp_path / "tiny.gguf"
-    writer = GGUFWriter(path, "qwen2")
-    writer.add_block_count(1)
-    writer.add_context_length(4096)
-    writer.add_embedding_length(256)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_tensor("blk.0.attn_k.bias", torch.full((128,), 90.0).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    status, data = found(path)
+def test_a_gguf_file(gguf_file):
+    status, data = found(gguf_file)
     assert status == 0
     assert data["key_bias"]["alarm"]
     assert "GGUF" in data["engines"]["vllm"]["refusals"][0]
     assert 'gguf_file="tiny.gguf"' in data["engines"]["transformers"]["command"]
-
-
-def test_of_a_hub_repository_only_headers_and_biases_are_read(model, monkeypatch, key_biases):
-    weights = {f"model.layers.{layer}.mlp.weight": torch.zeros(1024, 512) for layer in range(3)}
-    folder = model("qwen2", weights | key_biases(80, 0.5, 0.5))
-    config, bytes_read = open_checkpoint(str(folder)).config, []
-
-    class Remote:
-        def open(self, path, mode, block_size):
-            file = (folder / Path(path).name).open(mode)
-
-            class Counted:
-                def __enter__(self):
-                    return self
-
-                def __exit__(self, *_):
-                    file.close()
-
-                def seek(self, *where):
-                    return file.seek(*where)
-
-                def read(self, count):
-                    bytes_read.append(count)
-                    return file.read(count)
-
-            return Counted()
-
-    monkeypatch.setattr(checkpoints, "HfFileSystem", Remote)
-    monkeypatch.setattr(checkpoints.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", lambda *_, **__: config)
-    checkpoint = open_checkpoint("someone/a-model")
-    assert checkpoint.weights_nbytes == 3 * (1024 * 512 * 4 + 512)
-    assert read_key_biases(checkpoint, model_attention(config))[0].is_alarming
-    assert sum(bytes_read) < 5000
 
 
 def test_without_a_network_the_cache_is_read(model, monkeypatch, key_biases):

@@ -162,6 +162,12 @@ def test_models_that_are_not_served_are_refused(model, name, reason):
     assert reason in said(outcome)
 
 
+def test_a_gguf_file_is_refused_as_doctor_refuses_it_for_vllm(gguf_file):
+    outcome = run(gguf_file, "--kv-memory", 10)
+    assert outcome.exit_code == 1
+    assert "GGUF files need a plugin of vLLM's" in said(outcome)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

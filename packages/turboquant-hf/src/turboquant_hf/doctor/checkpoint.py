@@ -1,14 +1,15 @@
 """What a model's files say without loading it: the configuration, and names and sizes of its tensors."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from huggingface_hub import HfFileSystem, constants, try_to_load_from_cache
+from huggingface_hub import HfFileSystem, constants, errors, try_to_load_from_cache
 from transformers import AutoConfig
 
 from turboquant_hf._compat import PreTrainedConfig
@@ -73,7 +74,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     if Path(source).is_dir() and not kwargs and not (Path(source) / "config.json").is_file():
         raise OSError(f"the folder {name} has no config.json")
     config = AutoConfig.from_pretrained(source, **kwargs)
-    tensors = _gguf_tensors(name) if kwargs else _safetensors_tensors(source)
+    with _hub_is_named():
+        tensors = _gguf_tensors(name) if kwargs else _safetensors_tensors(source)
     return Checkpoint(name, config, tensors)
 
 
@@ -105,11 +107,12 @@ def _tensors_of(source: str, filename: str) -> dict[str, StoredTensor] | None:
         ranges = read_header(file, f"{source}/{filename}")
 
     def load(tensor: str) -> torch.Tensor:
-        opened = _open(source, filename)
-        if opened is None:
-            raise OSError(f"{source}/{filename} is gone")
-        with opened:
-            return read_floats(opened, ranges[tensor])
+        with _hub_is_named():
+            opened = _open(source, filename)
+            if opened is None:
+                raise OSError(f"{source}/{filename} is gone")
+            with opened:
+                return read_floats(opened, ranges[tensor])
 
     return {name: StoredTensor(at.stop - at.start, partial(load, name)) for name, at in ranges.items()}
 
@@ -130,6 +133,21 @@ def _open(source: str, filename: str) -> BinaryIO | None:
     except FileNotFoundError:
         return None
     return cast(BinaryIO, remote)
+
+
+@contextmanager
+def _hub_is_named() -> Iterator[None]:
+    """Turn the errors of HTTP into OSError: a hub that does not answer."""
+    try:
+        yield
+    # That of httpx or of httpx2, whichever huggingface_hub has.
+    except errors.HTTPError as error:  # type: ignore[attr-defined]
+        if isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"{constants.ENDPOINT} does not answer ({error}), and the weights are not in the cache. With "
+            "HF_HUB_OFFLINE=1 only what is in the cache is read, the configuration at least."
+        ) from error
 
 
 def _gguf_tensors(name: str) -> dict[str, StoredTensor]:

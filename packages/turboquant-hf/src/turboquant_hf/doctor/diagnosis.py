@@ -164,9 +164,6 @@ def diagnose(checkpoint: Checkpoint, attention: ModelAttention, card: Card | Non
     )
     preset, reason = _recommend(attention)
     capability = card.capability if card else MIN_CAPABILITY
-    in_vllm = by_vllm(attention, preset, capability)
-    if checkpoint.is_gguf:
-        in_vllm = Verdict(("GGUF files were not tried with vLLM; give a folder or a hub id", *in_vllm.refusals), ())
     return Diagnosis(
         checkpoint=checkpoint,
         attention=attention,
@@ -176,7 +173,7 @@ def diagnose(checkpoint: Checkpoint, attention: ModelAttention, card: Card | Non
         preset=preset,
         reason=reason,
         verdicts={
-            "vllm": in_vllm,
+            "vllm": by_vllm(checkpoint, attention, preset, capability),
             "transformers": by_transformers(checkpoint.config, attention, preset, capability),
         },
     )

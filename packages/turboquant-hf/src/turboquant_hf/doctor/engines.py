@@ -11,6 +11,7 @@ from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, HEAD_DIMS, MIN_CAPA
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.doctor.attention import LayerAttention, ModelAttention
+from turboquant_hf.doctor.checkpoint import Checkpoint
 from turboquant_hf.doctor.sizes import has_whole_bits
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import page_layout
@@ -85,9 +86,14 @@ def by_transformers(
     return Verdict((), tuple(paths))
 
 
-def by_vllm(attention: ModelAttention, preset: str, capability: tuple[int, int]) -> Verdict:
+def by_vllm(checkpoint: Checkpoint, attention: ModelAttention, preset: str, capability: tuple[int, int]) -> Verdict:
     """How turboquant-vllm serves a model on cards of a compute capability."""
     refusals = []
+    if checkpoint.is_gguf:
+        refusals.append(
+            "GGUF files need a plugin of vLLM's, which was not tried; give the folder or hub id of the same model in "
+            "safetensors files"
+        )
     if capability < MIN_CAPABILITY:
         have, needed = ("sm_{}{}".format(*version) for version in (capability, MIN_CAPABILITY))
         refusals.append(f"the card is {have}, and prefill needs {needed}")

@@ -16,7 +16,10 @@ ALARM = 0.5
 
 # Towers of other inputs number their layers too.
 _TOWER = re.compile(r"vision|visual|image|audio|speech", re.IGNORECASE)
-_KEY_BIAS = re.compile(r"(?:^|\.)(?:layers|blk|h)\.(\d+)\..*?(?:k_proj|attn_k|(qkv_proj)|(c_attn)|(attn_qkv))\.bias$")
+_KEY_BIAS = re.compile(
+    r"(?:^|\.)(?:layers|blk|h)\.(\d+)\.(?:.*\.)?(k_proj|attn_k|qkv_proj|c_attn|attn_qkv|query_key_value)\.bias$"
+)
+_KEYS_ALONE = ("k_proj", "attn_k")
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,29 @@ def _found(checkpoint: Checkpoint, attention: ModelAttention) -> Iterator[KeyBia
         if match is None or _TOWER.search(name) or int(match[1]) >= len(attention.layers):
             continue
         layer = attention.layers[int(match[1])]
-        is_fused = any(match.groups()[1:])
-        keys = _keys_of(tensor.load(), layer, attention.num_heads if is_fused else 0, name)
+        keys = _keys_of(tensor.load(), match[2], layer, attention, name)
         distortion = lloyd_max_codebook(layer.head_dim, PLAIN_BITS).mse
         worst = float(keys.square().mean(1).max())
         yield KeyBias(layer.index, float(keys.abs().max()), (worst * distortion) ** 0.5)
 
 
-def _keys_of(bias: torch.Tensor, layer: LayerAttention, num_query_heads: int, name: str) -> torch.Tensor:
-    """The keys' part of a bias, [num_kv_heads, head_dim]; of a fused one it lies after the queries'."""
-    num_heads = num_query_heads + 2 * layer.num_kv_heads if num_query_heads else layer.num_kv_heads
-    if bias.numel() != num_heads * layer.head_dim:
+def _keys_of(
+    bias: torch.Tensor, projection: str, layer: LayerAttention, attention: ModelAttention, name: str
+) -> torch.Tensor:
+    """The keys' part of a bias, [num_kv_heads, head_dim]."""
+    kv_heads = layer.num_kv_heads
+    # A bias has equal parts; in each lie heads of queries, then of keys, then of values.
+    if projection in _KEYS_ALONE:
+        parts, queries, keys, values = 1, 0, kv_heads, 0
+    elif projection == "query_key_value" or attention.model_type == "gpt_bigcode":
+        # GPT-NeoX, BLOOM, Persimmon, Falcon and GPTBigCode: a part for each KV head.
+        parts, queries, keys, values = kv_heads, attention.num_heads // kv_heads, 1, 1
+    else:
+        parts, queries, keys, values = 1, attention.num_heads, kv_heads, kv_heads
+    heads = queries + keys + values
+    if bias.numel() != parts * heads * layer.head_dim:
         raise ValueError(
-            f"{name} has {bias.numel()} numbers, and {num_heads} heads of {layer.head_dim} have "
-            f"{num_heads * layer.head_dim}: it does not belong to this configuration"
+            f"{name} has {bias.numel()} numbers, and {parts * heads} heads of {layer.head_dim} have "
+            f"{parts * heads * layer.head_dim}: it does not belong to this configuration"
         )
-    return bias.view(num_heads, layer.head_dim)[num_query_heads : num_query_heads + layer.num_kv_heads]
+    return bias.view(parts, heads, layer.head_dim)[:, queries : queries + keys].flatten(0, 1)

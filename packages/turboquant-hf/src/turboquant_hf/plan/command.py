@@ -27,7 +27,7 @@ DEFAULT_LENGTH = 8192
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
+    model: Annotated[str, typer.Argument(help="Hub id or folder.")],
     gpu: Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="Memory of a card in GiB, instead of --gpu.")] = None,
     kv_memory_gib: Annotated[
@@ -72,8 +72,8 @@ def plan(
     except ValueError as error:
         fail(errors, str(error))
     checkpoint, attention = open_or_fail(model, errors)
-    if why := refusals(attention, card.capability if card else MIN_CAPABILITY):
-        refuse(errors, f"vLLM serves {model} uncompressed only: {'; '.join(why)}")
+    if why := refusals(checkpoint, attention, card.capability if card else MIN_CAPABILITY):
+        refuse(errors, f"vLLM does not serve {model} compressed: {'; '.join(why)}")
     if attention.max_length and length and length > attention.max_length:
         fail(errors, f"--length is {length:,}, and the context of {model} is {attention.max_length:,} tokens")
     if kv_memory_gib is not None:

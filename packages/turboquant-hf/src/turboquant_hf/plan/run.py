@@ -6,7 +6,6 @@ from typing import Any
 
 from turboquant_core import PRESETS
 from turboquant_core.config import preset_bits
-from turboquant_core.vllm_limits import MIN_CAPABILITY
 from turboquant_hf.doctor.attention import ModelAttention
 from turboquant_hf.doctor.capacity import Blocks, Capacity, cut_into_blocks
 from turboquant_hf.doctor.checkpoint import Checkpoint
@@ -48,7 +47,7 @@ class Plan:
     """What fits into some memory for requests of one length.
 
     Attributes:
-        model: Hub id, folder or GGUF file.
+        model: Hub id or folder.
         kv_bytes: Memory for the cache on each card.
         tensor_parallel: Cards that share the heads.
         length: Tokens of a request, prompt and answer.
@@ -88,9 +87,9 @@ class Plan:
         }
 
 
-def refusals(attention: ModelAttention, capability: tuple[int, int] = MIN_CAPABILITY) -> tuple[str, ...]:
+def refusals(checkpoint: Checkpoint, attention: ModelAttention, capability: tuple[int, int]) -> tuple[str, ...]:
     """Why vLLM does not serve the model compressed; empty if it does."""
-    return by_vllm(attention, next(iter(PRESETS)), capability).refusals
+    return by_vllm(checkpoint, attention, next(iter(PRESETS)), capability).refusals
 
 
 def caches_to_plan(presets: Sequence[str]) -> list[str]:
