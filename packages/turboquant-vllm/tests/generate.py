@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -22,8 +23,28 @@ def _prompt(prompt):
     return {"prompt": prompt["prompt"], "multi_modal_data": {"image": image}}
 
 
+def _use_references():
+    """Have our layers call the references of their kernels."""
+    from turboquant_vllm import impl, prefill
+
+    for module, names in {impl: ("cache_update", "decode_attention"), prefill: ("cache_gather",)}.items():
+        for name in names:
+            setattr(module, name, partial(getattr(module, name), path="reference"))
+
+
+def _sleep(llm, level):
+    """Sleep and wake up again, as vLLM documents it; the second level drops the weights."""
+    llm.sleep(level=level)
+    if level == 2:
+        llm.wake_up(tags=["weights"])
+        llm.collective_rpc("reload_weights")
+    llm.wake_up()
+
+
 def main():
     request = json.loads(sys.argv[1])
+    if request["references"]:
+        _use_references()
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "disable_log_stats": False}
     llm = LLM(request["model"], **engine | request["engine"])
     sampling = SamplingParams(
@@ -35,8 +56,17 @@ def main():
     )
     prompts = [_prompt(prompt) for prompt in request["prompts"]]
     lora = LoRARequest("adapter", 1, request["lora"]) if request["lora"] else None
-    rounds = [llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora) for _ in range(request["rounds"])]
-    cache = llm.llm_engine.vllm_config.cache_config
+    rounds = []
+    for _ in range(request["rounds"]):
+        if rounds and request["forget"]:
+            # What a connector keeps it keeps.
+            llm.reset_prefix_cache()
+        rounds.append(llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora))
+    for level in request["sleep"]:
+        _sleep(llm, level)
+        rounds.append(llm.generate(prompts, sampling, use_tqdm=False))
+    config = llm.llm_engine.vllm_config
+    cache = config.cache_config
     counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     Path(sys.argv[2]).write_text(
         json.dumps(
@@ -49,6 +79,8 @@ def main():
                 ],
                 "cached": [[answer.num_cached_tokens for answer in answers] for answers in rounds],
                 "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+                "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
+                "second_runner": config.use_v2_model_runner,
                 "drafted": counters.get("vllm:spec_decode_num_draft_tokens"),
                 "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
             }

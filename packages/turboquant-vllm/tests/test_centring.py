@@ -39,13 +39,20 @@ def test_keys_that_are_not_finite_do_not_count(device):
     assert (mean.mean == 1).all()
 
 
-def test_after_a_reset_the_next_keys_set_it(device):
+def test_what_was_taken_outlives_a_reload(device):
+    key = torch.randn(5, 1, 64, generator=torch.Generator().manual_seed(0)).to(device)
     mean = KeyMean(1, 64, device, serving)
-    observe(mean, torch.ones(1, 1, 64, device=device), [0])
-    mean.reset()
+    mean.restore()
     assert not mean.mean.any()
-    observe(mean, torch.full((1, 1, 64), 3.0, device=device), [0])
-    assert (mean.mean == 3).all()
+    observe(mean, key, [0, 1, 2, 3, 4])
+    taken = mean.mean.clone()
+    assert taken.any()
+    # As after a sleep that dropped the device's memory; nothing says when it is read back.
+    mean.mean.fill_(torch.nan)
+    mean.restore()
+    torch.testing.assert_close(mean.mean, taken, rtol=0, atol=0)
+    observe(mean, 2 * key, [5, 6, 7, 8, 9])
+    torch.testing.assert_close(mean.mean, taken, rtol=0, atol=0)
 
 
 def test_keys_of_the_warm_up_do_not_count(device):
@@ -58,7 +65,7 @@ def test_keys_of_the_warm_up_do_not_count(device):
     assert (mean.mean == 3).all()
 
 
-def test_a_given_mean_is_never_overwritten_and_outlives_a_reset(device):
+def test_a_given_mean_is_never_overwritten_and_outlives_a_reload(device):
     given = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     mean = GivenKeyMean(2, 64, device)
     address = mean.mean.data_ptr()
@@ -67,7 +74,7 @@ def test_a_given_mean_is_never_overwritten_and_outlives_a_reset(device):
     torch.testing.assert_close(mean.mean.cpu(), given)
     # As after a sleep that dropped the device's memory.
     mean.mean.fill_(torch.nan)
-    mean.reset()
+    mean.restore()
     torch.testing.assert_close(mean.mean.cpu(), given)
     assert mean.mean.data_ptr() == address
 

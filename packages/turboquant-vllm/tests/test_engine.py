@@ -1,7 +1,5 @@
 """vLLM's engine with real weights."""
 
-import math
-
 import pytest
 
 pytestmark = pytest.mark.real_weights
@@ -65,24 +63,7 @@ def test_the_cache_holds_as_many_more_tokens_as_its_slots_are_smaller(generate, 
     assert found["kv_tokens"] / uncompressed["kv_tokens"] == pytest.approx(512 / slot_bytes, rel=0.01)
 
 
-STORY = """\
-The Thames froze in the winter of 1683, and for two months Londoners built a town upon the ice. There were streets of
-booths from Temple to Southwark, with barbers, bakers and printers, who set the names of visitors in type and sold
-them the sheet as a memento. Coaches plied between Westminster and the Temple as if on a road; oxen were roasted whole
-near Whitehall, and the King came down with his family to have their names printed too. John Evelyn, who kept a diary,
-thought the fair a bacchanalian triumph, and noted that the smoke of sea coal hung so low that one could scarcely see
-across the street. Trees split as if struck by lightning, deer died in the parks, and the poor, whose work on the
-river had stopped, lived on what the parishes gave them. When the thaw came in February it came in a night: the booths
-were pulled to the banks by torchlight, and by the morning the river was full of broken ice, barrels and planks. The
-printers, it is said, made five pounds a day while it lasted, and the watermen, who had charged for the way down to
-the ice, went back to their boats. Fairs were held again when the river froze in later winters, the last of them in
-1814, when an elephant was led across below Blackfriars Bridge. Then the old London Bridge, whose narrow arches had
-slowed the water, was replaced, the banks were built up, and the tide ran too fast for ice to hold. Nobody has walked
-across the Thames in London since.
-"""
-
-
-def test_four_bits_stay_near_the_uncompressed_distribution(generate):
+def test_four_bits_stay_near_the_uncompressed_distribution(generate, story, mean_divergence):
     """Mean KL of the next token; the cache of turboquant-hf costs this model 0.039 nats (`turboquant demo`)."""
     # In chunks of 32 almost all that a token sees are codes.
     chunks = {
@@ -93,19 +74,10 @@ def test_four_bits_stay_near_the_uncompressed_distribution(generate):
         "max_num_seqs": 4,
     }
     expected, found = (
-        generate([STORY], **chunks, **options)["prompt_logprobs"][0][0] for options in ({}, turboquant(preset="tq4"))
+        generate([story], **chunks, **options)["prompt_logprobs"][0][0] for options in ({}, turboquant(preset="tq4"))
     )
     assert len(expected) > 300
-    mean = sum(map(divergence, expected, found)) / len(expected)
-    assert 0.001 < mean < 0.04
-
-
-def divergence(expected, found):
-    """KL divergence over the likeliest tokens that both name, and all others as one."""
-    shared = expected.keys() & found.keys()
-    pairs = [(math.exp(expected[token]), math.exp(found[token])) for token in shared]
-    pairs.append(tuple(max(1 - sum(side), 1e-9) for side in zip(*pairs, strict=True)))
-    return sum(p * math.log(p / q) for p, q in pairs)
+    assert 0.001 < mean_divergence(found, expected) < 0.04
 
 
 def shortened(answer, max_tokens):

@@ -111,6 +111,34 @@ def test_a_connector_is_served_where_the_means_are_known_elsewhere(config, monke
     assert engine_problems(config, settings) == []
 
 
+def offloading(connector="OffloadingConnector", **extra):
+    return KVTransferConfig(kv_connector=connector, kv_role="kv_both", kv_connector_extra_config=extra)
+
+
+@pytest.mark.parametrize(
+    ("transfer", "served"),
+    [
+        (offloading(cpu_bytes_to_use=2**30), True),
+        (offloading(spec_name="CPUOffloadingSpec"), True),
+        (offloading(spec_name="TieringOffloadingSpec"), False),
+        (offloading("SimpleCPUOffloadConnector"), True),
+        (offloading("SimpleCPUOffloadConnector", kv_offload_backend="disk", disk_path="/pages"), False),
+        (offloading("MultiConnector"), False),
+    ],
+)
+def test_pages_that_come_back_to_their_process_need_no_file(config, monkeypatch, transfer, served):
+    monkeypatch.setattr(config, "kv_transfer_config", transfer)
+    assert (engine_problems(config, Settings()) == []) is served
+    with set_current_vllm_config(config):
+        assert TurboQuantBackend.supports_kv_connector() is served
+
+
+def test_offloading_by_its_own_flag_needs_no_file(configure, tiny_model):
+    config = configure(tiny_model("Llama"), kv_offloading_size=1)
+    assert config.kv_transfer_config.kv_connector == "OffloadingConnector"
+    assert engine_problems(config, Settings()) == []
+
+
 @pytest.mark.parametrize("fields", [{}, {"method": "draft_model"}, COMPRESSED])
 def test_drafts_are_served_by_vllms_own_backend_or_by_ours(config, monkeypatch, fields):
     monkeypatch.setattr(config, "speculative_config", draft(**fields))

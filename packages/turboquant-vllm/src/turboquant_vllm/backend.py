@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout as VllmLayout
 
 from turboquant_vllm import support
 from turboquant_vllm._compat import current_config
-from turboquant_vllm.engine_checks import engine_problems
+from turboquant_vllm.engine_checks import engine_problems, reads_only_own_pages
 from turboquant_vllm.settings import Settings
 
 
@@ -93,8 +93,9 @@ class TurboQuantBackend(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         """Pages that another process reads need the same key means there, so they must come from a file."""
-        settings = process_settings()
-        return not settings.center_keys or settings.calibration is not None
+        settings, config = process_settings(), current_config()
+        means_are_shared = not settings.center_keys or settings.calibration is not None
+        return means_are_shared or (config is not None and reads_only_own_pages(config.kv_transfer_config))
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

@@ -25,9 +25,9 @@ class GivenKeyMean:
     def give(self, mean: torch.Tensor) -> None:
         """Set the mean to one of the same shape."""
         self._given = mean
-        self.reset()
+        self.restore()
 
-    def reset(self) -> None:
+    def restore(self) -> None:
         """Set it again: the device's memory may have been given up meanwhile."""
         if self._given is not None:
             self.mean.copy_(self._given)
@@ -53,21 +53,26 @@ class KeyMean:
         self.mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32, device=device)
         self._num_tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._start_up_is_over = start_up_is_over
-        self._answer: tuple[torch.Tensor, torch.cuda.Event] | None = None
-        self._frozen = False
+        self._answer: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event] | None = None
+        self._taken: torch.Tensor | None = None
 
-    def reset(self) -> None:
-        """Forget: the pages are gone."""
-        self.mean.zero_()
-        self._num_tokens.zero_()
-        self._answer, self._frozen = None, False
+    def restore(self) -> None:
+        """Set it again: the device's memory may have been given up meanwhile, and there may be pages that need it."""
+        if self._answer is not None:
+            self._answer[-1].synchronize()
+            self._read_back()
+        if self._taken is None:
+            self.mean.zero_()
+            self._num_tokens.zero_()
+        else:
+            self.mean.copy_(self._taken)
 
     def observe(self, key: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Take the mean of keys [num_tokens, num_kv_heads, head_dim] unless it was taken; negative slots do not count.
 
         Nothing waits for the device: whether it was taken is read back while other work goes on.
         """
-        if self._frozen or not self._start_up_is_over():
+        if self._taken is not None or not self._start_up_is_over():
             return
         # While a graph is captured there are no real keys, and asking an event would end the capture.
         if (key.is_cuda and torch.cuda.is_current_stream_capturing()) or self._read_back():
@@ -83,22 +88,24 @@ class KeyMean:
 
     def _ask(self) -> None:
         if not self.mean.is_cuda:
-            self._settle(int(self._num_tokens))
+            self._settle(int(self._num_tokens), self.mean)
             return
-        answer = torch.empty_like(self._num_tokens, device="cpu", pin_memory=True)
-        answer.copy_(self._num_tokens, non_blocking=True)
+        count, mean = (torch.empty_like(x, device="cpu", pin_memory=True) for x in (self._num_tokens, self.mean))
+        count.copy_(self._num_tokens, non_blocking=True)
+        mean.copy_(self.mean, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        self._answer = answer, done
+        self._answer = count, mean, done
 
     def _read_back(self) -> bool:
-        if self._answer is not None and self._answer[1].query():  # type: ignore[no-untyped-call]
-            self._settle(int(self._answer[0]))
+        if self._answer is not None and self._answer[-1].query():  # type: ignore[no-untyped-call]
+            self._settle(int(self._answer[0]), self._answer[1])
             self._answer = None
-        return self._frozen
+        return self._taken is not None
 
-    def _settle(self, num_tokens: int) -> None:
-        self._frozen = num_tokens > 0
+    def _settle(self, num_tokens: int, mean: torch.Tensor) -> None:
+        if num_tokens:
+            self._taken = mean.clone()
         if 0 < num_tokens < FEW_TOKENS:
             logger.warning_once(
                 "TurboQuant took its key means from a first prompt of %d tokens. Send a longer one first, of %d or "

@@ -9,6 +9,11 @@ from typing import Any
 from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import BLOCK_SIZE_MULTIPLE, INSTEAD
 
+# Connectors that may keep pages in the memory of this machine: the option that says where, and what it says then.
+OFFLOADING = {
+    "OffloadingConnector": ("spec_name", "CPUOffloadingSpec"),
+    "SimpleCPUOffloadConnector": ("kv_offload_backend", "cpu"),
+}
 OWN_DRAFT_BACKEND = "Leave attention_backend out of --speculative-config: vLLM's own backend then serves the draft."
 
 
@@ -17,6 +22,17 @@ def engine_problems(config: Any, settings: Settings) -> list[str]:
     if config is None:
         return []
     return [*_cache_problems(config.cache_config), *_attention_problems(config), *_mean_problems(config, settings)]
+
+
+def reads_only_own_pages(transfer: Any) -> bool:
+    """Whether a connector (a configuration, or None) gives every process back the pages that it filled, and no others.
+
+    Offloading to the CPU's memory does; what it moves is gone with the process.
+    """
+    if transfer is None or transfer.kv_connector is None:
+        return True
+    option, value = OFFLOADING.get(transfer.kv_connector, (None, None))
+    return option is not None and transfer.get_from_extra_config(option, value) == value
 
 
 def _cache_problems(cache: Any) -> Iterator[str]:
@@ -62,7 +78,7 @@ def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
         return
     transfer, speculative = config.kv_transfer_config, config.speculative_config
     if settings.calibration is None:
-        if transfer is not None and transfer.is_kv_transfer_instance:
+        if not reads_only_own_pages(transfer):
             yield (
                 f"the pages that {transfer.kv_connector} hands to another process hold keys less means that only this "
                 "process knows. Write the means to a file with `turboquant calibrate MODEL --out FILE` and give it to "

@@ -72,11 +72,15 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self._float_sinks: torch.Tensor | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Prepare what depends on weights; after a reload the pages are gone, and with them their mean."""
+        """Prepare what depends on weights; after a reload at the addresses that CUDA graphs have."""
         if self.sinks is not None:
-            self._float_sinks = self.sinks.float().contiguous()
+            if self._float_sinks is None:
+                self._float_sinks = torch.empty_like(
+                    self.sinks, dtype=torch.float32, memory_format=torch.contiguous_format
+                )
+            self._float_sinks.copy_(self.sinks)
         if self.key_mean is not None:
-            self.key_mean.reset()
+            self.key_mean.restore()
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
