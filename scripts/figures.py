@@ -1,0 +1,351 @@
+"""Write the figures of README.md and docs/ from benchmarks/results/; with --check, name those that differ.
+
+What stands between `<!-- figure: NAME -->` and `<!-- end -->` is what the function NAME in FIGURES gives. A plot names
+the files that it was drawn from and their checksums, so that one drawn from others is found too.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PLACE = re.compile(r"(<!-- figure: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+# Markdown takes a line that begins with a comment for HTML.
+BEGINS_A_LINE = re.compile(r"^<!-- figure: (\S+) -->.", re.MULTILINE)
+DRAWN_FROM = re.compile(r"<dc:source>(.*?)</dc:source>", re.DOTALL)
+
+# The names that benchmarks/eval_side_by_side.py gives the presets.
+PRESETS = {"k8v4": "k8v4", "k6v4": "k6v4", "tq4": "4", "tq3": "3", "tq2": "2"}
+ENGINE_CACHES = {"bf16": "bf16, FlashAttention 3", "fp8": "fp8, FlashAttention 3", "tq4": "`tq4`"}
+
+
+@cache
+def result(name: str) -> Any:
+    """A file of benchmarks/results/."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table on lines of its own."""
+    lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
+    lines.insert(1, "|---" * len(columns) + "|")
+    return "\n\n" + "\n".join(lines) + "\n\n"
+
+
+def nats(value: float) -> str:
+    """A divergence."""
+    return f"{value:.4f}" if value < 0.1 else f"{value:#.3g}"
+
+
+def bold_if(condition: bool, text: str) -> str:
+    """Bold where that holds."""
+    return f"**{text}**" if condition else text
+
+
+def demo() -> str:
+    """SmolLM2 in every cache of the demo, the uncompressed one as bf16 would be."""
+    runs = {run["cache"]: run for run in result("demo")["runs"]}
+    plain = runs.pop("uncompressed")
+    rows = [["uncompressed, bf16", f"{plain['bytes_per_token'] / 2:,.0f}", "1.00x", "0", "0", "100 %", _ppl(plain)]]
+    for name in sorted(runs, key=lambda name: -float(runs[name]["bytes_per_token"])):
+        run = runs[name]
+        rows.append(
+            [
+                f"`{name}`{' (default)' if name == 'tq4' else ''}",
+                f"{run['bytes_per_token']:,.0f}",
+                f"{run['compression']:.2f}x",
+                nats(run["mean_kl"]),
+                nats(run["p99_kl"]),
+                f"{run['top1_agreement']:.1%}".replace("%", " %"),
+                _ppl(run),
+            ]
+        )
+    columns = ("cache", "bytes per token", "against bf16", "mean KL (nats)", "p99 KL", "top-1 agreement", "perplexity")
+    return table(columns, rows)
+
+
+def demo_speed() -> str:
+    """Tokens per second on a CPU: compressed caches against the uncompressed one."""
+    rates = {run["cache"]: float(run["tokens_per_second"]) for run in result("demo")["runs"]}
+    plain = rates.pop("uncompressed")
+    return f"{min(rates.values()):.1f} to {max(rates.values()):.1f} tokens/s against {plain:.1f}"
+
+
+def engine() -> str:
+    """Decode steps, prefill and tokens in vLLM, a row for each cache."""
+    shapes = sorted(map(tuple, result("engine")["shapes"]), key=lambda shape: _step("tq4", shape), reverse=True)
+    columns = [
+        "KV cache",
+        f"decode step, {_shape(shapes[0])}",
+        *map(_shape, shapes[1:]),
+        f"prefill, {_shape(LONG)}",
+        "tokens that fit",
+    ]
+    rows = []
+    for name, label in ENGINE_CACHES.items():
+        steps = [
+            bold_if(name == "tq4" and _step(name, shape) == min(_step(other, shape) for other in ENGINE_CACHES), text)
+            for shape, text in ((shape, f"{_step(name, shape):.2f} ms") for shape in shapes)
+        ]
+        rows.append([label, *steps, f"{_prefill(name, LONG):.2f} s", bold_if(name == "tq4", f"{_tokens(name):,}")])
+    return table(columns, rows)
+
+
+def engine_steps() -> str:
+    """Decode steps in vLLM, a row for each shape."""
+    rows = []
+    for shape in sorted(map(tuple, result("engine")["shapes"]), key=lambda shape: _step("tq4", shape)):
+        bf16, fp8, ours = (_step(name, shape) for name in ENGINE_CACHES)
+        mine = bold_if(ours < min(bf16, fp8), f"{ours:.2f} ms")
+        rows.append(
+            [_shape(shape), f"{bf16:.2f} ms", f"{fp8:.2f} ms", mine, f"{bf16 / ours:.2f}x", f"{fp8 / ours:.2f}x"]
+        )
+    columns = ("batch × context", "decode step: bf16", "fp8", "tq4", "tq4 against bf16", "against fp8")
+    return table(columns, rows)
+
+
+def engine_prefill() -> str:
+    """Prefill in vLLM, a row for each shape."""
+    shapes = sorted(map(tuple, result("engine")["shapes"]), key=lambda shape: _step("tq4", shape))
+    rows = [[_shape(shape), *(f"{_prefill(name, shape):.2f} s" for name in ENGINE_CACHES)] for shape in shapes]
+    return table(("batch × context", "prefill: bf16", "fp8", "tq4"), rows)
+
+
+def engine_tokens() -> str:
+    """KV tokens that vLLM reports."""
+    counts = [f"{_tokens(name):,}" for name in ENGINE_CACHES]
+    ratios = [f"{_tokens(name) / _tokens('bf16'):.2f}x" for name in ENGINE_CACHES]
+    rows = [["KV tokens that vLLM reports", *counts], ["against bf16", *ratios]]
+    return table(("", *ENGINE_CACHES), rows)
+
+
+def engine_ratio(measure: Callable[[str], float], dividend: str, divisor: str) -> Callable[[], str]:
+    """How many times as large a figure is in one cache as in another."""
+    return lambda: f"{measure(dividend) / measure(divisor):.2f}"
+
+
+def kernel_ratio(batch: int, context: int, peer: str, kernel: str = "tq4") -> Callable[[], str]:
+    """How many times as long a peer's kernel takes as another."""
+
+    def time(row: Any, name: str) -> float:
+        return float(row["tq4"]["ms"] if name == "tq4" else row[f"{name}_ms"])
+
+    def ratio() -> str:
+        (row,) = (
+            row for row in result("decode_attention")["contexts"] if (row["batch"], row["context"]) == (batch, context)
+        )
+        return f"{time(row, peer) / time(row, kernel):.2f}"
+
+    return ratio
+
+
+def update_share() -> str:
+    """Share of copy bandwidth that writing a cache reaches."""
+    return f"{100 * result('cache_update')['presets']['tq4']['plain']['share_of_copy']:.0f}"
+
+
+def centring(kind: str, measure: str) -> Callable[[], str]:
+    """Perplexity or KL of Qwen2.5-Coder-1.5B with keys centred or not."""
+
+    def figure() -> str:
+        scores = result("centring_qwen2.5-coder-1.5b")["scores"]
+        if measure == "kl":
+            return f"{scores[kind]['mean_kl']:#.2g}"
+        increase = 100 * (scores[kind]["perplexity"] / scores["reference"]["perplexity"] - 1)
+        return f"{increase:+.2f}" if increase < 100 else f"{increase:+,.0f}"
+
+    return figure
+
+
+def presets() -> str:
+    """What every preset costs two models, by bytes."""
+    models = {
+        "SmolLM2-135M, head_dim 64": "side_by_side_smollm2",
+        "Qwen2.5-Coder-1.5B, head_dim 128": "side_by_side_qwen2.5-coder-1.5b",
+    }
+    columns = ["preset"]
+    for model in models:
+        columns += [f"{model}: KL (nats)", "top-1", "perplexity"]
+    rows = [["uncompressed"], *([f"`{preset}`"] for preset in PRESETS)]
+    for name in models.values():
+        caches = result(name)["families"]["turboquant"]["caches"]
+        scores = [caches["DynamicCache"], *(caches[f"turboquant {label}"] for label in PRESETS.values())]
+        for row, score in zip(rows, scores, strict=True):
+            row += [nats(score["mean_kl"]), f"{score['top1_agreement']:.1%}".replace("%", " %"), _ppl(score)]
+    return table(columns, rows)
+
+
+def peers() -> str:
+    """The caches of transformers on both models, where ours is at 4 bits."""
+    shown = {
+        "`tq4`": ("turboquant", "turboquant 4"),
+        "`k6v4`": ("turboquant", "turboquant k6v4"),
+        "quanto, 4 bits": ("quanto", "quanto 4"),
+        "quanto, 4 bits, keys by channel": ("quanto, keys by channel", "quanto 4, keys by channel"),
+        "hqq, 4 bits": ("hqq", "hqq 4"),
+        "fp8": ("fp8", "fp8"),
+    }
+    small, large = result("side_by_side_smollm2"), result("side_by_side_qwen2.5-coder-1.5b")
+    rows = []
+    for label, (family, name) in shown.items():
+        cells = [label]
+        for data in (small, large):
+            score = data["families"][family]["caches"][name]
+            cells += [f"{score['bytes_per_token']:,.0f}", nats(score["mean_kl"])]
+        rows.append(cells)
+    columns = ("cache", "SmolLM2-135M: bytes / token", "KL (nats)", "Qwen2.5-Coder-1.5B: bytes / token", "KL (nats)")
+    return table(columns, rows)
+
+
+def scale_rules() -> str:
+    """Rules for the stored scale of keys and values."""
+    scores = result("cache_options")["scores"]
+    shown = {"norm": "norm", "unbiased": "unbiased", "least_squares": "least squares"}
+    rules = [("norm", "norm"), ("norm", "least_squares"), ("unbiased", "norm"), ("unbiased", "least_squares")]
+    rules += [("least_squares", "norm"), ("least_squares", "least_squares")]
+    widths = ("tq4", "tq3", "tq2")
+    rows = []
+    for keys, values in rules:
+        is_default = (keys, values) == ("unbiased", "least_squares")
+        names = [width if is_default else f"{width}, key scale {keys}, value scale {values}" for width in widths]
+        cells = [f"{shown[keys]}, {shown[values]}", *(nats(scores[name]["mean_kl"]) for name in names)]
+        rows.append([bold_if(is_default, cell) for cell in cells])
+        rows[-1][0] += " (default)" if is_default else ""
+    rows.append(["default, keys not centred", *(nats(scores[f"{width}, not centred"]["mean_kl"]) for width in widths)])
+    return table(("keys, values", *(f"`{width}`" for width in widths)), rows)
+
+
+def decode_attention() -> str:
+    """Times of decode attention beside the peers'."""
+    peers = ("fa3_bf16", "fa3_fp8", "vllm_turboquant_4bit_nc")
+    rows = []
+    for row in sorted(result("decode_attention")["contexts"], key=lambda row: (row["batch"], row["context"])):
+        ours = row["tq4"]["ms"]
+        times = [f"{1000 * row[f'{peer}_ms']:,.0f} µs ({row[f'{peer}_ms'] / ours:.2f}x)" for peer in peers]
+        rows.append([_shape((row["batch"], row["context"])), f"**{1000 * ours:,.0f} µs**", *times])
+    columns = ("rows × tokens", "tq4", "FlashAttention 3, bf16", "FlashAttention 3, fp8", "vLLM's own 4-bit kernel")
+    return table(columns, rows)
+
+
+def cache_update() -> str:
+    """Times of writing a cache."""
+    rows = []
+    for name, kinds in result("cache_update")["presets"].items():
+        cells = [name]
+        for kind in ("plain", "with_mean"):
+            cells += [f"{1000 * kinds[kind]['ms']:.1f} µs", f"{kinds[kind]['share_of_copy']:.0%}"]
+        rows.append(cells)
+    return table(("preset", "time", "share of copy", "with a key mean", "share of copy"), rows)
+
+
+def _step(name: str, shape: Sequence[int]) -> float:
+    return float(_measured(name, shape)["decode_step_ms"])
+
+
+def _prefill(name: str, shape: Sequence[int]) -> float:
+    return float(_measured(name, shape)["prefill_s"])
+
+
+def _measured(name: str, shape: Sequence[int]) -> Any:
+    steps = result("engine")["caches"][name]["steps"]
+    return next(step for step in steps if [step["batch"], step["context"]] == list(shape))
+
+
+def _tokens(name: str) -> int:
+    return int(result("engine")["caches"][name]["kv_tokens"])
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return f"{shape[0]} × {shape[1]:,}"
+
+
+def _ppl(score: Any) -> str:
+    return f"{score['perplexity']:.2f}"
+
+
+BUSY, LONG = (64, 8192), (16, 16_384)
+FIGURES: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "demo-speed": demo_speed,
+    "engine": engine,
+    "engine-steps": engine_steps,
+    "engine-prefill": engine_prefill,
+    "engine-tokens": engine_tokens,
+    "tokens-ratio": engine_ratio(_tokens, "tq4", "bf16"),
+    "fp8-tokens-ratio": engine_ratio(_tokens, "fp8", "bf16"),
+    "step-bf16": engine_ratio(lambda name: _step(name, BUSY), "bf16", "tq4"),
+    "step-fp8": engine_ratio(lambda name: _step(name, BUSY), "fp8", "tq4"),
+    "long-step-bf16": engine_ratio(lambda name: _step(name, LONG), "bf16", "tq4"),
+    "prefill-bf16": engine_ratio(lambda name: _prefill(name, LONG), "bf16", "tq4"),
+    "fp8-long-step-bf16": engine_ratio(lambda name: _step(name, LONG), "bf16", "fp8"),
+    "fp8-prefill-bf16": engine_ratio(lambda name: _prefill(name, LONG), "bf16", "fp8"),
+    "kernel-bf16": kernel_ratio(32, 32_768, "fa3_bf16"),
+    "kernel-fp8": kernel_ratio(32, 32_768, "fa3_fp8"),
+    "kernel-alone-bf16": kernel_ratio(1, 32_768, "fa3_bf16"),
+    "fp8-kernel-bf16": kernel_ratio(32, 32_768, "fa3_bf16", "fa3_fp8"),
+    "fp8-kernel-alone-bf16": kernel_ratio(1, 32_768, "fa3_bf16", "fa3_fp8"),
+    "update-share": update_share,
+    "qwen-ppl": centring("centred", "perplexity"),
+    "qwen-ppl-plain": centring("not centred", "perplexity"),
+    "qwen-kl": centring("centred", "kl"),
+    "qwen-kl-plain": centring("not centred", "kl"),
+    "presets": presets,
+    "peers": peers,
+    "scale-rules": scale_rules,
+    "decode-attention": decode_attention,
+    "cache-update": cache_update,
+}
+
+
+def filled(text: str) -> str:
+    """A page with the figures of now."""
+
+    def figure(match: re.Match[str]) -> str:
+        begin, name, _, end = match.groups()
+        if name not in FIGURES:
+            raise SystemExit(f"there is no figure {name}; there are {', '.join(FIGURES)}")
+        return f"{begin}{FIGURES[name]()}{end}"
+
+    if misplaced := BEGINS_A_LINE.search(text):
+        raise SystemExit(f"the figure {misplaced[1]} begins a line of text; put a word before it")
+    return PLACE.sub(figure, text)
+
+
+def checksum(name: str) -> str:
+    """What a plot carries of a file it was drawn from."""
+    return f"{name} {sha256((RESULTS / name).read_bytes()).hexdigest()[:12]}"
+
+
+def stale_plots() -> Iterator[Path]:
+    """Plots that were drawn from other files than those that are there."""
+    for plot in sorted((ROOT / "docs" / "assets").glob("*.svg")):
+        source = DRAWN_FROM.search(plot.read_text(encoding="utf-8"))
+        entries = [entry.strip() for entry in source[1].split(",")] if source else []
+        if any(entry != checksum(entry.split()[0]) for entry in entries):
+            yield plot
+
+
+def main() -> None:
+    """Write the figures, or check them."""
+    is_check = sys.argv[1:] == ["--check"]
+    stale = list(stale_plots())
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        now = filled(text)
+        if now != text and is_check:
+            stale.append(page)
+        elif now != text:
+            page.write_text(now, encoding="utf-8")
+    if stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        raise SystemExit(f"not of benchmarks/results as it is: {names}. Run `nox -s figures`.")
+
+
+if __name__ == "__main__":
+    main()
