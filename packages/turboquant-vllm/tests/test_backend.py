@@ -5,10 +5,11 @@ from vllm.v1 import kv_cache_interface
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from turboquant_core.vllm_limits import HEAD_DIMS
 from turboquant_vllm import backend
 from turboquant_vllm.backend import TurboQuantBackend
 from turboquant_vllm.settings import Settings
-from turboquant_vllm.support import HEAD_SIZES, check_layer
+from turboquant_vllm.support import check_layer
 
 
 def spec(kind=FullAttentionSpec, **fields):
@@ -93,7 +94,7 @@ def test_what_vllm_asks_is_answered_truthfully():
 
 
 def test_shapes_and_types_are_answered_truthfully():
-    assert all(TurboQuantBackend.supports_head_size(size) for size in HEAD_SIZES)
+    assert all(TurboQuantBackend.supports_head_size(size) for size in HEAD_DIMS)
     assert not TurboQuantBackend.supports_head_size(72)
     assert all(TurboQuantBackend.supports_kv_cache_dtype(name) for name in ("auto", "bfloat16", "tq4", None))
     assert not TurboQuantBackend.supports_kv_cache_dtype("fp8")

@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout as VllmLayout
 
+from turboquant_core import vllm_limits
 from turboquant_vllm import support
 from turboquant_vllm._compat import current_config
 from turboquant_vllm.engine_checks import engine_problems, reads_only_own_pages
@@ -46,12 +47,12 @@ class TurboQuantBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
         """Tokens of a page."""
-        return [MultipleOf(support.BLOCK_SIZE_MULTIPLE)]
+        return [MultipleOf(vllm_limits.BLOCK_SIZE_MULTIPLE)]
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         """Head sizes that the kernels are tested at."""
-        return list(support.HEAD_SIZES)
+        return list(vllm_limits.HEAD_DIMS)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[VllmLayout, ...]:
@@ -110,7 +111,7 @@ class TurboQuantBackend(AttentionBackend):
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         """From Ampere on."""
-        return (capability.major, capability.minor) >= support.MIN_CAPABILITY
+        return (capability.major, capability.minor) >= vllm_limits.MIN_CAPABILITY
 
 
 _latest: Settings = Settings()

@@ -6,8 +6,9 @@ vLLM asks for it on GPUs, through `supports_combination`; on CPUs it asks nothin
 from collections.abc import Iterator
 from typing import Any
 
+from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
 from turboquant_vllm.settings import Settings
-from turboquant_vllm.support import BLOCK_SIZE_MULTIPLE, INSTEAD
+from turboquant_vllm.support import INSTEAD
 
 # Connectors that may keep pages in the memory of this machine: the option that says where, and what it says then.
 OFFLOADING = {

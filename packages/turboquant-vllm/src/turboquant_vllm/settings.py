@@ -5,11 +5,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.config import PRESETS as ALL_PRESETS
 from turboquant_core.config import preset_bits
 
 KEY = "turboquant"
 # Those of whole bits, which the kernels read.
-PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")
+PRESETS = tuple(name for name, bits in ALL_PRESETS.items() if all(count == int(count) for count in bits))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,9 @@
 
 import torch
 
-from turboquant_core import vllm_limits
+from turboquant_core.vllm_limits import HEAD_DIMS
 from turboquant_vllm.settings import PRESETS
 
-HEAD_SIZES = vllm_limits.HEAD_DIMS
-BLOCK_SIZE_MULTIPLE = vllm_limits.BLOCK_SIZE_MULTIPLE
-MIN_CAPABILITY = vllm_limits.MIN_CAPABILITY
 # float32 is for CPUs; FlashAttention takes the others.
 DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (*DTYPES, torch.float32)
@@ -29,8 +26,8 @@ def check_layer(
     Raises:
         ValueError: Naming what is not supported and what serves instead.
     """
-    if head_size not in HEAD_SIZES:
-        raise ValueError(f"head_size is {head_size}; TurboQuant serves {', '.join(map(str, HEAD_SIZES))}. {INSTEAD}")
+    if head_size not in HEAD_DIMS:
+        raise ValueError(f"head_size is {head_size}; TurboQuant serves {', '.join(map(str, HEAD_DIMS))}. {INSTEAD}")
     if kv_cache_dtype not in KV_CACHE_DTYPES:
         raise ValueError(
             f"kv_cache_dtype is {kv_cache_dtype}; TurboQuant takes {', '.join(KV_CACHE_DTYPES)}: the bits of the cache "

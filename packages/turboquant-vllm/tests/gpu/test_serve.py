@@ -45,6 +45,10 @@ def log(command, tmp_path_factory, keep):
             yield path.read_text()
         finally:
             server.terminate()
+            try:
+                server.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                server.kill()
             keep("serve.log", path.read_text())
 
 
