@@ -11,9 +11,12 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
 
-EXACT = {"key_bits": 8, "value_bits": 8}
+KEPT = {"sink_tokens": 2, "recent_tokens": 5}
+EXACT = {"key_bits": 8, "value_bits": 8, **KEPT}
+OPTIONS = {"tq4": {}, "tq2.5": {"preset": "tq2.5"}, "tq4, sinks and recent tokens": KEPT}
 NEW_TOKENS = 10
 
 
@@ -85,11 +88,27 @@ def test_strategies_give_the_text_of_the_uncompressed_cache(model, assistant, st
 
 @pytest.mark.parametrize("strategy", ["prompt lookup", "assisted"])
 def test_verifying_drafts_gives_what_decoding_gives_at_four_bits(model, assistant, strategy):
-    kwargs = {"assistant_model": assistant} if strategy == "assisted" else STRATEGIES[strategy]
+    verify_drafts(model, assistant, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["prompt lookup", "assisted"])
+def test_verifying_drafts_on_codes_and_recent_tokens_gives_what_decoding_gives(tiny_model, assistant, strategy):
+    # Dequantised, the tokens of a call see each other as they are.
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation("turboquant")
+    verify_drafts(model, assistant, strategy, **KEPT)
+
+
+def verify_drafts(model, assistant, strategy, **options):
+    kwargs = STRATEGIES[strategy]
+    if strategy == "assisted":
+        kwargs = {"assistant_model": copy.deepcopy(assistant)}
+        kwargs["assistant_model"].generation_config.num_assistant_tokens = 5
+        kwargs["assistant_model"].generation_config.num_assistant_tokens_schedule = "constant"
     # A text that repeats itself has its drafts accepted.
     ids = prompts(1, 8).repeat(1, 4)
-    expected = generate(model, ids, TurboQuantCache(model.config))
-    assert torch.equal(generate(model, ids, TurboQuantCache(model.config), **kwargs), expected)
+    expected = generate(model, ids, TurboQuantCache(model.config, **options))
+    assert torch.equal(generate(model, ids, TurboQuantCache(model.config, **options), **kwargs), expected)
 
 
 def test_several_turns(model):
@@ -118,23 +137,24 @@ def test_rows_of_different_length(model):
     assert torch.equal(generate(model, ids, TurboQuantCache(model.config, **EXACT), attention_mask=mask), expected)
 
 
-@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
-def test_crop_equals_a_cache_built_afresh(model, preset):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_crop_equals_a_cache_built_afresh(model, options):
     ids, first = prompts(2), prompts(2, 1, seed=2)
-    cache = prefill(model, ids, preset=preset)
-    expected = greedy(model, cache, first)
-    cache.crop(-NEW_TOKENS)
+    cache = prefill(model, ids, **options)
+    # What the window has room for can be taken back.
+    expected = greedy(model, cache, first, num_tokens=MAX_QUERY_LEN)
+    cache.crop(-MAX_QUERY_LEN)
     assert cache.get_seq_length() == ids.shape[1]
-    assert torch.equal(greedy(model, cache, first), expected)
-    assert torch.equal(greedy(model, prefill(model, ids, preset=preset), first), expected)
+    assert torch.equal(greedy(model, cache, first, num_tokens=MAX_QUERY_LEN), expected)
+    assert torch.equal(greedy(model, prefill(model, ids, **options), first, num_tokens=MAX_QUERY_LEN), expected)
 
 
 def test_reset_equals_a_new_cache(model):
-    cache = TurboQuantCache(model.config)
+    cache = TurboQuantCache(model.config, **KEPT)
     generate(model, prompts(3, seed=5), cache)
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == 0
-    expected = generate(model, prompts(2), TurboQuantCache(model.config))
+    expected = generate(model, prompts(2), TurboQuantCache(model.config, **KEPT))
     assert torch.equal(generate(model, prompts(2), cache), expected)
 
 
@@ -149,15 +169,15 @@ BATCH_OPERATIONS = {
 }
 
 
-@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("operation", BATCH_OPERATIONS)
-def test_batch_operations_equal_a_cache_built_afresh(model, operation, preset):
+def test_batch_operations_equal_a_cache_built_afresh(model, operation, options):
     apply, rows = BATCH_OPERATIONS[operation]
     ids, first, after = prompts(3), prompts(3, 1, seed=2), prompts(3, 1, seed=3)
-    cache = prefill(model, ids, preset=preset)
+    cache = prefill(model, ids, **options)
     greedy(model, cache, first, num_tokens=2)
     apply(cache)
-    fresh = prefill(model, ids[rows], preset=preset)
+    fresh = prefill(model, ids[rows], **options)
     greedy(model, fresh, first[rows], num_tokens=2)
     assert torch.equal(greedy(model, cache, after[rows]), greedy(model, fresh, after[rows]))
 
@@ -166,7 +186,7 @@ def test_batch_operations_equal_a_cache_built_afresh(model, operation, preset):
     "duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["deepcopy", "pickle"]
 )
 def test_copies_go_their_own_way(model, duplicate):
-    cache = prefill(model, prompts(2))
+    cache = prefill(model, prompts(2), **KEPT)
     twin = duplicate(cache)
     first = prompts(2, 1, seed=2)
     expected = greedy(model, cache, first)
@@ -194,15 +214,15 @@ class OffloadedByHand(TurboQuantCache):
 
 
 def test_offloading(model):
-    expected = generate(model, prompts(2), TurboQuantCache(model.config))
-    assert torch.equal(generate(model, prompts(2), OffloadedByHand(model.config)), expected)
+    expected = generate(model, prompts(2), TurboQuantCache(model.config, **KEPT))
+    assert torch.equal(generate(model, prompts(2), OffloadedByHand(model.config, **KEPT)), expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile(model, backend):
     ids, first = prompts(2), prompts(2, 1, seed=2)
-    expected = greedy(model, prefill(model, ids), first, num_tokens=4)
+    expected = greedy(model, prefill(model, ids, **KEPT), first, num_tokens=4)
     torch.compiler.reset()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    assert torch.equal(greedy(compiled, prefill(model, ids), first, num_tokens=4), expected)
+    assert torch.equal(greedy(compiled, prefill(model, ids, **KEPT), first, num_tokens=4), expected)
     torch.compiler.reset()

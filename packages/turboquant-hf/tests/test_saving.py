@@ -29,18 +29,30 @@ def continuation(model, prompt, cache):
     return model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
 
 
-@pytest.mark.parametrize("preset", ["tq4", "tq3", "tq2.5", "k8v4"])
-def test_a_loaded_cache_continues_as_the_saved_one(model, prompt, tmp_path, preset):
-    cache = prefilled(model, prompt, preset)
+@pytest.mark.parametrize(
+    ("preset", "options"),
+    [
+        ("tq4", {}),
+        ("tq3", {"sink_tokens": 3}),
+        ("tq2.5", {"recent_tokens": 9}),
+        ("k8v4", {"sink_tokens": 3, "recent_tokens": 9}),
+        ("tq4", {"sink_tokens": 100, "recent_tokens": 9}),
+        ("tq4", {"sink_tokens": 3, "recent_tokens": 100}),
+    ],
+)
+def test_a_loaded_cache_continues_as_the_saved_one(model, prompt, tmp_path, preset, options):
+    cache = prefilled(model, prompt, preset, **options)
+    cache.crop(-2)
+    prompt = prompt[:, :-2]
     cache.save(tmp_path / "prefix.safetensors")
     loaded = TurboQuantCache.load(tmp_path / "prefix.safetensors", model.config)
-    assert loaded.get_seq_length() == 40
+    assert loaded.get_seq_length() == 38
     assert loaded.nbytes == cache.nbytes
     assert torch.equal(continuation(model, prompt, loaded), continuation(model, prompt, cache))
 
 
 def test_options_are_kept(tiny_model, prompt, tmp_path):
-    cache = prefilled(tiny_model, prompt, key_bits=8, value_bits=3, center_keys=False)
+    cache = prefilled(tiny_model, prompt, key_bits=8, value_bits=3, center_keys=False, sink_tokens=5, recent_tokens=6)
     cache.save(tmp_path / "prefix.safetensors")
     loaded = TurboQuantCache.load(tmp_path / "prefix.safetensors", tiny_model.config)
     assert [layer.config for layer in loaded.layers] == [layer.config for layer in cache.layers]
@@ -48,6 +60,7 @@ def test_options_are_kept(tiny_model, prompt, tmp_path):
     with torch.no_grad():
         tiny_model(prompt, past_key_values=loaded)
     assert loaded.layers[0].config == cache.layers[0].config
+    assert loaded.nbytes == cache.nbytes
 
 
 def test_the_file_is_as_small_as_the_cache_and_holds_no_rest_of_other_tokens(tiny_model, prompt, tmp_path):
@@ -61,10 +74,21 @@ def test_the_file_is_as_small_as_the_cache_and_holds_no_rest_of_other_tokens(tin
     assert (tmp_path / "a").stat().st_size < cache.nbytes + 4096
 
 
+def test_recent_tokens_that_were_taken_back_are_not_in_the_file(tiny_model, prompt, tmp_path):
+    cache = prefilled(tiny_model, prompt, sink_tokens=2, recent_tokens=6)
+    for layer in cache.layers:
+        layer.update(*torch.full((2, 2, 2, 5, 64), 1234.5))
+    cache.crop(-5)
+    cache.save(tmp_path / "prefix.safetensors")
+    kept = [tensor for name, tensor in load_file(tmp_path / "prefix.safetensors").items() if "kept" in name]
+    assert len(kept) == 4
+    assert not any((tensor == 1234.5).any() for tensor in kept)
+
+
 @pytest.fixture
 def saved(tiny_model, prompt, tmp_path):
     path = tmp_path / "prefix.safetensors"
-    prefilled(tiny_model, prompt).save(path)
+    prefilled(tiny_model, prompt, sink_tokens=2, recent_tokens=6).save(path)
     return path
 
 
@@ -89,17 +113,22 @@ def without_mean(tensors):
     del tensors["layers.0.key_mean"]
 
 
+def with_few_recent(tensors):
+    tensors["layers.1.kept_values"] = tensors["layers.1.kept_values"][:, :, 1:].contiguous()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
-        ({"change_header": lambda header: header.update(version=2)}, "format version 2; this one reads 1"),
+        ({"change_header": lambda header: header.update(version=1)}, "format version 1; this one reads 2"),
         ({"change_header": lambda header: header.update(core="9.9")}, "codes of turboquant-core 9.9"),
         ({"change_header": lambda header: header["layers"].pop()}, "1 layers; this model has 2"),
         ({"change_header": lambda header: header["layers"][0].update(num_tokens=99)}, "pages of layer 0 are"),
         ({"change_tensors": without_pages}, "pages of layer 1 are missing"),
         ({"change_tensors": with_short_pages}, r"pages of layer 0 are torch.uint8 \[1, 4, 4350\]"),
-        ({"change_tensors": without_mean}, "mean and orders of layer 0"),
+        ({"change_tensors": without_mean}, "key_mean of layer 0 are missing and must be torch.float32"),
+        ({"change_tensors": with_few_recent}, r"kept_values of layer 1 are torch.float32 \[2, 2, 15, 64\] and must be"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:20],
 )

@@ -73,8 +73,29 @@ def test_windows_are_compressed_where_the_cache_knows_of_them():
     cache = DynamicCache(config=config)
     compressed = CompressedDynamicCache(cache, head_dim=128)
     assert type(cache.layers[0]) is TurboQuantSlidingLayer
-    with pytest.raises(ValueError, match="sliding-window layer cannot be restored"):
+    cache.update(*torch.randn(2, 1, config.num_key_value_heads, 5, 128), 0)
+    with pytest.raises(ValueError, match="sliding-window layer that holds tokens cannot be restored"):
         compressed.restore()
+    cache.reset()
+    compressed.restore()
+    assert type(cache.layers[0]) is type(DynamicCache(config=config).layers[0])
+    cache.update(*torch.randn(2, 1, config.num_key_value_heads, 40, 128), 0)
+    assert cache.layers[0].keys.shape[2] == 15
+
+
+def test_sinks_and_recent_tokens(tiny_model, prompt):
+    kept = {"sink_tokens": 3, "recent_tokens": 7}
+    cache = DynamicCache()
+    with CompressedDynamicCache(cache, head_dim=64, bits=4, **kept) as compressed:
+        expected_cache = TurboQuantCache(tiny_model.config, **kept)
+        expected = generate(tiny_model, prompt, expected_cache)
+        assert torch.equal(generate(tiny_model, prompt, cache), expected)
+        assert compressed.vram_bytes() == expected_cache.nbytes
+        raw = cache.layers[0].states.kept.in_order(cache.get_seq_length())[0]
+    assert torch.equal(cache.layers[0].keys[:, :, :3], raw[:, :, :3])
+    assert torch.equal(cache.layers[0].keys[:, :, -7:], raw[:, :, -7:])
+    with pytest.raises(ValueError, match="recent_tokens is -4"):
+        CompressedDynamicCache(DynamicCache(), head_dim=64, recent_tokens=-4)
 
 
 def test_what_cannot_be_wrapped_is_refused(tiny_model, prompt):

@@ -35,12 +35,14 @@ class TurboQuantCache(Cache):
             `torch.compile` and CUDA graphs, which `generate` then uses by itself on a GPU.
         skip_layers: Layers that keep full precision, by index; negative ones count from the last.
         layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's.
+        sink_tokens: First tokens of every sequence that full-attention layers keep as they are.
+        recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it.
         **overrides: Fields of `TurboQuantConfig` that replace the preset's: `key_bits`, `value_bits`, `key_scale`,
             `value_scale`, `center_keys`.
 
     Raises:
-        ValueError: If preset, bits or a layer do not exist, the model has no layer that this cache can hold, or
-            max_length comes with offloading.
+        ValueError: If preset, bits or a layer do not exist, a number of tokens is none, the model has no layer that
+            this cache can hold or that can keep tokens as they are, or max_length comes with offloading.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class TurboQuantCache(Cache):
         max_length: int | None = None,
         skip_layers: Iterable[int] = (),
         layer_bits: Mapping[int, tuple[float, float]] | None = None,
+        sink_tokens: int | None = None,
+        recent_tokens: int | None = None,
         **overrides: Any,
     ) -> None:
         if max_length is not None and offloading:
@@ -62,6 +66,8 @@ class TurboQuantCache(Cache):
             max_length=max_length,
             skip_layers=skip_layers,
             layer_bits={} if layer_bits is None else layer_bits,
+            sink_tokens=sink_tokens,
+            recent_tokens=recent_tokens,
             overrides=overrides,
         )
         super().__init__(layers=layers, offloading=offloading)

@@ -9,6 +9,7 @@ from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention import hand_over, reads_codes
+from turboquant_hf.kept import KeptTokens
 from turboquant_hf.states import PagedStates
 
 
@@ -19,15 +20,21 @@ class TurboQuantLayer(CacheLayerMixin):
     say, its own included: its output does not depend on how tokens were grouped into calls, so verifying several
     drafted tokens at once gives what decoding them one by one gives.
 
+    Sinks and recent tokens are read as they are. Then drafts that are verified together give what decoding them gives
+    where they are read as codes, which is with `attn_implementation="turboquant"` and up to 8 of them; in other calls
+    tokens see each other, and the window before the first of them, as they are.
+
     With `attn_implementation="turboquant"` up to 8 tokens attend on the codes themselves, and `update` returns
-    placeholders; otherwise it returns the layer's history dequantised. No full-precision copy outlives a call. `keys`
-    and `values` of the base class stay None.
+    placeholders; otherwise it returns the layer's history dequantised. No other full-precision copy outlives a call.
+    `keys` and `values` of the base class stay None.
 
     Args:
         preset: Preset of `TurboQuantConfig`; the layer learns its head_dim from the first keys it sees.
         text_config: The configuration that the model's attention reads, which says how it attends; without it the
             layer always returns dequantised states.
         head_dim: Refuse keys of another dimension; None takes that of the first.
+        sink_tokens: First tokens of every sequence that are kept as they are.
+        recent_tokens: Newest tokens that are kept as they are.
         **overrides: Fields of `TurboQuantConfig` that replace the preset's.
     """
 
@@ -43,9 +50,13 @@ class TurboQuantLayer(CacheLayerMixin):
         *,
         text_config: PreTrainedConfig | None = None,
         head_dim: int | None = None,
+        sink_tokens: int = 0,
+        recent_tokens: int = 0,
         **overrides: Any,
     ) -> None:
         super().__init__()
+        self._sink_tokens = sink_tokens
+        self._recent_tokens = recent_tokens
         self._head_dim = head_dim
         self._preset = preset
         self._overrides = overrides
@@ -54,8 +65,10 @@ class TurboQuantLayer(CacheLayerMixin):
     @classmethod
     def restore(cls, states: PagedStates, dtype: torch.dtype, text_config: PreTrainedConfig | None) -> Self:
         """A layer that holds these states of keys and values in `dtype`."""
-        config = states.config
+        config, kept = states.config, states.kept
         overrides = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "head_dim"}
+        if kept is not None:
+            overrides |= {"sink_tokens": kept.sink_tokens, "recent_tokens": kept.recent_tokens}
         layer = cls(text_config=text_config, **overrides)
         layer.config, layer.states = config, states
         layer.dtype, layer.device = dtype, states.pages.device
@@ -92,13 +105,13 @@ class TurboQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         states = self.states
         self._check(key_states, value_states)
-        is_prefill = states.is_empty
-        states.append(key_states, value_states)
-        if is_prefill:
+        if states.is_empty:
+            states.append(key_states, value_states)
             return self._prompt(key_states, value_states)
         if 0 < key_states.shape[-2] <= MAX_QUERY_LEN and reads_codes(self._text_config):
+            states.append(key_states, value_states)
             return hand_over(states, self.dtype)
-        return states.dequantize(self.dtype)
+        return states.extend(key_states, value_states, self.dtype)
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
@@ -161,7 +174,14 @@ class TurboQuantLayer(CacheLayerMixin):
         return self.states.tensors() if self.is_initialized else []
 
     def _new_states(self, batch_size: int, num_kv_heads: int) -> PagedStates:
-        return PagedStates(self.config, batch_size, num_kv_heads, self.device)
+        return PagedStates(self.config, batch_size, num_kv_heads, self.device, self._new_kept(batch_size, num_kv_heads))
+
+    def _new_kept(self, batch_size: int, num_kv_heads: int) -> KeptTokens | None:
+        sinks, recent = self._sink_tokens, self._recent_tokens
+        if not sinks and not recent:
+            return None
+        heads = (batch_size, num_kv_heads, self.config.head_dim)
+        return KeptTokens.empty(sinks, recent, heads, self.dtype, self.device)
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What attention of the first tokens reads."""

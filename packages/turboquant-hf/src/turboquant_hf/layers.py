@@ -10,6 +10,9 @@ from turboquant_hf.sliding import TurboQuantSlidingLayer
 from turboquant_hf.static import TurboQuantStaticLayer
 from turboquant_hf.support import held_layers, text_head_dim
 
+DEFAULT_SINK_TOKENS = 0
+DEFAULT_RECENT_TOKENS = 0
+
 
 def build_layers(
     config: PreTrainedConfig,
@@ -18,6 +21,8 @@ def build_layers(
     max_length: int | None,
     skip_layers: Iterable[int],
     layer_bits: Mapping[int, tuple[float, float]],
+    sink_tokens: int | None,
+    recent_tokens: int | None,
     overrides: dict[str, Any],
 ) -> list[object]:
     """A compressed layer for every attention layer, and transformers' own for the rest; see `TurboQuantCache`.
@@ -30,6 +35,8 @@ def build_layers(
     skipped = {_index(index, len(layers), "skip_layers") for index in skip_layers}
     bits = {_index(index, len(layers), "layer_bits"): pair for index, pair in layer_bits.items()}
     text_config, head_dim = config.get_text_config(decoder=True), text_head_dim(config)
+    given = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
+    kept = kept_tokens(**given)
     built: list[object] = []
     for index, layer in enumerate(layers):
         options = overrides
@@ -39,7 +46,9 @@ def build_layers(
         # A preset or bits that do not exist are found here, not at the first token.
         TurboQuantConfig.preset(preset, head_dim, **options)
         built.append(
-            layer if index in skipped else compressed_layer(layer, preset, {"text_config": text_config, **options})
+            layer
+            if index in skipped
+            else compressed_layer(layer, preset, kept, {"text_config": text_config, **options})
         )
     if not any(isinstance(layer, TurboQuantLayer) for layer in built):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
@@ -48,17 +57,49 @@ def build_layers(
             f"this {config.model_type} model has no attention layer to compress{left} (its layers: {kinds}). Use "
             "DynamicCache for it."
         )
+    asked = [f"{name}={value}" for name, value in given.items() if value]
+    if asked and all(
+        isinstance(layer, TurboQuantSlidingLayer) for layer in built if isinstance(layer, TurboQuantLayer)
+    ):
+        raise ValueError(
+            f"{' and '.join(asked)} was asked for, and every compressed layer of this {config.model_type} model is a "
+            "sliding window, which keeps codes only. Leave it out; skip_layers keeps whole layers in full precision."
+        )
     return built
 
 
-def compressed_layer(layer: Any, preset: str, options: dict[str, Any]) -> Any:
-    """The compressed layer that takes the place of a layer of transformers, or that layer."""
+def kept_tokens(sink_tokens: int | None, recent_tokens: int | None) -> dict[str, int]:
+    """How many tokens a full-attention layer keeps as they are; None is the default.
+
+    Raises:
+        ValueError: If a number is none of tokens.
+    """
+    kept = {}
+    for name, given, default in (
+        ("sink_tokens", sink_tokens, DEFAULT_SINK_TOKENS),
+        ("recent_tokens", recent_tokens, DEFAULT_RECENT_TOKENS),
+    ):
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
+            raise ValueError(f"{name} is {given!r}; it must be a number of tokens, 0 for none")
+        kept[name] = default if given is None else given
+    return kept
+
+
+def compressed_layer(layer: Any, preset: str, kept: Mapping[str, int], options: Mapping[str, Any]) -> Any:
+    """The compressed layer that takes the place of a layer of transformers, or that layer.
+
+    Args:
+        layer: A layer of transformers.
+        preset: As for `TurboQuantLayer`.
+        kept: Its sink_tokens and recent_tokens, which windows do not take.
+        options: Its other options.
+    """
     if type(layer) is DynamicLayer:
-        return TurboQuantLayer(preset, **options)
+        return TurboQuantLayer(preset, **kept, **options)
     if type(layer) is DynamicSlidingWindowLayer:
         return TurboQuantSlidingLayer(layer.sliding_window, preset, **options)
     if type(layer) is StaticLayer:
-        return TurboQuantStaticLayer(layer.max_cache_len, preset, **options)
+        return TurboQuantStaticLayer(layer.max_cache_len, preset, **kept, **options)
     return layer
 
 

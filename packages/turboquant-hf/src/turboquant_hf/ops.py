@@ -50,13 +50,13 @@ def attend(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `paged.attend`."""
     if torch.compiler.is_compiling():
-        options = (scale, seq_starts, window, softcap, sinks)
-        output = torch.ops.turboquant_hf.attend(query, pages, block_table, seq_lens, *options, *_pack(codec))
-        assert isinstance(output, torch.Tensor)
-        return output
+        options = (scale, seq_starts, window, softcap, sinks, return_lse)
+        output, lse = torch.ops.turboquant_hf.attend(query, pages, block_table, seq_lens, *options, *_pack(codec))
+        return output, lse
     return paged.attend(
         query,
         pages,
@@ -68,6 +68,7 @@ def attend(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        return_lse=return_lse,
     )
 
 
@@ -116,8 +117,9 @@ def _attend(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    return_lse: bool,
     *codec: *Codec,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     return paged.attend(
         query,
         pages,
@@ -129,12 +131,27 @@ def _attend(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        return_lse=return_lse,
     )
 
 
-def _attend_shape(query: torch.Tensor, *_: object) -> torch.Tensor:
+def _attend_shapes(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float | None,
+    seq_starts: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    return_lse: bool,
+    *codec: *Codec,
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch_size, num_heads, query_len, head_dim = query.shape
-    return query.new_empty(batch_size, query_len, num_heads, head_dim)
+    output = query.new_empty(batch_size, query_len, num_heads, head_dim)
+    lse = (batch_size, query_len, num_heads) if return_lse else (0,)
+    return output, query.new_empty(lse, dtype=torch.float32)
 
 
 _library = torch.library.Library("turboquant_hf", "DEF")  # type: ignore[no-untyped-call]
@@ -151,7 +168,7 @@ _register("write(Tensor(a!) pages, Tensor keys, Tensor values, Tensor slots, COD
 _register("read(Tensor pages, int count, ScalarType dtype, CODEC) -> (Tensor, Tensor)", _read, _read_shapes)
 _register(
     "attend(Tensor query, Tensor pages, Tensor block_table, Tensor seq_lens, float? scale, Tensor? seq_starts, "
-    "int? window, float? softcap, Tensor? sinks, CODEC) -> Tensor",
+    "int? window, float? softcap, Tensor? sinks, bool return_lse, CODEC) -> (Tensor, Tensor)",
     _attend,
-    _attend_shape,
+    _attend_shapes,
 )

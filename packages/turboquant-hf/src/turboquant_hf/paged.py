@@ -100,7 +100,8 @@ def attend(
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of the last stored tokens on the codes, which must be of whole bits.
 
     Args:
@@ -115,13 +116,18 @@ def attend(
         softcap: Logits become softcap * tanh(logits / softcap).
         sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
 
+        return_lse: Whether the log-sum-exp is needed.
+
     Returns:
-        [batch_size, query_len, num_heads, head_dim].
+        [batch_size, query_len, num_heads, head_dim], and the log-sum-exp of the logits float32 [batch_size, query_len,
+        num_heads], or [0] where it is not needed.
     """
     batch_size, num_heads, query_len, head_dim = query.shape
     layout = page_layout(codec.config, pages.shape[1] // batch_size)
     shape = (batch_size, layout.num_kv_heads, head_dim)
-    output = decode_attention(
+    # Softmax does not see the mean.
+    sees_mean = return_lse or softcap or sinks is not None
+    result = decode_attention(
         query.transpose(1, 2).reshape(-1, num_heads, head_dim),
         pages.view(-1, layout.num_kv_heads, layout.head_bytes),
         block_table,
@@ -132,8 +138,9 @@ def attend(
         window=window,
         softcap=softcap,
         sinks=sinks,
-        # Softmax does not see the mean.
-        key_mean=codec.key_mean.view(shape) if codec.key_mean is not None and (softcap or sinks is not None) else None,
+        key_mean=codec.key_mean.view(shape) if codec.key_mean is not None and sees_mean else None,
+        return_lse=return_lse,
     )
-    assert isinstance(output, torch.Tensor)  # with no log-sum-exp
-    return output.view(batch_size, query_len, num_heads, head_dim)
+    output, lse = result if isinstance(result, tuple) else (result, query.new_empty(0, dtype=torch.float32))
+    output = output.view(batch_size, query_len, num_heads, head_dim)
+    return output, lse.view(batch_size, query_len, num_heads) if return_lse else lse

@@ -25,6 +25,7 @@ class LayerMemory:
         kind: "turboquant" with its bits, or the class of a layer that is left as it is.
         num_tokens: Tokens held, over all sequences.
         token_nbytes: Bytes of the tokens held: codes and scales, or native keys and values.
+        kept_nbytes: Allocated bytes of sinks and recent tokens that are kept as they are beside their codes.
         reserved_nbytes: Bytes allocated for tokens to come.
         fixed_nbytes: Allocated bytes that do not grow with tokens: means and channel orders.
         bf16_nbytes: Bytes that the same keys and values take in bfloat16.
@@ -34,6 +35,7 @@ class LayerMemory:
     kind: str
     num_tokens: int
     token_nbytes: int
+    kept_nbytes: int
     reserved_nbytes: int
     fixed_nbytes: int
     bf16_nbytes: int
@@ -41,7 +43,7 @@ class LayerMemory:
     @property
     def nbytes(self) -> int:
         """Allocated bytes."""
-        return self.token_nbytes + self.reserved_nbytes + self.fixed_nbytes
+        return self.token_nbytes + self.kept_nbytes + self.reserved_nbytes + self.fixed_nbytes
 
     @property
     def compression(self) -> float:
@@ -88,7 +90,7 @@ class MemoryReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title="KV cache, allocated bytes")
-        for name in ("layer", "kind", "tokens", "codes and scales", "reserved", "fixed", "bf16", "compression"):
+        for name in ("layer", "kind", "tokens", "codes and scales", "kept", "reserved", "fixed", "bf16", "compression"):
             table.add_column(name, justify="left" if name == "kind" else "right")
         for layer in self.layers:
             table.add_row(
@@ -96,13 +98,14 @@ class MemoryReport:
                 layer.kind,
                 f"{layer.num_tokens:,}",
                 f"{layer.token_nbytes:,}",
+                f"{layer.kept_nbytes:,}",
                 f"{layer.reserved_nbytes:,}",
                 f"{layer.fixed_nbytes:,}",
                 f"{layer.bf16_nbytes:,}",
                 _times(layer.compression),
             )
         table.add_section()
-        table.add_row("all", "", "", f"{self.nbytes:,}", "", "", f"{self.bf16_nbytes:,}", _times(self.compression))
+        table.add_row("all", "", "", f"{self.nbytes:,}", "", "", "", f"{self.bf16_nbytes:,}", _times(self.compression))
         yield table
 
     def __str__(self) -> str:
@@ -149,22 +152,25 @@ def _measure(index: int, layer: object) -> LayerMemory:
             kind=type(layer).__name__,
             num_tokens=held[0].shape[0] * held[0].shape[2] if held else 0,
             token_nbytes=allocated,
+            kept_nbytes=0,
             reserved_nbytes=0,
             fixed_nbytes=0,
             bf16_nbytes=UNCOMPRESSED_ITEMSIZE * sum(states.numel() for states in held),
         )
     if not layer.is_initialized:
-        return LayerMemory(index, "turboquant, empty", 0, 0, 0, 0, 0)
+        return LayerMemory(index, "turboquant, empty", 0, 0, 0, 0, 0, 0)
     config = layer.config
     states = layer.states
     num_tokens = states.batch_size * states.num_tokens
+    kept_nbytes = 0 if states.kept is None else storage_nbytes(states.kept.tensors())
     return LayerMemory(
         index=index,
         kind=f"turboquant {config.key_bits}/{config.value_bits} bits",
         num_tokens=num_tokens,
         token_nbytes=states.used_nbytes,
+        kept_nbytes=kept_nbytes,
         reserved_nbytes=states.pages.untyped_storage().nbytes() - states.used_nbytes,
-        fixed_nbytes=allocated - states.pages.untyped_storage().nbytes(),
+        fixed_nbytes=allocated - states.pages.untyped_storage().nbytes() - kept_nbytes,
         bf16_nbytes=2 * UNCOMPRESSED_ITEMSIZE * num_tokens * states.num_kv_heads * config.head_dim,
     )
 

@@ -12,16 +12,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.vector_format import OUTLIER_BITS
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.codec import LayerCodec
+from turboquant_hf.kept import KeptTokens
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
 from turboquant_hf.states import PagedStates
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What must be the same for keys and values of one model to mean anything to another.
 MODEL_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+CODEC_TENSORS = ("key_mean", "key_order", "value_order")
+KEPT_TENSORS = ("kept_keys", "kept_values")
+KEPT_FIELDS = ("sink_tokens", "recent_tokens", "num_kept")
 AGAIN = "Fill a new cache and save it again."
 
 
@@ -50,6 +55,7 @@ def save_layers(layers: Sequence[object], text_config: PreTrainedConfig, path: P
                 "num_kv_heads": states.num_kv_heads,
                 "num_tokens": states.num_tokens,
                 "dtype": str(layer.dtype).removeprefix("torch."),
+                "kept": _describe(states.kept, states.num_tokens),
             }
         )
     header = {
@@ -85,15 +91,24 @@ def load_layers(path: Path, text_config: PreTrainedConfig, device: torch.device)
 
 def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
     """What is stored of a layer: whole blocks, with zeros where no token is."""
-    codec = states.codec
-    assert codec is not None  # there are tokens
     pages = states.pages[: num_blocks(states.num_tokens)].clone()
     last = page_layout(states.config, pages.shape[1]).views(pages[-1:])
     used = (states.num_tokens - 1) % BLOCK_SIZE + 1
     for field in vars(last).values():
         field[:, :, used:] = 0
-    named = {"key_mean": codec.key_mean, "key_order": codec.key_order, "value_order": codec.value_order}
-    return {"pages": pages, **{name: tensor for name, tensor in named.items() if tensor is not None}}
+    named = {"pages": pages}
+    if states.codec is not None:
+        named |= {name: getattr(states.codec, name) for name in CODEC_TENSORS}
+    if states.kept is not None:
+        named |= dict(zip(KEPT_TENSORS, states.kept.in_order(states.num_tokens), strict=True))
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _describe(kept: KeptTokens | None, num_tokens: int) -> dict[str, int] | None:
+    if kept is None:
+        return None
+    num_kept = min(kept.sink_tokens, num_tokens) + num_tokens - kept.first_held(num_tokens)
+    return dict(zip(KEPT_FIELDS, (kept.sink_tokens, kept.recent_tokens, num_kept), strict=True))
 
 
 def _header(metadata: dict[str, str], text_config: PreTrainedConfig, path: Path) -> dict[str, Any]:
@@ -122,22 +137,34 @@ def _restore(
     config = TurboQuantConfig(**described["config"])
     batch_size, num_kv_heads, num_tokens = (described[name] for name in ("batch_size", "num_kv_heads", "num_tokens"))
     num_heads = batch_size * num_kv_heads
-    vectors = (num_heads, config.head_dim)
-    codec = LayerCodec(
-        config, *(tensors.get(f"layers.{index}.{name}") for name in ("key_mean", "key_order", "value_order"))
-    )
-    pages = tensors.get(f"layers.{index}.pages")
-    expected = (num_blocks(num_tokens), num_heads, page_layout(config, num_heads).head_bytes)
-    if pages is None or pages.dtype != torch.uint8 or pages.shape != expected:
-        found = "missing" if pages is None else f"{pages.dtype} {list(pages.shape)}"
-        raise ValueError(f"{path}: pages of layer {index} are {found} and must be uint8 {list(expected)}. {AGAIN}")
-    if (codec.key_mean is not None) != config.center_keys or any(t.shape != vectors for t in codec.tensors()):
-        shapes = [list(tensor.shape) for tensor in codec.tensors()]
-        raise ValueError(
-            f"{path}: mean and orders of layer {index} are {shapes}, each must be {list(vectors)}. {AGAIN}"
+    dtype = getattr(torch, described["dtype"])
+
+    def take(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        tensor = tensors.get(f"layers.{index}.{name}")
+        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
+            found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{path}: {name} of layer {index} are {found} and must be {dtype} {list(shape)}. {AGAIN}")
+        return tensor
+
+    pages = take("pages", torch.uint8, num_blocks(num_tokens), num_heads, page_layout(config, num_heads).head_bytes)
+    kept = None
+    if described["kept"] is not None:
+        sinks, recent, num_kept = (described["kept"][field] for field in KEPT_FIELDS)
+        kept = KeptTokens.empty(sinks, recent, (batch_size, num_kv_heads, config.head_dim), dtype, pages.device)
+        shape = (batch_size, num_kv_heads, num_kept, config.head_dim)
+        keys, values = (take(name, dtype, *shape) for name in KEPT_TENSORS)
+        kept.restore(keys, values, num_tokens)
+    codec = None
+    if kept is None or num_tokens > kept.sink_tokens:
+        vectors = (num_heads, config.head_dim)
+        codec = LayerCodec(
+            config,
+            take("key_mean", torch.float32, *vectors) if config.center_keys else None,
+            take("key_order", torch.int64, *vectors) if config.key_bits in OUTLIER_BITS else None,
+            take("value_order", torch.int64, *vectors) if config.value_bits in OUTLIER_BITS else None,
         )
-    states = PagedStates.restore(pages, codec, batch_size, num_tokens)
-    return TurboQuantLayer.restore(states, getattr(torch, described["dtype"]), text_config)
+    states = PagedStates.restore(config, batch_size, num_tokens, pages, codec, kept)
+    return TurboQuantLayer.restore(states, dtype, text_config)
 
 
 def _core_version() -> str:

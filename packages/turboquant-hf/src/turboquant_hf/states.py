@@ -1,14 +1,18 @@
 """The stored keys and values of one layer."""
 
 from copy import copy
+from typing import Any
 
 import torch
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf import ops
 from turboquant_hf.codec import LayerCodec
-from turboquant_hf.paged import num_blocks, page_layout
+from turboquant_hf.kept import KeptTokens
+from turboquant_hf.merge import attend_kept
+from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
 from turboquant_hf.tables import block_table, row_lengths, slot_range
 
 # Storage that is full grows by a thirty-second, and a block: a token is copied some thirty times in all, where every
@@ -17,28 +21,39 @@ GROWTH_DIVISOR = 32
 
 
 class PagedStates:
-    """Keys and values [batch_size, num_kv_heads, num_tokens, head_dim] of one layer, kept as codes and scales only.
+    """Keys and values [batch_size, num_kv_heads, num_tokens, head_dim] of one layer, kept as codes and scales.
 
     They are in pages that core's kernels attend on; see `paged`. Growing, cropping and picking rows are operations on
-    whole pages or on their second dimension.
+    whole pages or on their second dimension. Sinks and a window of the newest tokens may be kept beside them as they
+    are; see `kept`.
 
-    What depends on data, the key mean and the outlier channels, comes from the first tokens appended, for each row and
-    head apart, and is kept from then on: every stored token is read with what it was written with.
+    What depends on data, the key mean and the outlier channels, comes from the first tokens appended that are no sinks,
+    for each row and head apart, and is kept from then on: every stored token is read with what it was written with.
 
     Args:
         config: What is stored for one head.
         batch_size: Rows.
         num_kv_heads: Heads of a row.
         device: Where pages are.
+        kept: What keeps sinks and the newest tokens as they are; None to keep codes only.
     """
 
-    def __init__(self, config: TurboQuantConfig, batch_size: int, num_kv_heads: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TurboQuantConfig,
+        batch_size: int,
+        num_kv_heads: int,
+        device: torch.device,
+        kept: KeptTokens | None = None,
+    ) -> None:
         self.config = config
         self.batch_size = batch_size
         self.num_kv_heads = num_kv_heads
         self.pages = page_layout(config, batch_size * num_kv_heads).allocate(0, device)
+        self.kept = kept
         self.codec: LayerCodec | None = None
         self._num_tokens = 0
+        self._num_new = 0
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +78,7 @@ class PagedStates:
     @property
     def has_kernel(self) -> bool:
         """Whether `attend` can read the codes."""
-        return self._codec().has_whole_bits
+        return self.codec is None or self.codec.has_whole_bits
 
     @property
     def used_nbytes(self) -> int:
@@ -77,21 +92,47 @@ class PagedStates:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is kept."""
-        return [self.pages, *(self.codec.tensors() if self.codec is not None else [])]
+        parts = [part.tensors() for part in (self.codec, self.kept) if part is not None]
+        return [self.pages, *(tensor for part in parts for tensor in part)]
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim]."""
-        num_new = keys.shape[-2]
+        self._num_new = num_new = keys.shape[-2]
         if num_new == 0:
             return
+        if self.kept is not None:
+            self.kept.write(keys, values, self._num_tokens)
         keys, values = tokens_first(keys), tokens_first(values)
-        if self.codec is None:
-            self.codec = LayerCodec.calibrate(self.config, keys, values)
         stop = self._num_tokens + num_new
         self._reserve(stop)
-        slots = slot_range(self._num_tokens, stop, self.pages.device)
-        ops.write(self.pages, keys, values, slots, self.codec)
+        if self.codec is None and stop > self._num_sinks:
+            # Sinks are far from all others, and no codes of theirs are ever read.
+            first = max(0, self._num_sinks - self._num_tokens)
+            self.codec = LayerCodec.calibrate(self.config, keys[first:], values[first:])
+        if self.codec is None:
+            # Kernels skip the slots of sinks, and still must not find infinite scales there.
+            self.pages.zero_()
+        else:
+            slots = slot_range(self._num_tokens, stop, self.pages.device)
+            ops.write(self.pages, keys, values, slots, self.codec)
         self._num_tokens = stop
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append, and dequantise what attention of the new tokens reads; see `dequantize`.
+
+        With a window the new tokens read each other, and the window before the first of them, as they are.
+        """
+        kept, before = self.kept, self._num_tokens
+        if kept is None or not kept.recent_tokens or keys.shape[-2] <= MAX_QUERY_LEN:
+            self.append(keys, values)
+            return self.dequantize(dtype)
+        window = kept.recent(self._first_recent(before, 0), before)
+        self.append(keys, values)
+        read = self.dequantize(dtype)
+        for states, recent, new in zip(read, window, (keys, values), strict=True):
+            states[:, :, before - recent.shape[2] : before] = recent
+            states[:, :, before:] = new.detach()
+        return read
 
     def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that attention reads, [batch_size, num_kv_heads, read_length, head_dim].
@@ -99,10 +140,16 @@ class PagedStates:
         Raises:
             RuntimeError: If nothing is stored.
         """
-        keys, values = ops.read(self.pages, num_blocks(self.stored_length), self._codec(), dtype)
+        kept, length = self.kept, self.stored_length
+        if kept is not None and 0 < length <= kept.sink_tokens:
+            return kept.keys[:, :, :length].to(dtype, copy=True), kept.values[:, :, :length].to(dtype, copy=True)
         shape = (self.batch_size, self.num_kv_heads, -1, self.config.head_dim)
-        tokens = slice(self.stored_length - self.read_length, self.stored_length)
-        return keys.view(shape)[:, :, tokens], values.view(shape)[:, :, tokens]
+        tokens = slice(length - self.read_length, length)
+        keys, values = (
+            states.view(shape)[:, :, tokens]
+            for states in ops.read(self.pages, num_blocks(length), self._codec(), dtype)
+        )
+        return (keys, values) if kept is None else self._overlay(kept, keys, values)
 
     def attend(
         self,
@@ -114,26 +161,34 @@ class PagedStates:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of the last stored tokens on the codes; see `paged.attend`."""
-        return ops.attend(
-            query,
-            self.pages,
-            self._block_table(),
-            self._row_lengths(),
-            self._codec(),
-            scale=scale,
-            seq_starts=seq_starts,
-            window=window,
-            softcap=softcap,
-            sinks=None if sinks is None else sinks.detach().float(),
-        )
+        """Causal attention of the last stored tokens on the codes, and on what is kept; see `paged.attend`."""
+        sinks = None if sinks is None else sinks.detach().float()
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+        kept = self.kept
+        if kept is None:
+            options |= {"sinks": sinks, "return_lse": False}
+            return self._attend_codes(query, seq_starts=seq_starts, window=window, **options)[0]
+        call = kept.call(self._length(), query.shape[2], seq_starts, window)
+        codes = None
+        if self._sees_codes(window):
+            codes = self._attend_codes(
+                query,
+                seq_starts=self._code_starts(seq_starts),
+                # The codes that a token sees end before its window, as if it came as many tokens earlier.
+                window=None if window is None else window - kept.recent_tokens,
+                sinks=None,
+                return_lse=True,
+                **options,
+            )
+        return attend_kept(query, call, codes, sinks=sinks, **options)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens; what that leaves unused beyond twice a growth is freed."""
         if num_tokens >= self._num_tokens:
             return
-        self._num_tokens = num_tokens
-        if num_tokens == 0:
+        self._refill(num_tokens)
+        self._num_tokens, self._num_new = num_tokens, 0
+        if num_tokens <= self._num_sinks:
             self.codec = None
         used = num_blocks(num_tokens)
         # Drafts that are verified around the end of a block must not make it shrink and grow each time.
@@ -152,12 +207,21 @@ class PagedStates:
         selected.batch_size = len(rows)
         selected.pages = select(self.pages[: num_blocks(self.stored_length)], dim=1)
         selected.codec = None if self.codec is None else self.codec.map(select)
+        selected.kept = None if self.kept is None else self.kept.map(lambda x: x.index_select(0, rows))
         return selected
 
     @classmethod
-    def restore(cls, pages: torch.Tensor, codec: LayerCodec, batch_size: int, num_tokens: int) -> "PagedStates":
+    def restore(
+        cls,
+        config: TurboQuantConfig,
+        batch_size: int,
+        num_tokens: int,
+        pages: torch.Tensor,
+        codec: LayerCodec | None,
+        kept: KeptTokens | None,
+    ) -> "PagedStates":
         """States whose tokens are in these pages."""
-        states = cls(codec.config, batch_size, pages.shape[1] // batch_size, pages.device)
+        states = cls(config, batch_size, pages.shape[1] // batch_size, pages.device, kept)
         states.pages, states.codec, states._num_tokens = pages, codec, num_tokens
         return states
 
@@ -170,13 +234,79 @@ class PagedStates:
         moved = copy(self)
         moved.pages = move(self.pages)
         moved.codec = None if self.codec is None else self.codec.map(move)
+        moved.kept = None if self.kept is None else self.kept.map(move)
         return moved
+
+    @property
+    def _num_sinks(self) -> int:
+        """First tokens that are never read as codes."""
+        return 0 if self.kept is None else self.kept.sink_tokens
+
+    @property
+    def _num_recent(self) -> int:
+        """Newest tokens that are not read as codes."""
+        return 0 if self.kept is None else self.kept.recent_tokens
+
+    def _attend_codes(self, query: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.attend(query, self.pages, self._block_table(), self._row_lengths(), self._codec(), **options)
+
+    def _sees_codes(self, window: int | None) -> bool:
+        """Whether any token of a call may see any codes."""
+        in_window = window is None or window > self._num_recent
+        return in_window and self._num_tokens - self._num_recent > self._num_sinks
+
+    def _code_starts(self, starts: torch.Tensor | None) -> torch.Tensor | None:
+        """The first position of every row that is read as codes, int32 [batch_size]; None for the very first."""
+        if not self._num_sinks:
+            return starts
+        if starts is None:
+            return row_lengths(self._num_sinks, self.batch_size, self.pages.device)
+        return starts.clamp(min=self._num_sinks)
+
+    def _length(self) -> int | torch.Tensor:
+        return self._num_tokens
+
+    def _overlay(self, kept: KeptTokens, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the codes of all stored tokens say, with what is kept written over it."""
+        first = self._first_recent(self._num_tokens, self._num_new)
+        recent = kept.recent(first, self._num_tokens)
+        for states, sinks, newest in zip((keys, values), kept.tensors(), recent, strict=True):
+            states[:, :, : kept.sink_tokens] = sinks[:, :, : kept.sink_tokens]
+            states[:, :, first:] = newest
+        return keys, values
+
+    def _first_recent(self, num_tokens: int, num_new: int) -> int:
+        """The first position that is read as it is, of the window of the token that the last `num_new` begin with."""
+        kept = self.kept
+        if kept is None or not kept.recent_tokens:
+            return num_tokens
+        return max(kept.sink_tokens, kept.held_from, num_tokens - num_new - kept.recent_tokens + 1)
+
+    def _refill(self, num_tokens: int) -> None:
+        """Before a crop: fill the window from the codes where more is taken back than the ring has room for."""
+        kept = self.kept
+        if kept is None or not kept.recent_tokens:
+            return
+        needed = max(kept.sink_tokens, num_tokens - kept.recent_tokens + 1)
+        kept.held_from = min(kept.held_from, num_tokens)
+        if needed < kept.held_from:
+            self._fill_from_codes(kept, needed, kept.held_from)
+            kept.held_from = needed
+
+    def _fill_from_codes(self, kept: KeptTokens, start: int, stop: int) -> None:
+        """Let the ring say what the codes of the positions start to stop - 1 do."""
+        first = start // BLOCK_SIZE
+        read = ops.read(self.pages[first:], num_blocks(stop) - first, self._codec(), kept.keys.dtype)
+        shape = (self.batch_size, self.num_kv_heads, -1, self.config.head_dim)
+        tokens = slice(start - first * BLOCK_SIZE, stop - first * BLOCK_SIZE)
+        keys, values = (states.view(shape)[:, :, tokens] for states in read)
+        kept.put_back(keys, values, start)
 
     def _block_table(self) -> torch.Tensor:
         return block_table(len(self.pages), self.batch_size, self.pages.device)
 
     def _row_lengths(self) -> torch.Tensor:
-        return row_lengths(self._num_tokens, self.batch_size, self.pages.device)
+        return row_lengths(max(0, self._num_tokens - self._num_recent), self.batch_size, self.pages.device)
 
     def _codec(self) -> LayerCodec:
         if self.codec is None:

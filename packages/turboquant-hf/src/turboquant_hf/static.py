@@ -5,9 +5,11 @@ from typing import Any, NoReturn
 import torch
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import ops
 from turboquant_hf.attention import reads_codes
 from turboquant_hf.codec import LayerCodec
+from turboquant_hf.kept import KeptTokens
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import num_blocks
 from turboquant_hf.states import PagedStates, tokens_first
@@ -26,19 +28,26 @@ class StaticPagedStates(PagedStates):
         num_kv_heads: Heads of a row.
         device: Where pages are.
         max_length: The most tokens of a row.
+        kept: What keeps sinks and the newest tokens as they are; None to keep codes only.
     """
 
     def __init__(
-        self, config: TurboQuantConfig, batch_size: int, num_kv_heads: int, device: torch.device, max_length: int
+        self,
+        config: TurboQuantConfig,
+        batch_size: int,
+        num_kv_heads: int,
+        device: torch.device,
+        max_length: int,
+        kept: KeptTokens | None = None,
     ) -> None:
-        super().__init__(config, batch_size, num_kv_heads, device)
+        super().__init__(config, batch_size, num_kv_heads, device, kept)
         self.max_length = max_length
         # Zeroed: unwritten slots are read, and masked.
         self.pages = self.pages.new_zeros(num_blocks(max_length), *self.pages.shape[1:])
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self._table = block_table(len(self.pages), batch_size, device).clone()
         self._is_empty = True
-        _keep_addresses(self.pages, self.length, self._table)
+        _keep_addresses(self.pages, self.length, self._table, *(kept.tensors() if kept is not None else []))
 
     @property
     def num_tokens(self) -> int:
@@ -61,20 +70,37 @@ class StaticPagedStates(PagedStates):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim]."""
-        num_new = keys.shape[-2]
+        self._num_new = num_new = keys.shape[-2]
         if num_new == 0:
             return
+        if self._is_empty and num_new > self.max_length:
+            raise ValueError(
+                f"the prompt has {num_new} tokens and the cache was made for {self.max_length}; make it with a "
+                "larger max_length"
+            )
+        if self.kept is not None:
+            self.kept.write(keys, values, self.length)
         keys, values = tokens_first(keys), tokens_first(values)
         if self._is_empty:
-            if num_new > self.max_length:
-                raise ValueError(
-                    f"the prompt has {num_new} tokens and the cache was made for {self.max_length}; make it with a "
-                    "larger max_length"
-                )
-            self._calibrate(keys, values)
+            # Sinks are far from all others; a prompt of nothing else has to do.
+            first = self._num_sinks if num_new > self._num_sinks else 0
+            self._calibrate(keys[first:], values[first:])
         slots = torch.arange(num_new, device=self.pages.device) + self.length
         ops.write(self.pages, keys, values, torch.where(slots < self.max_length, slots, -1), self._codec())
         self.length.add_(num_new)
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PagedStates.extend`."""
+        num_new = keys.shape[-2]
+        if not self._num_recent or num_new <= MAX_QUERY_LEN:
+            return super().extend(keys, values, dtype)
+        self._num_new = 0
+        read = super().dequantize(dtype)
+        at = (torch.arange(num_new, device=self.pages.device) + self.length).clamp(max=self.max_length - 1)
+        self.append(keys, values)
+        for states, new in zip(read, (keys, values), strict=True):
+            states.index_copy_(2, at, new.detach())
+        return read[0] + self._overflow(dtype), read[1]
 
     def attend(self, query: torch.Tensor, **options: Any) -> torch.Tensor:
         """See `PagedStates.attend`; NaN where tokens did not fit."""
@@ -87,6 +113,8 @@ class StaticPagedStates(PagedStates):
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
+        if num_tokens < self.num_tokens:
+            self._refill(num_tokens)
         self.length.clamp_(max=num_tokens)
         self._is_empty = num_tokens == 0
 
@@ -99,8 +127,9 @@ class StaticPagedStates(PagedStates):
             )
         selected = super().select_rows(rows)
         self.pages.copy_(selected.pages)
-        if self.codec is not None and selected.codec is not None:
-            _copy(self.codec, selected.codec)
+        for held, new in ((self.codec, selected.codec), (self.kept, selected.kept)):
+            if held is not None and new is not None:
+                _copy(held, new)
         return self
 
     def warm_up(self) -> None:
@@ -124,7 +153,35 @@ class StaticPagedStates(PagedStates):
         return self._table
 
     def _row_lengths(self) -> torch.Tensor:
-        return self.length.clamp(max=self.max_length).int().repeat(self.batch_size)
+        return (self.length - self._num_recent).clamp(0, self.max_length).int().repeat(self.batch_size)
+
+    def _length(self) -> int | torch.Tensor:
+        return self.length
+
+    def _sees_codes(self, window: int | None) -> bool:
+        return window is None or window > self._num_recent
+
+    def _overlay(self, kept: KeptTokens, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        position = torch.arange(self.max_length, device=self.pages.device)
+        is_sink = position < kept.sink_tokens
+        first = self.length - self._num_new - kept.recent_tokens + 1
+        is_kept = is_sink | ((position >= first) & (position < self.length)) if kept.recent_tokens else is_sink
+        slots = torch.where(is_sink, position, kept.sink_tokens + position % max(1, kept.ring_size))
+        keys, values = (
+            torch.where(is_kept[:, None], held.index_select(2, slots), states)
+            for states, held in zip((keys, values), kept.tensors(), strict=True)
+        )
+        return keys, values
+
+    def _refill(self, num_tokens: int) -> None:
+        kept = self.kept
+        if kept is None or not kept.recent_tokens:
+            return
+        # What the slots of tokens that are taken back held before.
+        start = max(kept.sink_tokens, num_tokens - kept.ring_size)
+        stop = min(num_tokens, self.num_tokens - kept.ring_size)
+        if start < stop:
+            self._fill_from_codes(kept, start, stop)
 
 
 class TurboQuantStaticLayer(TurboQuantLayer):
@@ -184,7 +241,8 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         raise ValueError(f"{what} does not go with max_length: a static cache stays where and as large as it is")
 
     def _new_states(self, batch_size: int, num_kv_heads: int) -> PagedStates:
-        return StaticPagedStates(self.config, batch_size, num_kv_heads, self.device, self._max_length)
+        kept = self._new_kept(batch_size, num_kv_heads)
+        return StaticPagedStates(self.config, batch_size, num_kv_heads, self.device, self._max_length, kept)
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if reads_codes(self._text_config):
@@ -202,6 +260,6 @@ def _keep_addresses(*tensors: torch.Tensor) -> None:
             torch._dynamo.mark_static_address(tensor)
 
 
-def _copy(codec: LayerCodec, source: LayerCodec) -> None:
-    for tensor, new in zip(codec.tensors(), source.tensors(), strict=True):
+def _copy(held: LayerCodec | KeptTokens, source: LayerCodec | KeptTokens) -> None:
+    for tensor, new in zip(held.tensors(), source.tensors(), strict=True):
         tensor.copy_(new)

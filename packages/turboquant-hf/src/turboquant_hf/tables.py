@@ -14,9 +14,11 @@ def _shared(make: _Make) -> _Make:
     recent = lru_cache(maxsize=64)(make)
 
     @wraps(make)
-    def shared(*args: Any) -> torch.Tensor:
-        # torch.compile traces into what it makes; it would warn of the cache.
-        return make(*args) if torch.compiler.is_compiling() else recent(*args)
+    def shared(first: Any, *args: Any) -> torch.Tensor:
+        # torch.compile traces into what it makes; it would warn of the cache. A length that is a tensor is another one
+        # at the next step.
+        is_fresh = torch.compiler.is_compiling() or isinstance(first, torch.Tensor)
+        return make(first, *args) if is_fresh else recent(first, *args)
 
     return cast(_Make, shared)
 
@@ -44,3 +46,61 @@ def block_table(num_blocks: int, num_rows: int, device: torch.device) -> torch.T
 def not_a_number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """NaN, [1]."""
     return torch.full((1,), torch.nan, dtype=dtype, device=device)
+
+
+@_shared
+def kept_indices(num_new: int, sink_tokens: int, ring_size: int, device: torch.device) -> torch.Tensor:
+    """Which of new tokens may be kept, int64: as many of the first as there are sinks, and what the ring holds."""
+    first = torch.arange(min(sink_tokens, num_new), device=device)
+    last = torch.arange(max(sink_tokens, num_new - ring_size), max(sink_tokens, num_new), device=device)
+    return torch.cat([first, last])
+
+
+@_shared
+def kept_slots(
+    start: int | torch.Tensor, num_new: int, sink_tokens: int, ring_size: int, device: torch.device
+) -> torch.Tensor:
+    """The slots of `kept_indices` of new tokens, the first of which is at position `start`, int64.
+
+    Sinks come first, then the ring, then a slot that nobody reads for what is not kept.
+    """
+    indices = kept_indices(num_new, sink_tokens, ring_size, device)
+    position, unread = indices + start, sink_tokens + ring_size
+    in_ring = sink_tokens + position % ring_size if ring_size else unread
+    slot = torch.where(indices >= num_new - ring_size, in_ring, unread)
+    return torch.where(position < sink_tokens, position, slot)
+
+
+@_shared
+def kept_bias(
+    length: int | torch.Tensor,
+    query_len: int,
+    sink_tokens: int,
+    recent_tokens: int,
+    ring_size: int,
+    window: int | None,
+    starts: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """What the last `query_len` of `length` tokens see of the kept slots, float32 [1 or rows, query_len, slots].
+
+    0 where a token sees one, else minus infinity. A token sees sinks, and the newest `recent_tokens` tokens, up to
+    itself; only what lies within `window`, and from `starts`, int32 [rows], on.
+    """
+    query = torch.arange(query_len, device=device)[:, None] + (length - query_len)
+    sinks = torch.arange(sink_tokens, device=device)
+    newest = length - 1 - (length - 1 - torch.arange(ring_size, device=device)) % max(1, ring_size)
+    seen = torch.cat(
+        [
+            sinks <= query,
+            (newest >= sink_tokens) & (newest <= query) & (newest > query - recent_tokens),
+            query.new_zeros(query_len, 1, dtype=torch.bool),
+        ],
+        dim=1,
+    )
+    position = torch.cat([sinks, newest, sinks.new_zeros(1)])
+    if window is not None:
+        seen = seen & (position > query - window)
+    if starts is not None:
+        seen = seen & (position >= starts[:, None, None])
+    return torch.where(seen, 0.0, -torch.inf).view(-1, query_len, len(position))

@@ -5,10 +5,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from turboquant_core import TurboQuantConfig
-from turboquant_hf._compat import DynamicCache, DynamicLayer, PreTrainedConfig
+from turboquant_hf._compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedConfig
 from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.layers import compressed_layer
+from turboquant_hf.layers import compressed_layer, kept_tokens
 from turboquant_hf.report import MemoryReport, memory_report
+from turboquant_hf.sliding import TurboQuantSlidingLayer
 
 
 class CompressedDynamicCache:
@@ -30,10 +31,13 @@ class CompressedDynamicCache:
         k_bits: Bits of keys, instead of `bits`.
         v_bits: Bits of values, instead of `bits`.
         model_config: The model's configuration, for fused decoding; see `TurboQuantCache`.
+        sink_tokens: As for `TurboQuantCache`.
+        recent_tokens: As there.
 
     Raises:
         TypeError: If `cache` is no `DynamicCache`.
-        ValueError: If it holds tokens, is compressed already, or bits or head_dim do not exist.
+        ValueError: If it holds tokens, is compressed already, bits or head_dim do not exist, or a number of tokens is
+            none.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class CompressedDynamicCache:
         k_bits: float | None = None,
         v_bits: float | None = None,
         model_config: PreTrainedConfig | None = None,
+        sink_tokens: int | None = None,
+        recent_tokens: int | None = None,
     ) -> None:
         if not isinstance(cache, DynamicCache):
             raise TypeError(f"cache is {type(cache).__name__}; pass a DynamicCache, or use TurboQuantCache by itself")
@@ -69,9 +75,10 @@ class CompressedDynamicCache:
             "key_bits": self.k_bits,
             "value_bits": self.v_bits,
         }
-        cache.layers = [compressed_layer(layer, "tq4", options) for layer in cache.layers]
+        kept = kept_tokens(sink_tokens, recent_tokens)
+        cache.layers = [compressed_layer(layer, "tq4", kept, options) for layer in cache.layers]
         if cache.layer_class_to_replicate is not None:
-            cache.layer_class_to_replicate = partial(TurboQuantLayer, **options)
+            cache.layer_class_to_replicate = partial(TurboQuantLayer, **{**kept, **options})
 
     def restore(self) -> None:
         """Give the cache layers of its own again, with what is stored dequantised.
@@ -103,8 +110,12 @@ class CompressedDynamicCache:
 def _restored(layer: Any) -> Any:
     if not isinstance(layer, TurboQuantLayer):
         return layer
-    if layer.is_sliding:
-        raise ValueError("a sliding-window layer cannot be restored; use a new cache")
+    if isinstance(layer, TurboQuantSlidingLayer):
+        if layer.get_seq_length():
+            raise ValueError(
+                "a sliding-window layer that holds tokens cannot be restored; use a new cache, or reset() it"
+            )
+        return DynamicSlidingWindowLayer(layer.sliding_window)
     native = DynamicLayer()
     if layer.get_seq_length():
         native.update(*layer.states.dequantize(layer.dtype))
