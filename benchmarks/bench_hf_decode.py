@@ -1,4 +1,8 @@
-"""Decoding with transformers on a GPU: tokens/s and memory of TurboQuantCache beside DynamicCache and StaticCache."""
+"""Decoding with transformers on a GPU: tokens/s and memory of TurboQuantCache beside DynamicCache and StaticCache.
+
+A model of Llama-3.1-8B's shape decodes greedily after a context whose keys and values are random. Before a compressed
+cache is timed, its attention is compared with float32 on what it holds.
+"""
 
 import argparse
 import cProfile
@@ -6,6 +10,8 @@ import pstats
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -19,8 +25,9 @@ from turboquant_hf.report import memory_report
 MODEL = "Llama-3.1-8B's shape, random weights, bfloat16"
 # What bfloat16 attention makes on the same values.
 MAX_GATE_ERROR = 0.008
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 8
 PROFILED_STEPS = 2
+RECENT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -73,21 +80,25 @@ def static(config: LlamaConfig, num_tokens: int) -> Cache:
     return StaticCache(config=config, max_cache_len=num_tokens)
 
 
-def turboquant(preset: str, *, is_static: bool = False) -> Callable[[LlamaConfig, int], Cache]:
+def turboquant(preset: str, *, is_static: bool = False, **options: Any) -> Callable[[LlamaConfig, int], Cache]:
     """Ours."""
-    return lambda config, num_tokens: TurboQuantCache(config, preset, max_length=num_tokens if is_static else None)
+    return lambda config, num_tokens: TurboQuantCache(
+        config, preset, max_length=num_tokens if is_static else None, **options
+    )
 
 
 CONTESTANTS = (
     Contestant("DynamicCache, sdpa", "sdpa", dynamic),
-    Contestant("StaticCache, sdpa", "sdpa", static),
-    Contestant("StaticCache, sdpa, compiled", "sdpa", static, compiled=True),
-    *(
-        Contestant(f"TurboQuantCache {preset}, fused", "turboquant", turboquant(preset))
-        for preset in ("tq4", "tq3", "k8v4")
+    *([Contestant("DynamicCache, flash", "flash_attention_2", dynamic)] if find_spec("flash_attn") else []),
+    Contestant("TurboQuantCache tq4, fused", "turboquant", turboquant("tq4")),
+    Contestant("tq4, codes only, fused", "turboquant", turboquant("tq4", sink_tokens=0, recent_tokens=0)),
+    Contestant(
+        f"tq4, {RECENT_TOKENS} recent tokens, fused", "turboquant", turboquant("tq4", recent_tokens=RECENT_TOKENS)
     ),
-    Contestant("TurboQuantCache tq4, static, compiled", "turboquant", turboquant("tq4", is_static=True), compiled=True),
-    Contestant("TurboQuantCache tq4, dequantising", "sdpa", turboquant("tq4")),
+)
+COMPILED = (
+    Contestant("StaticCache, sdpa, compiled", "sdpa", static, compiled=True),
+    Contestant("tq4, static, compiled", "turboquant", turboquant("tq4", is_static=True), compiled=True),
 )
 
 
@@ -99,16 +110,17 @@ def llama_8b() -> LlamaForCausalLM:
 
 
 def fill(cache: Cache, config: LlamaConfig, batch_size: int, context: int) -> None:
-    """Put random keys and values into every layer, as a prompt of that length does."""
+    """Put random keys and values into every layer, as a prompt of that length and its first new token do."""
     shape = (batch_size, config.num_key_value_heads, context, config.head_dim)
     generator = torch.Generator("cuda").manual_seed(0)
     for layer_idx in range(config.num_hidden_layers):
-        keys, values = (torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(2))
-        cache.update(keys, values, layer_idx)
+        states = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(2)]
+        for tokens in (slice(0, context - 1), slice(context - 1, context)):
+            cache.update(*(x[:, :, tokens] for x in states), layer_idx)
 
 
 def gate(cache: TurboQuantCache, num_heads: int) -> float:
-    """The largest relative error, over layers, of attention on the codes against float32 on what they say."""
+    """The largest relative error, over layers, of a token's attention against float32 on what the cache holds."""
     errors = []
     for layer in cache.layers:
         states = layer.states
@@ -134,6 +146,7 @@ def measure(
     """Fill a cache, check it, and time greedy decoding."""
     config = model.config
     cache = contestant.new_cache(config, context + num_steps + WARM_UP_STEPS + PROFILED_STEPS + 2)
+    model.set_attn_implementation(contestant.attention)
     fill(cache, config, batch_size, context)
     tokens = torch.randint(config.vocab_size, (batch_size, 1), device="cuda")
     if contestant.attention == "turboquant":
@@ -141,7 +154,6 @@ def measure(
         print(f"  {contestant.name}: attention {error:.4f} from float32 on the same codes", flush=True)
         if not error <= MAX_GATE_ERROR:
             raise SystemExit(f"{contestant.name}: attention is {error:.4f} from float32 on the same codes: no timing")
-    model.set_attn_implementation(contestant.attention)
     forward = model.forward
     if contestant.compiled:
         forward = torch.compile(forward, mode="reduce-overhead", fullgraph=True)
@@ -187,40 +199,50 @@ def measure(
 @torch.no_grad()
 def main() -> None:
     """Measure every contestant and write results/hf_decode.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 16384])
-    parser.add_argument("--steps", type=int, default=30)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--sizes", type=_size, nargs="+", default=[(1, 8192), (1, 32768), (8, 8192)], metavar="BxCONTEXT"
+    )
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument(
+        "--compiled", action="store_true", help="the static caches with torch.compile too: minutes more"
+    )
     parser.add_argument("--only", nargs="+", default=[""], help="contestants whose name contains one of these")
     parser.add_argument("--profile", action="store_true", help="print where the host spends its time")
     arguments = parser.parse_args()
-    contestants = [c for c in CONTESTANTS if any(part in c.name for part in arguments.only)]
+    known = CONTESTANTS + COMPILED if arguments.compiled else CONTESTANTS
+    contestants = [c for c in known if any(part in c.name for part in arguments.only)]
     if not contestants:
-        parser.error(f"no contestant is named like {arguments.only}: {', '.join(c.name for c in CONTESTANTS)}")
+        parser.error(f"no contestant is named like {arguments.only}: {', '.join(c.name for c in known)}")
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU")
 
     model = llama_8b()
     weights_nbytes = torch.cuda.memory_allocated()
     rows = []
-    for context in arguments.contexts:
-        for batch_size in arguments.batch_sizes:
-            for contestant in contestants:
-                row = measure(
-                    model, contestant, batch_size, context, arguments.steps, weights_nbytes, arguments.profile
-                )
-                print(
-                    f"{row.cache:36s} batch {batch_size} x {context:6,d}: {row.tokens_per_second:7.1f} tokens/s, "
-                    f"{row.milliseconds_per_step:6.2f} ms, KV {row.kv_nbytes / 2**30:5.2f} GiB, "
-                    f"step's peak {row.step_peak_nbytes / 2**30:5.2f} GiB",
-                    flush=True,
-                )
-                rows.append(asdict(row))
-                # Each row is kept, whatever happens to the next.
-                path = write_result("hf_decode", {"model": MODEL, "rows": rows})
-                torch.compiler.reset()
-                torch.cuda.empty_cache()
+    for batch_size, context in arguments.sizes:
+        for contestant in contestants:
+            row = measure(model, contestant, batch_size, context, arguments.steps, weights_nbytes, arguments.profile)
+            print(
+                f"{row.cache:32s} {batch_size} x {context:6,d}: {row.tokens_per_second:7.1f} tokens/s, "
+                f"{row.milliseconds_per_step:6.2f} ms, KV {row.kv_nbytes / 2**30:5.2f} GiB, "
+                f"step's peak {row.step_peak_nbytes / 2**30:5.2f} GiB",
+                flush=True,
+            )
+            rows.append(asdict(row))
+            # Each row is kept, whatever happens to the next.
+            path = write_result("hf_decode", {"model": MODEL, "steps": arguments.steps, "rows": rows})
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
     print(path)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Sequences and context of "8x8192"."""
+    batch_size, _, context = text.partition("x")
+    if not (batch_size.isdecimal() and context.isdecimal() and int(batch_size) and int(context) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write sequences x context, such as 8x8192")
+    return int(batch_size), int(context)
 
 
 if __name__ == "__main__":
