@@ -5,12 +5,14 @@ from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig, lloyd_max_codebook, unpack
 from turboquant_core.ops.cache_update import cache_update
+from turboquant_core.ops.update_paths import warpgroup_obstacle
 from turboquant_core.testing import gaussian
 
 # The interpreter computes padding and vectors that are not finite in NumPy, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 POISON = 0xA5
+PATHS = ["warpgroup", "triton", "reference"]
 FIELDS = ("key_codes", "value_codes", "key_scales", "value_scales")
 CASES = [
     # head_dim, key_bits, value_bits, dtype, key scale, value scale, centred
@@ -45,6 +47,8 @@ def make_case(device, head_dim, key_bits, value_bits, dtype, key_scale, value_sc
 def update(path, layout, key, value, slots, mean):
     top = int(slots.max()) if len(slots) else 0
     pages = layout.allocate(max(top, 0) // layout.block_size + 2, key.device).fill_(POISON)
+    if path == "warpgroup" and (reason := warpgroup_obstacle(layout, key, value, pages)):
+        pytest.skip(reason)
     cache_update(key, value, pages, slots, layout, key_mean=mean, path=path)
     return pages
 
@@ -94,16 +98,22 @@ def assert_scales_agree(actual, expected, same_codes):
 
 
 def assert_paths_agree(layout, key, value, slots, mean):
-    pages = {path: update(path, layout, key, value, slots, mean) for path in ("triton", "reference")}
-    actual, expected = (stored(layout, pages[path], slots) for path in ("triton", "reference"))
+    expected_pages = update("reference", layout, key, value, slots, mean)
+    assert_rest_untouched(layout, expected_pages, slots)
+    for path in ["triton"] if warpgroup_obstacle(layout, key, value, expected_pages) else ["triton", "warpgroup"]:
+        pages = update(path, layout, key, value, slots, mean)
+        assert_rest_untouched(layout, pages, slots)
+        assert_stored_agrees(layout, key, value, slots, mean, pages, expected_pages)
+
+
+def assert_stored_agrees(layout, key, value, slots, mean, actual_pages, expected_pages):
+    actual, expected = (stored(layout, pages, slots) for pages in (actual_pages, expected_pages))
     kept = slots >= 0
     config = layout.config
     for name, x, bits, offset in (("key", key, config.key_bits, mean), ("value", value, config.value_bits, None)):
         codes, scales = f"{name}_codes", f"{name}_scales"
         same = assert_codes_agree(x[kept], offset, bits, actual[codes], expected[codes])
         assert_scales_agree(actual[scales], expected[scales], same)
-    for path in pages:
-        assert_rest_untouched(layout, pages[path], slots)
 
 
 def assert_rest_untouched(layout, pages, slots):
@@ -130,18 +140,17 @@ def test_any_number_of_tokens(device, num_tokens):
     if num_tokens:
         assert_paths_agree(layout, key, value, slots, mean)
     else:
-        assert (update("triton", layout, key, value, slots, mean) == POISON).all()
-        assert (update("reference", layout, key, value, slots, mean) == POISON).all()
+        assert all((update(path, layout, key, value, slots, mean) == POISON).all() for path in ("auto", *PATHS[1:]))
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("path", PATHS)
 def test_tokens_without_a_slot_are_not_stored(device, path):
     layout, key, value, slots, mean = make_case(device, *CASES[0])
     pages = update(path, layout, key, value, torch.full_like(slots, -1), mean)
     assert (pages == POISON).all()
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("path", PATHS)
 def test_views_of_a_fused_tensor_and_of_a_bigger_cache_are_used_in_place(device, path):
     layout, key, value, slots, mean = make_case(device, *CASES[1])
     qkv = torch.full((key.shape[0], 4 * 3 * 128), float("nan"), dtype=key.dtype, device=device)
@@ -159,7 +168,7 @@ def test_views_of_a_fused_tensor_and_of_a_bigger_cache_are_used_in_place(device,
     assert (buffer[..., layout.head_bytes :] == POISON).all()
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("rule", ["norm", "unbiased", "least_squares"])
 def test_lengths_far_from_one(device, path, rule):
     layout = KVCacheLayout(TurboQuantConfig(64, 4, 4, rule, rule), 1, 16)
@@ -178,7 +187,7 @@ def test_lengths_far_from_one(device, path, rule):
         assert (codes[6] == 7).all()
 
 
-@pytest.mark.parametrize("path", ["triton", "reference"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_vector_that_is_not_finite_is_carried_and_harms_no_other(device, path, dtype, bad):
@@ -217,7 +226,8 @@ def test_any_shape(device, head_dim, bits, dtype, heads, num_tokens, centred):
 
 def test_auto_takes_the_path_of_the_device(device):
     layout, key, value, slots, mean = make_case(device, *CASES[0])
-    chosen = update("triton" if device.type == "cuda" else "reference", layout, key, value, slots, mean)
+    kernel = "triton" if warpgroup_obstacle(layout, key, value, layout.allocate(1, device)) else "warpgroup"
+    chosen = update(kernel if device.type == "cuda" else "reference", layout, key, value, slots, mean)
     assert torch.equal(update("auto", layout, key, value, slots, mean), chosen)
 
 
@@ -228,7 +238,7 @@ def bad_input(name, **changes):
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        bad_input(r"path is 'cuda'; it must be one of auto, triton, reference", path="cuda"),
+        bad_input(r"path is 'cuda'; it must be one of auto, warpgroup, triton, reference", path="cuda"),
         bad_input(r"key is torch.float64; it must be one of", key=lambda x: x.double()),
         bad_input(r"key is torch.float32 \[70, 3, 64\]; .* \[any, 3, 128\]", key=lambda x: x[..., :64].contiguous()),
         bad_input(r"value is torch.float16 .*; it must be torch.float32", value=lambda x: x.half()),

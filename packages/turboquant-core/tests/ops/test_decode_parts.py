@@ -558,29 +558,17 @@ def test_fragments_have_no_interpreter(monkeypatch):
 
 # The kernel's arguments are those that `run_fragment` passes, so they need no list here.
 COMPILE = """
-import os, re, subprocess
+import os
+from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonASTSource
+import torch
 from turboquant_core.ops.kernels.decode import run_fragment as module
 from turboquant_core.ops.kernels.decode.call import AttendCall
 from turboquant_core.ops.kernels.decode.launch import Card, DecodeShape, fragment_launch
+from turboquant_core.testing.compiled import Recorder
 from turboquant_core.testing.decode import DecodeCase, build
 
-TYPES = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-kernel = module.fragment_kernel
-
-class Recorder:
-    def __getitem__(self, grid):
-        return self
-
-    def __call__(self, *args, **kwargs):
-        passed = dict(zip(kernel.arg_names, args)) | kwargs
-        self.arguments = {name: passed.pop(name) for name in kernel.arg_names}
-        self.options = {name: x for name, x in passed.items() if x is not None}
-
-def report(arch, case):
+def report(arch, case, folder):
     columns, batch = case.num_heads // case.num_kv_heads * max(case.row_lens), len(case.seq_lens)
     bits = (case.key_bits, case.value_bits)
     shape = DecodeShape(batch, case.num_kv_heads, case.head_dim, *bits, columns, 10**6)
@@ -588,7 +576,7 @@ def report(arch, case):
     inputs, layout = build(case, torch.device("cpu")), case.layout
     operand = torch.empty(batch, case.num_kv_heads, launch.padded_columns, case.head_dim, dtype=torch.float16)
     floats, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
-    module.fragment_kernel = Recorder()
+    module.fragment_kernel = recorder = Recorder(module.fragment_kernel)
     call = AttendCall(
         operand, floats, floats if case.key_mean else None, layout.views(inputs.pages), inputs.block_table,
         inputs.seq_lens, inputs.options["seq_starts"], inputs.options["query_start_loc"], ints, floats, floats,
@@ -596,26 +584,12 @@ def report(arch, case):
         launch,
     )
     module.run_fragment(call)
-    kinds, constants, attributes = {}, {}, {}
-    for i, (name, x) in enumerate(module.fragment_kernel.arguments.items()):
-        if kernel.params[i].is_constexpr or x is None or (type(x) is int and x == 1):
-            kinds[name], constants[(i,)] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            kinds[name], attributes[(i,)] = TYPES[x.dtype], [["tt.divisibility", 16]]
-        else:
-            kinds[name] = "fp32" if isinstance(x, float) else "i32"
-            if kinds[name] == "i32" and x % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(kernel, kinds, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=module.fragment_kernel.options)
-    cubin = os.path.join(os.environ["TRITON_CACHE_DIR"], "kernel.cubin")
-    open(cubin, "wb").write(compiled.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack = (re.search(name + r":([0-9]+)", usage)[1] for name in ("REG", "STACK"))
+    compiled = recorder.compile(arch, Path(folder))
     buffers = getattr(launch, "stages", 0) * launch.tile * layout.slot_bytes
-    products = compiled.asm["ptx"].count("mma.sync")
-    print(products, compiled.metadata.shared, buffers, registers, stack, launch.tile, columns)
+    products = compiled.ptx.count("mma.sync")
+    print(
+        products, compiled.shared_bytes, buffers, compiled.registers, compiled.stack_bytes, launch.tile, columns
+    )
 """
 COMPILED = {
     "4 bits on sm_90": (90, DecodeCase(seq_lens=(40, 40))),
@@ -630,7 +604,7 @@ def test_fragments_compile_without_spills_and_keep_to_registers(run_python, monk
     pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arch, case = COMPILED[name]
-    printed = run_python(f"{COMPILE}\nreport({arch}, {case})").split()
+    printed = run_python(f"{COMPILE}\nreport({arch}, {case}, {str(tmp_path)!r})").split()
     products, shared, buffers, registers, stack, tile, columns = map(int, printed)
     # One product of 16 x 8 x 16 for every sixteen channels of keys and of values, of every sixteen tokens, at least.
     assert products >= 2 * (tile // 16) * (case.head_dim // 16) * -(-columns // 8)

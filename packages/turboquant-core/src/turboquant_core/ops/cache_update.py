@@ -4,16 +4,15 @@ import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import (
-    Path,
     check_one_device,
     check_pages,
     check_rows,
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
-    runs_triton,
 )
 from turboquant_core.ops.reference.cache_update import cache_update as reference_cache_update
+from turboquant_core.ops.update_paths import UpdatePath, choose_update_path
 
 
 def cache_update(
@@ -24,7 +23,7 @@ def cache_update(
     layout: KVCacheLayout,
     *,
     key_mean: torch.Tensor | None = None,
-    path: Path = "auto",
+    path: UpdatePath = "auto",
 ) -> None:
     """Store every token's key and value at its slot, as `MSEQuantizer` quantises them with the layout's settings.
 
@@ -42,7 +41,8 @@ def cache_update(
             Slots are not read back to be checked: one past the last block, or named twice, is undefined behaviour.
         layout: Where a slot's bytes lie. Its bits must be whole.
         key_mean: float32 [num_kv_heads, head_dim], subtracted from keys first.
-        path: "triton", "reference", or "auto" for Triton on CUDA and the reference elsewhere.
+        path: Which implementation, by name, or "auto" for the fastest that can run; see
+            `turboquant_core.ops.update_paths`.
 
     Raises:
         ValueError: If a type, shape, stride or device does not fit, bits are fractional, or the path cannot run.
@@ -54,12 +54,17 @@ def cache_update(
     if key_mean is not None:
         check_tensor("key_mean", key_mean, torch.float32, (layout.num_kv_heads, layout.config.head_dim))
     check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, "key_mean": key_mean})
-    if not runs_triton(path, pages.device):
+    chosen = choose_update_path(path, layout, key, value, pages)
+    if chosen == "reference":
         reference_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
-        return
-    from turboquant_core.ops.kernels.cache_update import cache_update as triton_cache_update
+    elif chosen == "warpgroup":
+        from turboquant_core.ops.kernels.warpgroup_update.run import warpgroup_cache_update
 
-    triton_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
+        warpgroup_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
+    else:
+        from turboquant_core.ops.kernels.cache_update import cache_update as triton_cache_update
+
+        triton_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
 
 
 def _check_input(key: torch.Tensor, value: torch.Tensor, layout: KVCacheLayout) -> None:

@@ -46,17 +46,28 @@ def grid_table(head_dim: int, bits: int, device: torch.device) -> GridTable:
     num_cells = 1
     while num_cells <= MAX_CELLS:
         shift = FIXED_BITS - num_cells.bit_length() + 1
-        cell = first_above >> shift
-        if bool((cell.diff() > 0).all()):
-            return GridTable(_entries(first_above, shift, num_cells).to(device), shift)
+        if one_boundary_a_cell(first_above, shift):
+            return GridTable(cell_entries(first_above, shift, num_cells, FLOAT_ONE_UNIT).to(device), shift)
         num_cells *= 2
     raise ValueError(f"{bits} bits at head_dim {head_dim} need more than {MAX_CELLS} cells. Use fewer bits.")
 
 
-def _entries(first_above: torch.Tensor, shift: int, num_cells: int) -> torch.Tensor:
+def one_boundary_a_cell(first_above: torch.Tensor, shift: int) -> bool:
+    """Whether cells of 2^shift fixed-point numbers hold at most one of the boundaries each."""
+    return bool(((first_above >> shift).diff() > 0).all())
+
+
+def cell_entries(first_above: torch.Tensor, shift: int, num_cells: int, zero_bits: int) -> torch.Tensor:
+    """What to add to the numbers of each cell, int32 [num_cells], so that their bits from `shift` on are the code.
+
+    Args:
+        first_above: int64, ascending: the first fixed-point number above each boundary.
+        shift: Bits of a number below the cell.
+        num_cells: Cells, from number 0 on.
+        zero_bits: What the float32 that carries a fixed-point number has as bits for the number 0.
+    """
     start = torch.arange(num_cells) << shift
     below = torch.searchsorted(first_above, start)
     inside = torch.searchsorted(first_above, start + (1 << shift)) - below
     carry_at = torch.where(inside == 1, first_above[below.clamp(max=len(first_above) - 1)], start)
-    entries = ((below + inside) << shift) - carry_at - FLOAT_ONE_UNIT
-    return entries.to(torch.int32)
+    return (((below + inside) << shift) - carry_at - zero_bits).to(torch.int32)

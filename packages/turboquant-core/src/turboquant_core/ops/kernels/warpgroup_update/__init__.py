@@ -1,0 +1,1 @@
+"""`cache_update` in Gluon, for Hopper's warpgroups."""

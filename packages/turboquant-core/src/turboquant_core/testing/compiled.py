@@ -1,0 +1,82 @@
+"""What a Gluon kernel compiles to, where there is no GPU to run it on."""
+
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Attributes: PTX, bytes of shared memory of a program, and registers and bytes of stack of a thread."""
+
+    ptx: str
+    shared_bytes: int
+    registers: int
+    stack_bytes: int
+
+
+class Recorder:
+    """Stands in for a kernel: takes a launch and keeps what it passes.
+
+    Attributes:
+        arguments: The kernel's, by name.
+        options: The compiler's.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.arguments: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
+
+    def __getitem__(self, grid: object) -> "Recorder":
+        return self
+
+    def __call__(self, *args: object, **kwargs: object) -> None:
+        """Keep the launch."""
+        names = self.kernel.arg_names
+        passed = dict(zip(names, args, strict=False)) | kwargs
+        self.arguments = {name: passed.pop(name) for name in names}
+        self.options = {name: x for name, x in passed.items() if x is not None}
+
+    def compile(self, arch: int, folder: Path) -> Compiled:
+        """The kernel as that launch would compile it for an architecture such as 90; files go to the folder."""
+        source = GluonASTSource(self.kernel, *_signature(self.kernel, self.arguments))
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
+
+
+def _signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Kinds, constants and attributes of arguments, as a launch would find them; tensors count as aligned."""
+    kinds, constants, attributes = {}, {}, {}
+    for i, (name, x) in enumerate(arguments.items()):
+        if kernel.params[i].is_constexpr or x is None or (type(x) is int and x == 1):
+            kinds[name], constants[(i,)] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            kinds[name], attributes[(i,)] = _TYPES[x.dtype], [["tt.divisibility", 16]]
+        else:
+            kinds[name] = "fp32" if isinstance(x, float) else "i32"
+            if kinds[name] == "i32" and x % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return kinds, constants, attributes
