@@ -14,11 +14,14 @@ from transformers import (
     GPT2Config,
     GPTBigCodeConfig,
     GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     PersimmonConfig,
 )
 from typer.testing import CliRunner
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
+from turboquant_hf._compat import gguf_weights_in_full
 from turboquant_hf.doctor import checkpoint as checkpoints
 from turboquant_hf.doctor.attention import model_attention
 from turboquant_hf.doctor.cards import CARDS, find_card
@@ -221,7 +224,16 @@ def test_a_gguf_file(gguf_file):
     assert status == 0
     assert data["key_bias"]["alarm"]
     assert "GGUF" in data["engines"]["vllm"]["refusals"][0]
-    assert 'gguf_file="tiny.gguf"' in data["engines"]["transformers"]["command"]
+    code = data["engines"]["transformers"]["command"]
+    assert 'gguf_file="tiny.gguf"' in code
+    # Otherwise every forward would dequantise the weights again.
+    assert code.count("GgufConfig") == (2 if gguf_weights_in_full() else 0)
+
+
+def test_the_code_for_transformers_runs(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=64)).save_pretrained(tmp_path / "tiny")
+    code = found(tmp_path / "tiny")[1]["engines"]["transformers"]["command"]
+    exec(code, {"inputs": {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 2}})
 
 
 def test_without_a_network_the_cache_is_read(model, monkeypatch, key_biases):

@@ -60,6 +60,11 @@ class Checkpoint:
         return None if self.tensors is None else sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+def short_name(name: str) -> str:
+    """A hub id, or the last part of a path."""
+    return Path(name).name if Path(name).exists() else name
+
+
 def open_checkpoint(name: str) -> Checkpoint:
     """Read the configuration and the headers of a model's files.
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from turboquant_core.vllm_limits import MIN_CAPABILITY
+from turboquant_hf._compat import gguf_weights_in_full
 from turboquant_hf.doctor.attention import GROWING_KINDS, LayerAttention, ModelAttention
 from turboquant_hf.doctor.cards import Card
 from turboquant_hf.doctor.checkpoint import Checkpoint
@@ -142,10 +143,16 @@ class Diagnosis:
 
     def _transformers_code(self) -> str:
         source, kwargs = model_source(self.checkpoint.name)
+        imported = ["AutoModelForCausalLM"]
         arguments = [json.dumps(source), *(f"{name}={json.dumps(value)}" for name, value in kwargs.items())]
+        if kwargs and gguf_weights_in_full():
+            imported.append("GgufConfig")
+            arguments.append("quantization_config=GgufConfig(dequantize=True)")
         if any(path.path == "fused" for path in self.verdicts["transformers"].layers):
             arguments.append('attn_implementation="turboquant"')
         return (
+            f"from transformers import {', '.join(imported)}\n"
+            "from turboquant_hf import TurboQuantCache\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
             f'model.generate(**inputs, past_key_values=TurboQuantCache(model.config, "{self.preset}"))'
         )

@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turboquant_hf.doctor.attention import ModelAttention
+from turboquant_hf.doctor.checkpoint import short_name
 from turboquant_hf.doctor.diagnosis import Diagnosis
 from turboquant_hf.doctor.engines import Verdict
 from turboquant_hf.doctor.sizes import CACHES
@@ -31,7 +32,8 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
 
 def _layers(diagnosis: Diagnosis) -> Table:
     where = diagnosis.card.name if diagnosis.card else "cards from sm_80 on"
-    table = Table(title=f"{diagnosis.checkpoint.name}: layers, and how {diagnosis.preset} serves them on {where}")
+    name = short_name(diagnosis.checkpoint.name)
+    table = Table(title=f"{name}: layers, and how {diagnosis.preset} serves them on {where}")
     for name in ("layers", "kind", "head_dim", "KV heads", "vLLM", "transformers"):
         table.add_column(name, justify="right" if name in ("layers", "head_dim", "KV heads") else "left")
     for layer, count in diagnosis.attention.groups():

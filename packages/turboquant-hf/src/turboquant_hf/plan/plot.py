@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from turboquant_hf.doctor.checkpoint import short_name
 from turboquant_hf.plan.run import Plan
 
 
@@ -25,7 +26,7 @@ def write_plot(plan: Plan, lengths: list[int], path: Path) -> None:
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_xlabel("tokens of a request")
     axes.set_ylabel("requests at once")
-    axes.set_title(plan.model)
+    axes.set_title(short_name(plan.model))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="svg")

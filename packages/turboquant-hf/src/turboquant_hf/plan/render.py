@@ -4,13 +4,14 @@ from rich.console import Console
 from rich.table import Table
 
 from turboquant_hf.doctor.cards import GIB
+from turboquant_hf.doctor.checkpoint import short_name
 from turboquant_hf.plan.run import Plan
 
 
 def render(plan: Plan, memory: str, console: Console) -> None:
     """Print what fits; `memory` says what the memory for the cache was worked out from."""
     cards = f"each of {plan.tensor_parallel} cards" if plan.tensor_parallel > 1 else "one card"
-    table = Table(title=f"{plan.model}: {plan.kv_bytes / GIB:.2f} GiB for the KV cache on {cards}")
+    table = Table(title=f"{short_name(plan.model)}: {plan.kv_bytes / GIB:.2f} GiB for the KV cache on {cards}")
     table.add_column("cache", no_wrap=True)
     for name in ("KV tokens", "against bf16", f"requests of {plan.length:,} tokens at once"):
         table.add_column(name, justify="right")
