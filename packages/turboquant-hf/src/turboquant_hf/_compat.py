@@ -28,6 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 """The layer kind that stores nothing, because it reads another layer's cache."""
 
+HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
+"""Whether `QuantizedCache` has the backend "fp8"; transformers 5.19 has none yet."""
+
 KNOWN_LAYERS: tuple[type, ...] = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -60,6 +63,7 @@ def transformers_layers(config: PreTrainedConfig, max_length: int | None) -> lis
 __all__ = [
     "EMPTY_LAYERS",
     "ENCODER_MODEL_TYPES",
+    "HAS_FP8_CACHE",
     "KNOWN_LAYERS",
     "AttentionInterface",
     "AttentionMaskInterface",

@@ -1,4 +1,4 @@
-"""What the commands share: errors, and loading a model."""
+"""What the commands share: errors, files, and loading a model."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +23,14 @@ def check_target(path: Path, errors: Console) -> None:
         fail(errors, f"there is no folder {path.parent} to write {path.name} to")
     if path.is_dir():
         fail(errors, f"{path} is a folder; name a file to write")
+
+
+def read_text_or_fail(path: Path, errors: Console) -> str:
+    """The text of a file, or the end of the command."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(errors, f"cannot read {path}: {error}. Pass --text with a UTF-8 text file.")
 
 
 def load_or_fail(name: str, device: str, errors: Console, *, argument: str) -> LoadedModel:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from turboquant_core.calibration import write_key_means
 from turboquant_hf.calibrate.run import mean_keys
-from turboquant_hf.command_line import check_target, fail, load_or_fail
+from turboquant_hf.command_line import check_target, fail, load_or_fail, read_text_or_fail
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import LoadedModel
 
@@ -31,7 +31,7 @@ def calibrate(
     """Write the mean key of every layer to a file that vLLM loads, so that all processes centre keys alike."""
     console, errors = Console(), Console(stderr=True)
     check_target(out, errors)
-    content = long_text() if text is None else _read(text, errors)
+    content = long_text() if text is None else read_text_or_fail(text, errors)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_or_fail(model, device, errors, argument="MODEL")
     input_ids = _encode(loaded, content, tokens, errors)
@@ -43,13 +43,6 @@ def calibrate(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _read(path: Path, errors: Console) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(errors, f"cannot read {path}: {error}. Pass --text with a UTF-8 text file.")
 
 
 def _encode(loaded: LoadedModel, text: str, tokens: int, errors: Console) -> torch.Tensor:

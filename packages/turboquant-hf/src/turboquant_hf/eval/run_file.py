@@ -1,0 +1,76 @@
+"""The file of an evaluation: what was asked, on what, and every result so far."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = "turboquant eval"
+VERSION = 1
+SECTIONS = ("settings", "environment", "model", "results")
+
+
+class RunFile:
+    """A run file, written anew after each result: whatever happens, the file is whole.
+
+    Args:
+        path: The file.
+        header: Sections but for the results, and whatever else is to be kept.
+        results: Unit to result.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.header = dict(header)
+        self.results = dict(results or {})
+
+    def add(self, unit: str, result: Mapping[str, Any]) -> None:
+        """Keep a result, in the file too."""
+        self.results[unit] = dict(result)
+        data = {"format": FORMAT, "version": VERSION, **self.header, "results": self.results}
+        write_atomically(self.path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+    def differences(self, section: str, expected: Mapping[str, Any]) -> Iterator[str]:
+        """What a section of the file says otherwise, one sentence each."""
+        found = self.header[section]
+        for key in dict.fromkeys([*expected, *found]):
+            if found.get(key) != expected.get(key):
+                yield f"{key.replace('_', ' ')} is {_say(found.get(key))} there and {_say(expected.get(key))} here"
+
+
+def read_run_file(path: Path) -> RunFile:
+    """The run file at a path.
+
+    Raises:
+        OSError: If there is none, or it cannot be read.
+        ValueError: If it is damaged, or something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no run file, or damaged or half-written: {error}") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{path} is no run file of `turboquant eval`")
+    if data.get("version") != VERSION:
+        raise ValueError(f"{path} is a run file of version {data.get('version')}; this turboquant-hf reads {VERSION}")
+    for section in SECTIONS:
+        if not isinstance(data.get(section), dict):
+            raise ValueError(f"{path} is a damaged run file: it has no section {section!r}")
+    results = data.pop("results")
+    header = {key: value for key, value in data.items() if key not in ("format", "version")}
+    return RunFile(path, header, results)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that there is the old one or the new one, and never a part."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _say(value: object) -> str:
+    return "not given" if value is None else json.dumps(value)

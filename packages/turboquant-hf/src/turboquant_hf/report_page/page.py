@@ -1,0 +1,37 @@
+"""The page: one file that needs nothing from elsewhere."""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from turboquant_hf.demo.run import UNCOMPRESSED
+from turboquant_hf.eval.summary import RunSummary
+from turboquant_hf.report_page.charts import error_by_layer, families, kl_against_bytes, speed_against_bytes
+from turboquant_hf.report_page.svg import marker
+
+
+def render_page(summaries: Sequence[RunSummary]) -> str:
+    """HTML with a section for each run."""
+    environment = Environment(
+        loader=PackageLoader("turboquant_hf.report_page", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["depth"] = lambda depth: f"{depth:.0%}"
+    page = environment.get_template("page.html.j2").render(
+        summaries=summaries,
+        style=Markup((files(__package__) / "page.css").read_text(encoding="utf-8")),
+        uncompressed=UNCOMPRESSED,
+        marker=marker,
+        families=families,
+        kl_against_bytes=kl_against_bytes,
+        speed_against_bytes=speed_against_bytes,
+        error_by_layer=error_by_layer,
+        pretty=lambda data: json.dumps(data, indent=1),
+    )
+    return page + "\n"
