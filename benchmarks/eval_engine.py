@@ -1,0 +1,112 @@
+"""Perplexity and KL in vLLM's engine with keys centred by the first prompt, by a calibration file, and not at all.
+
+Needs vLLM, with or without a GPU, and the plugin. A text is prefilled in chunks, each of which reads the codes of those
+before it; the calibration file is made from the text that follows.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import logging as transformers_logging
+
+from results_file import write_result
+from side_by_side.weights import file_stem, find_model
+from turboquant_core.calibration import write_key_means
+from turboquant_hf.calibrate.run import mean_keys
+from turboquant_hf.demo.run import long_text
+from turboquant_hf.models import load_model
+
+CALIBRATION_TOKENS = 2048
+
+
+def prepare(model: str, num_tokens: int, folder: Path) -> tuple[list[int], int]:
+    """Write the model as vLLM loads it and its key means into a folder.
+
+    Returns:
+        The tokens to score, and how many the means were taken from.
+    """
+    loaded = load_model(find_model(model), "cpu")
+    input_ids = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"]
+    means = mean_keys(loaded, input_ids[:, num_tokens : num_tokens + CALIBRATION_TOKENS])
+    write_key_means(folder / "means.safetensors", means)
+    if hasattr(loaded.model.config, "quantization_config"):
+        del loaded.model.config.quantization_config
+    loaded.model.save_pretrained(folder / "model")
+    return input_ids[0, :num_tokens].tolist(), means.num_tokens
+
+
+def engines(preset: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """The engines to score with, uncompressed first."""
+
+    def turboquant(**settings: Any) -> dict[str, Any]:
+        return {"attention_backend": "CUSTOM", "additional_config": {"turboquant": {"preset": preset, **settings}}}
+
+    return {
+        "uncompressed": {},
+        "means of the first prompt": turboquant(),
+        "means of a calibration file": turboquant(calibration=str(folder / "means.safetensors")),
+        "not centred": turboquant(center_keys=False),
+    }
+
+
+def logprobs(request: dict[str, Any], folder: Path) -> torch.Tensor:
+    """The logprobs of every next token by an engine in a process of its own.
+
+    Raises:
+        SystemExit: With what it printed, if it fails.
+    """
+    answer = folder / "logprobs.safetensors"
+    command = [sys.executable, str(Path(__file__).with_name("engine_score.py")), json.dumps(request), str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return load_file(answer)["logprobs"]
+
+
+def main() -> None:
+    """Score, print, and write results/engine_centring_MODEL.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, qwen2.5-coder-1.5b, hub id, folder or GGUF file")
+    parser.add_argument("--preset", default="tq4")
+    parser.add_argument("--num-tokens", type=int, default=512)
+    parser.add_argument("--chunk-size", type=int, default=64)
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    scores: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokens, calibration_tokens = prepare(arguments.model, arguments.num_tokens, folder)
+        gc.collect()
+        next_tokens = torch.tensor(tokens[1:])[:, None]
+        expected = None
+        for name, engine in engines(arguments.preset, folder).items():
+            request = {
+                "model": str(folder / "model"),
+                "tokens": tokens,
+                "chunk_size": arguments.chunk_size,
+                "engine": {"dtype": dtype, **engine},
+            }
+            found = logprobs(request, folder)
+            expected = found if expected is None else expected
+            scores[name] = {
+                "perplexity": (-found.gather(1, next_tokens).mean()).exp().item(),
+                "mean_kl": (expected.exp() * (expected - found)).sum(-1).mean().item(),
+                "top_1_agreement": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
+            }
+            print(f"{name:28s}", {key: round(value, 4) for key, value in scores[name].items()}, flush=True)
+    data = {**vars(arguments), "dtype": dtype, "calibration_tokens": calibration_tokens, "scores": scores}
+    write_result("engine_centring_" + file_stem(arguments.model), data)
+
+
+if __name__ == "__main__":
+    main()
