@@ -48,6 +48,11 @@ def bold_if(condition: bool, text: str) -> str:
     return f"**{text}**" if condition else text
 
 
+def percent(share: float) -> str:
+    """A share with one decimal."""
+    return f"{100 * share:.1f} %"
+
+
 def demo() -> str:
     """SmolLM2 in every cache of the demo, the uncompressed one as bf16 would be."""
     runs = {run["cache"]: run for run in result("demo")["runs"]}
@@ -62,7 +67,7 @@ def demo() -> str:
                 f"{run['compression']:.2f}x",
                 nats(run["mean_kl"]),
                 nats(run["p99_kl"]),
-                f"{run['top1_agreement']:.1%}".replace("%", " %"),
+                percent(run["top1_agreement"]),
                 _ppl(run),
             ]
         )
@@ -79,7 +84,7 @@ def demo_speed() -> str:
 
 def engine() -> str:
     """Decode steps, prefill and tokens in vLLM, a row for each cache."""
-    shapes = sorted(map(tuple, result("engine")["shapes"]), key=lambda shape: _step("tq4", shape), reverse=True)
+    shapes = _shapes()[::-1]
     columns = [
         "KV cache",
         f"decode step, {_shape(shapes[0])}",
@@ -89,10 +94,7 @@ def engine() -> str:
     ]
     rows = []
     for name, label in ENGINE_CACHES.items():
-        steps = [
-            bold_if(name == "tq4" and _step(name, shape) == min(_step(other, shape) for other in ENGINE_CACHES), text)
-            for shape, text in ((shape, f"{_step(name, shape):.2f} ms") for shape in shapes)
-        ]
+        steps = [bold_if(name == "tq4" and _is_fastest(name, shape), _step_text(name, shape)) for shape in shapes]
         rows.append([label, *steps, f"{_prefill(name, LONG):.2f} s", bold_if(name == "tq4", f"{_tokens(name):,}")])
     return table(columns, rows)
 
@@ -100,20 +102,17 @@ def engine() -> str:
 def engine_steps() -> str:
     """Decode steps in vLLM, a row for each shape."""
     rows = []
-    for shape in sorted(map(tuple, result("engine")["shapes"]), key=lambda shape: _step("tq4", shape)):
-        bf16, fp8, ours = (_step(name, shape) for name in ENGINE_CACHES)
-        mine = bold_if(ours < min(bf16, fp8), f"{ours:.2f} ms")
-        rows.append(
-            [_shape(shape), f"{bf16:.2f} ms", f"{fp8:.2f} ms", mine, f"{bf16 / ours:.2f}x", f"{fp8 / ours:.2f}x"]
-        )
+    for shape in _shapes():
+        bf16, fp8, ours = (_step_text(name, shape) for name in ENGINE_CACHES)
+        ratios = [f"{_step(peer, shape) / _step('tq4', shape):.2f}x" for peer in ("bf16", "fp8")]
+        rows.append([_shape(shape), bf16, fp8, bold_if(_is_fastest("tq4", shape), ours), *ratios])
     columns = ("batch × context", "decode step: bf16", "fp8", "tq4", "tq4 against bf16", "against fp8")
     return table(columns, rows)
 
 
 def engine_prefill() -> str:
     """Prefill in vLLM, a row for each shape."""
-    shapes = sorted(map(tuple, result("engine")["shapes"]), key=lambda shape: _step("tq4", shape))
-    rows = [[_shape(shape), *(f"{_prefill(name, shape):.2f} s" for name in ENGINE_CACHES)] for shape in shapes]
+    rows = [[_shape(shape), *(f"{_prefill(name, shape):.2f} s" for name in ENGINE_CACHES)] for shape in _shapes()]
     return table(("batch × context", "prefill: bf16", "fp8", "tq4"), rows)
 
 
@@ -150,14 +149,12 @@ def update_share() -> str:
     return f"{100 * result('cache_update')['presets']['tq4']['plain']['share_of_copy']:.0f}"
 
 
-def centring(kind: str, measure: str) -> Callable[[], str]:
-    """Perplexity or KL of Qwen2.5-Coder-1.5B with keys centred or not."""
+def perplexity_increase(keys: str) -> Callable[[], str]:
+    """How many per cent higher the perplexity of Qwen2.5-Coder-1.5B is at 4 bits, with keys "centred" or not."""
 
     def figure() -> str:
         scores = result("centring_qwen2.5-coder-1.5b")["scores"]
-        if measure == "kl":
-            return f"{scores[kind]['mean_kl']:#.2g}"
-        increase = 100 * (scores[kind]["perplexity"] / scores["reference"]["perplexity"] - 1)
+        increase = 100 * (scores[keys]["perplexity"] / scores["reference"]["perplexity"] - 1)
         return f"{increase:+.2f}" if increase < 100 else f"{increase:+,.0f}"
 
     return figure
@@ -177,7 +174,7 @@ def presets() -> str:
         caches = result(name)["families"]["turboquant"]["caches"]
         scores = [caches["DynamicCache"], *(caches[f"turboquant {label}"] for label in PRESETS.values())]
         for row, score in zip(rows, scores, strict=True):
-            row += [nats(score["mean_kl"]), f"{score['top1_agreement']:.1%}".replace("%", " %"), _ppl(score)]
+            row += [nats(score["mean_kl"]), percent(score["top1_agreement"]), _ppl(score)]
     return table(columns, rows)
 
 
@@ -244,6 +241,18 @@ def cache_update() -> str:
     return table(("preset", "time", "share of copy", "with a key mean", "share of copy"), rows)
 
 
+def _shapes() -> list[tuple[int, int]]:
+    return sorted(((batch, context) for batch, context in result("engine")["shapes"]), key=lambda at: _step("tq4", at))
+
+
+def _is_fastest(name: str, shape: Sequence[int]) -> bool:
+    return _step(name, shape) == min(_step(other, shape) for other in ENGINE_CACHES)
+
+
+def _step_text(name: str, shape: Sequence[int]) -> str:
+    return f"{_step(name, shape):.2f} ms"
+
+
 def _step(name: str, shape: Sequence[int]) -> float:
     return float(_measured(name, shape)["decode_step_ms"])
 
@@ -291,10 +300,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "fp8-kernel-bf16": kernel_ratio(32, 32_768, "fa3_bf16", "fa3_fp8"),
     "fp8-kernel-alone-bf16": kernel_ratio(1, 32_768, "fa3_bf16", "fa3_fp8"),
     "update-share": update_share,
-    "qwen-ppl": centring("centred", "perplexity"),
-    "qwen-ppl-plain": centring("not centred", "perplexity"),
-    "qwen-kl": centring("centred", "kl"),
-    "qwen-kl-plain": centring("not centred", "kl"),
+    "qwen-ppl": perplexity_increase("centred"),
+    "qwen-ppl-plain": perplexity_increase("not centred"),
     "presets": presets,
     "peers": peers,
     "scale-rules": scale_rules,
