@@ -138,3 +138,11 @@ def test_the_notebook_for_vllm_serves_as_the_quick_start_does():
             exec(compile(ast.Module([node], []), "vllm.ipynb", "exec"), namespace)
     assert f"{namespace['COMPRESSED']}\n" in quick_start
     assert namespace["COMPRESSED"].startswith(f"{namespace['UNCOMPRESSED']} ")
+
+
+@pytest.mark.parametrize("package", ["core", "hf", "vllm"])
+def test_the_architecture_names_every_module(package):
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    source = ROOT / "packages" / f"turboquant-{package}" / "src" / f"turboquant_{package}"
+    modules = {path.stem for path in source.iterdir() if path.suffix in ("", ".py") and not path.name.startswith("__")}
+    assert [name for name in sorted(modules) if f"`{name}`" not in page] == []
