@@ -44,7 +44,7 @@ def demo(session: nox.Session) -> None:
 @each_package
 def tests(session: nox.Session, package: str) -> None:
     """Run one package's tests; arguments after `--` go to pytest."""
-    install(session, *PARTS[package], groups=("test",))
+    install(session, *PARTS[package], groups=("test", "hf-test") if package == "hf" else ("test",))
     if package == "vllm":
         install_vllm(session, VLLM)
     run_tests(session, package)

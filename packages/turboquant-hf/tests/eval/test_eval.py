@@ -201,6 +201,35 @@ def test_a_cache_of_others_that_fails_is_left_out(run_eval, tiny_model_folder, t
     assert "quality/hqq4" not in found
 
 
+def test_a_cache_of_others_that_fails_later_has_the_rest(run_eval, tiny_model_folder, tmp_path, monkeypatch, said):
+    class Short(DynamicCache):
+        def update(self, key_states, *args, **kwargs):
+            if key_states.shape[-2] > 150:
+                raise ValueError("too long")
+            return super().update(key_states, *args, **kwargs)
+
+    patched = {**CACHES, "hqq4": replace(CACHES["hqq4"], new=lambda config: Short(config=config), package=None)}
+    for module in ("caches", "units", "run", "summary", "command"):
+        monkeypatch.setattr(f"turboquant_hf.eval.{module}.CACHES", patched)
+    path = tmp_path / "run.json"
+    options = ("--cache", "hqq4", "--measure", "needle", "--needle-length", 200)
+    outcome = run_eval(tiny_model_folder, "--out", path, *options)
+    assert outcome.exit_code == 0, outcome.output
+    assert "hqq4 fails: ValueError: too long" in said(outcome)
+    short, long = (results(path)[f"needle/{length}/0"]["caches"] for length in (128, 200))
+    assert short["hqq4"].keys() == long["tq4"].keys() == {"share", "found"}
+    assert long["hqq4"] == {"fails": "ValueError: too long"}
+
+
+def test_numbers_that_are_none_are_said(run_eval, tiny_model_folder, tmp_path, monkeypatch, said):
+    monkeypatch.setattr("turboquant_hf.eval.run.bytes_per_token", lambda *args: float("nan"))
+    path = tmp_path / "run.json"
+    outcome = run_eval(tiny_model_folder, "--out", path, "--measure", "quality")
+    assert outcome.exit_code == 0, outcome.output
+    assert results(path)["quality/tq4"] == {"fails": "bytes_per_token is nan"}
+    assert "tq4 fails: bytes_per_token is nan" in said(outcome)
+
+
 @pytest.mark.parametrize("name", ["hqq4", "fp8"])
 def test_caches_of_others(run_eval, tiny_model_folder, tmp_path, name):
     if CACHES[name].missing:

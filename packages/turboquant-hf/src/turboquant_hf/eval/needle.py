@@ -14,6 +14,9 @@ from turboquant_hf.eval.results import NeedleScore
 CITIES = ("Lisbon", "Oslo", "Quito", "Cairo", "Hanoi", "Lima", "Delhi", "Rome", "Accra", "Perth", "Kyoto", "Turin")
 NUM_DIGITS = 7
 
+STEP = 16
+"""The caches of quanto and hqq pack several groups of a prompt together, and fail on other lengths."""
+
 
 @dataclass(frozen=True)
 class NeedlePrompt:
@@ -33,12 +36,12 @@ class NeedlePrompt:
 def needle_prompt(
     tokenizer: PreTrainedTokenizerBase, text_ids: torch.Tensor, length: int, depth: float, seed: int
 ) -> NeedlePrompt:
-    """A prompt of `length` tokens, answer included, with the needle at `depth`.
+    """A prompt of at most `length` tokens, answer included, with the needle at `depth`.
 
     Args:
         tokenizer: The model's.
         text_ids: int64 [num_tokens], what the haystack is made of; repeated where it is too short.
-        length: Tokens in all.
+        length: Tokens in all; up to 15 fewer, because a haystack has a multiple of `STEP` tokens.
         depth: Where the needle is: 0 for the beginning and 1 for the end of the haystack.
         seed: Picks what the needle says, for each length and depth anew.
 
@@ -53,11 +56,11 @@ def needle_prompt(
     question, whole = _encode(tokenizer, asked), _encode(tokenizer, f"{asked} {number}")
     shared = int((question == whole[: len(question)]).long().cumprod(0).sum())
     question, answer = whole[:shared], whole[shared:]
-    num_hay = length - len(needle) - len(whole)
+    num_hay = (length - len(whole)) // STEP * STEP - len(needle)
     if num_hay < 1:
         raise ValueError(
             f"a needle length of {length} tokens is too short; the needle and the question take "
-            f"{length - num_hay} of them. Ask for more."
+            f"{len(needle) + len(whole)} of them. Ask for more."
         )
     hay = text_ids.repeat(-(-num_hay // len(text_ids)))[:num_hay]
     # The very first token may be the one that marks the beginning.

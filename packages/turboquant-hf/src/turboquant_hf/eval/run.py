@@ -1,7 +1,7 @@
 """Measure what is missing in a run file."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from turboquant_hf.eval.units import CHECK, Unit, all_units, missing_units, serv
 from turboquant_hf.models import LoadedModel
 from turboquant_hf.scoring import score_caches
 
-CHECK_TOKENS = 16
+CHECK_TOKENS = 64
 
 
 class Evaluation:
@@ -63,11 +63,8 @@ class Evaluation:
             after()
 
     def _measure(self, unit: Unit, run: RunFile) -> dict[str, Any]:
-        if unit.measurement == "needle":
-            caches = {name: self._new(name) for name in served_caches(self._settings, run.results)}
-            found = find_needle(self._model, self._needle(unit), caches)
-            return {"caches": {name: score.to_dict() for name, score in found.items()}}
-        assert unit.cache is not None
+        if unit.cache is None:
+            return {"caches": self._needles(self._needle(unit), served_caches(self._settings, run.results))}
         measures: dict[str, Callable[[str], dict[str, Any]]] = {
             CHECK: self._check,
             "quality": self._quality,
@@ -75,22 +72,34 @@ class Evaluation:
             "greedy": self._greedy,
             "speed": self._speed,
         }
-        return measures[unit.measurement](unit.cache)
+        return _or_failure(unit.cache, lambda name: measures[unit.measurement](name))
 
     def _check(self, name: str) -> dict[str, Any]:
         """Prefill, empty the window that a cache may have, and read what it was emptied into."""
-        try:
-            cache = self._new(name)
-            with torch.no_grad():
-                ids = self._ids(WINDOW + 2 * CHECK_TOKENS)
-                for chunk in torch.split(ids, [CHECK_TOKENS, WINDOW, CHECK_TOKENS], dim=1):
-                    logits = self._model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
-        except torch.OutOfMemoryError:
-            raise
-        # Whatever a cache of another project raises is its result.
-        except Exception as error:
-            return Failure(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}").to_dict()
+        cache = self._new(name)
+        ids = self._ids(WINDOW + 2 * CHECK_TOKENS)
+        with torch.no_grad():
+            for chunk in torch.split(ids, [CHECK_TOKENS, WINDOW, CHECK_TOKENS], dim=1):
+                logits = self._model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
         return {} if logits.isfinite().all() else Failure("its logits are not finite").to_dict()
+
+    def _needles(self, prompt: NeedlePrompt, names: list[str]) -> dict[str, Any]:
+        """What each cache finds, with one prefill for all if none fails."""
+
+        def find(*names: str) -> dict[str, Any]:
+            found = find_needle(self._model, prompt, {name: self._new(name) for name in names})
+            return {name: score.to_dict() for name, score in found.items()}
+
+        peers = [name for name in names if CACHES[name].is_peer]
+        try:
+            return find(*names)
+        except Exception as error:
+            if not peers or isinstance(error, torch.OutOfMemoryError):
+                raise
+        alone = {name: _or_failure(name, find) for name in peers}
+        return find(*(name for name in names if name not in peers)) | {
+            name: result.get(name, result) for name, result in alone.items()
+        }
 
     def _quality(self, name: str) -> dict[str, Any]:
         reference = self._new(UNCOMPRESSED)
@@ -128,6 +137,16 @@ class Evaluation:
         return self._text_ids[None, :num_tokens].to(self._model.device)
 
 
+def _or_failure(name: str, measure: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """What is measured of a cache; whatever a cache of another project raises is its result."""
+    try:
+        return measure(name)
+    except Exception as error:
+        if not CACHES[name].is_peer or isinstance(error, torch.OutOfMemoryError):
+            raise
+        return Failure(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}").to_dict()
+
+
 def _check_lengths(loaded: LoadedModel, settings: Settings, text_tokens: int) -> None:
     needed = max(settings.num_tokens, settings.layer_tokens, PROMPT_TOKENS, WINDOW + 2 * CHECK_TOKENS)
     if text_tokens < needed:
@@ -145,12 +164,17 @@ def _check_lengths(loaded: LoadedModel, settings: Settings, text_tokens: int) ->
 
 
 def _finite(result: dict[str, Any]) -> dict[str, Any]:
-    """The result, or that it is none because a number in it is none."""
-    for key, value in result.items():
-        nested = value if isinstance(value, list) else [value]
-        for item in nested:
-            if isinstance(item, dict) and "fails" in (failed := _finite(item)):
-                return failed
-            if isinstance(item, float) and not math.isfinite(item):
-                return Failure(f"{key} is {item}").to_dict()
-    return result
+    """The result, or that it is none because numbers in it are none."""
+    bad = next(_not_finite("result", result), None)
+    return result if bad is None else Failure(bad).to_dict()
+
+
+def _not_finite(name: str, value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _not_finite(key, item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _not_finite(name, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}"

@@ -158,7 +158,10 @@ def _put(unit: Unit, results: Mapping[str, Any], caches: Mapping[str, CacheSumma
     result = results[unit.name]
     if unit.cache is None:
         for name, score in result["caches"].items():
-            caches[name].needles[unit.length, unit.depth] = NeedleScore.from_dict(score)
+            if "fails" in score:
+                caches[name].fails = caches[name].fails or score["fails"]
+            else:
+                caches[name].needles[unit.length, unit.depth] = NeedleScore.from_dict(score)
         return
     cache = caches[unit.cache]
     if "fails" in result:

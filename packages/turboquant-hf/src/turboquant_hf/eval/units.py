@@ -73,7 +73,7 @@ def _is_measured(measurement: str, cache: NamedCache) -> bool:
 
 def check_result(unit: Unit, data: object, settings: Settings) -> None:
     """Raise ValueError if this is no result of the unit."""
-    if isinstance(data, Mapping) and data.keys() == {"fails"}:
+    if _is_failure(data):
         Failure.from_dict(data)
     elif unit.measurement == "quality":
         Quality.from_dict(data)
@@ -88,9 +88,13 @@ def check_result(unit: Unit, data: object, settings: Settings) -> None:
         for name, score in _only(data, "caches", dict).items():
             if name not in (UNCOMPRESSED, *settings.caches):
                 raise ValueError(f"{unit.name} has a cache {name!r}")
-            NeedleScore.from_dict(score)
+            (Failure if _is_failure(score) else NeedleScore).from_dict(score)
     elif data != {}:
         raise ValueError("a check has no result but that it fails")
+
+
+def _is_failure(data: object) -> bool:
+    return isinstance(data, Mapping) and data.keys() == {"fails"}
 
 
 def _only(data: object, key: str, kind: type) -> Any:
