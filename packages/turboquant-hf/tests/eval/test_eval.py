@@ -50,8 +50,9 @@ def test_quality_is_what_scoring_says_and_bytes_are_those_of_bfloat16(finished, 
     assert found["mean_kl"] == pytest.approx(expected.mean_kl, rel=1e-6)
     assert found["num_tokens"] == expected.num_tokens == 255
     assert results(finished[0])["quality/uncompressed"]["bytes_per_token"] == 2 * 2 * 2 * 64 * 2
-    # Codes of 4 bits and two scales for each vector, and room for a page to come.
-    assert found["bytes_per_token"] == pytest.approx(2 * 2 * 2 * (64 * 4 / 8 + 2), rel=0.25)
+    # Codes of 4 bits and a scale for each vector, tokens that are kept as they are, and room for those to come.
+    codes = 2 * 2 * 2 * (64 * 4 / 8 + 2)
+    assert codes < found["bytes_per_token"] < 1.5 * codes
 
 
 def test_again_gives_the_same(finished, run_eval, tiny_model_folder, tmp_path):

@@ -5,6 +5,10 @@ from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
+from turboquant_hf._compat import Cache
+from turboquant_hf.attention import ATTENTION
+from turboquant_hf.cache import TurboQuantCache
+
 
 @contextmanager
 def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
@@ -18,3 +22,14 @@ def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def reading_as_in_decoding(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
+    """Let every token of a call see of a cache what it would see if it were alone.
+
+    Where `TurboQuantCache` keeps recent tokens as they are, only its own attention tells the tokens of a call apart.
+    """
+    ours = isinstance(cache, TurboQuantCache)
+    with attending(model, ATTENTION if ours else model.config._attn_implementation):
+        yield

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from turboquant_hf._compat import Cache
 from turboquant_hf.demo.run import CHUNK_SIZE
+from turboquant_hf.eval.attention import reading_as_in_decoding
 from turboquant_hf.eval.caches import find_cache
 from turboquant_hf.models import load_model
 
@@ -100,7 +101,8 @@ class TurboQuantLM(HFLM):
     def _logits(self, tokens: list[int], cache: Cache, keep: int = 0) -> torch.Tensor:
         """Logits after each of some tokens, or the last `keep` of them, float32 [num_tokens, vocab_size]."""
         input_ids = torch.tensor([tokens], device=self.device)
-        logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        with reading_as_in_decoding(self.model, cache):
+            logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
         return logits[0].float()
 
 

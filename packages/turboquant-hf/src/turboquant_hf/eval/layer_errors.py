@@ -27,7 +27,7 @@ def layer_errors(
     """The errors of every layer that `TurboQuantCache` compresses, each on its true inputs.
 
     A text is run uncompressed. Beside its output, each layer's attention is computed once more for every pair of bits,
-    with that layer's keys and values quantised, so that no error of one layer reaches another.
+    with all keys and values of that layer quantised, so that no error of one layer reaches another.
 
     Args:
         model: The model.

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from turboquant_hf._compat import Cache
+from turboquant_hf.eval.attention import reading_as_in_decoding
 from turboquant_hf.eval.prefill import fill
 from turboquant_hf.eval.results import NeedleScore
 
@@ -77,7 +78,8 @@ def find_needle(model: PreTrainedModel, prompt: NeedlePrompt, caches: Mapping[st
     asked = torch.cat([prompt.question, prompt.answer[None, :-1]], dim=1).to(device)
     scores = {}
     for name, cache in caches.items():
-        logits = model(input_ids=asked, past_key_values=cache, use_cache=True).logits
+        with reading_as_in_decoding(model, cache):
+            logits = model(input_ids=asked, past_key_values=cache, use_cache=True).logits
         hits = logits[0, -len(prompt.answer) :].argmax(-1).cpu() == prompt.answer
         scores[name] = NeedleScore(share=float(hits.double().mean()), found=bool(hits.all()))
     return scores
