@@ -29,7 +29,7 @@ EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_util
 """The layer kind that stores nothing, because it reads another layer's cache."""
 
 HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
-"""Whether `QuantizedCache` has the backend "fp8"; transformers 5.19 has none yet."""
+"""Whether `QuantizedCache` has the backend "fp8", as from transformers 5.21 on."""
 
 KNOWN_LAYERS: tuple[type, ...] = (
     DynamicLayer,

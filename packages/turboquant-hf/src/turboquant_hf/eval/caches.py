@@ -52,7 +52,7 @@ class NamedCache:
     def missing(self) -> str | None:
         """What has to be installed before it can be made."""
         if self.family == "fp8":
-            return None if HAS_FP8_CACHE else "a newer transformers"
+            return None if HAS_FP8_CACHE else "transformers 5.21 or newer"
         if self.package is None or (find_spec(self.module.partition(".")[0]) and find_spec(self.module)):
             return None
         return f"the package {self.package}"

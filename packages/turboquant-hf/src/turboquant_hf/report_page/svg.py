@@ -120,13 +120,13 @@ class Drawing:
     def _name(self, x: float, y: float, text: str) -> None:
         """A name where there is room for it, else to the right."""
         middle = y + FONT_SIZE / 3
+        sides = ((LABEL_OFFSET, "start"), (-LABEL_OFFSET, "end"))
         spots = [
             (x + LABEL_OFFSET, middle, "start"),
             (x - LABEL_OFFSET, middle, "end"),
             (x, y - LABEL_OFFSET, "middle"),
             (x, y + LABEL_OFFSET + FONT_SIZE * 0.7, "middle"),
-            (x + LABEL_OFFSET, middle - FONT_SIZE, "start"),
-            (x + LABEL_OFFSET, middle + FONT_SIZE, "start"),
+            *((x + side, middle + rows * FONT_SIZE, anchor) for rows in (-1, 1, -2, 2) for side, anchor in sides),
         ]
         free = (spot for spot in spots if self._has_room(_box(spot[0], spot[1], text, spot[2])))
         across, down, anchor = next(free, spots[0])
