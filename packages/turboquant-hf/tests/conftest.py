@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+# Triton reads this once, when transformers imports it: without a GPU its interpreter runs kernels on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -34,7 +34,7 @@ def fused_model(tiny_model):
 
 @pytest.fixture
 def no_dequantizing(monkeypatch):
-    def refuse(self, dtype):
+    def refuse(self, dtype, **_):
         raise AssertionError("history was dequantised")
 
     monkeypatch.setattr(PagedStates, "dequantize", refuse)
@@ -52,8 +52,8 @@ def generate(model, prompt, cache, **kwargs):
 
 
 def step_logits(model, prompt, chunks, mask=None, **options):
-    """The logits of chunks that follow a prompt."""
-    cache = TurboQuantCache(model.config, **options)
+    """The logits of chunks that follow a prompt; dequantised, recent tokens of a chunk would see more of each other."""
+    cache = TurboQuantCache(model.config, **{"recent_tokens": 0, **options})
     logits, length = [], prompt.shape[1]
     with torch.no_grad():
         model(prompt, attention_mask=None if mask is None else mask[:, :length], past_key_values=cache)
@@ -120,7 +120,7 @@ def test_holes_in_the_mask(tiny_model, fused_model, prompt):
 def test_a_mask_of_the_callers_own(tiny_model, fused_model, prompt):
     logits = []
     for model in (tiny_model, fused_model):
-        cache = TurboQuantCache(model.config)
+        cache = TurboQuantCache(model.config, recent_tokens=0)
         with torch.no_grad():
             model(prompt, past_key_values=cache)
             mask = torch.rand(2, 1, 2, 42, generator=torch.Generator().manual_seed(1)).to(DEVICE) < 0.5

@@ -68,7 +68,7 @@ def test_other_strategies_give_the_uncompressed_text_at_eight_bits(tiny_model, p
 )
 def test_measured_bytes(tiny_config, head_dim, preset, bytes_of_a_slot, compression):
     config = tiny_config(head_dim=head_dim)
-    cache = TurboQuantCache(config, preset, center_keys=False)
+    cache = TurboQuantCache(config, preset, center_keys=False, sink_tokens=0, recent_tokens=0)
     num_tokens = 512
     for layer_idx in range(config.num_hidden_layers):
         states = torch.randn(1, config.num_key_value_heads, num_tokens, head_dim, dtype=torch.bfloat16)
@@ -80,8 +80,8 @@ def test_measured_bytes(tiny_config, head_dim, preset, bytes_of_a_slot, compress
     assert {layer.reserved_nbytes for layer in report.layers} == {0}
 
 
-def test_no_full_precision_copy_survives_a_step(tiny_model, prompt):
-    cache = TurboQuantCache(tiny_model.config)
+def test_no_other_full_precision_copy_survives_a_step(tiny_model, prompt):
+    cache = TurboQuantCache(tiny_model.config, sink_tokens=2, recent_tokens=3)
     generate(tiny_model, prompt, cache)
     gc.collect()
     reachable, seen = [cache], set()
@@ -100,7 +100,8 @@ def test_no_full_precision_copy_survives_a_step(tiny_model, prompt):
     assert storage_nbytes(tensors) == cache.nbytes
     slots = 2 * 64 * 2 * 2  # sequences, tokens of a block, heads, layers
     mean_nbytes = 2 * 2 * 2 * 64 * 4
-    assert cache.nbytes == slots * 68 + mean_nbytes
+    kept_nbytes = 2 * 2 * 2 * 2 * 64 * 4 * (2 + 3 + 8 + 1)
+    assert cache.nbytes == slots * 68 + mean_nbytes + kept_nbytes
 
 
 def test_left_padding_is_masked(tiny_model, prompt):

@@ -118,6 +118,28 @@ def test_a_dequantised_call_reads_its_own_tokens_and_the_window_before_them_as_t
         assert is_raw.tolist() == [position < SINKS or position >= first for position in range(20 + num_new)]
 
 
+@pytest.mark.parametrize("bits", [2, 2.5])
+@pytest.mark.parametrize("mask_kind", ["none", "padding", "holes"])
+def test_fused_calls_equal_one_token_after_another(tiny_model, bits, mask_kind):
+    model = copy.deepcopy(tiny_model).to(DEVICE)
+    model.set_attn_implementation("turboquant")
+    ids = torch.randint(1, 1500, (2, 60), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    if mask_kind != "none":
+        mask[0, slice(0, 7) if mask_kind == "padding" else slice(10, 25)] = 0
+    logits = []
+    for ends in ([20, 21, 34, 37, 59, 60], range(20, 61)):
+        cache = TurboQuantCache(model.config, key_bits=bits, value_bits=bits, sink_tokens=2, recent_tokens=5)
+        start, parts = 0, []
+        for end in ends:
+            options = {} if mask_kind == "none" else {"attention_mask": mask[:, :end]}
+            with torch.no_grad():
+                parts.append(model(ids[:, start:end], past_key_values=cache, **options).logits)
+            start = end
+        logits.append(torch.cat(parts[1:], dim=1))
+    torch.testing.assert_close(*logits, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_sinks_take_no_part_in_the_mean():
     keys, values = random_states(20)
     keys[:, :, :SINKS] += 1000.0

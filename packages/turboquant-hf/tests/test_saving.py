@@ -64,7 +64,7 @@ def test_options_are_kept(tiny_model, prompt, tmp_path):
 
 
 def test_the_file_is_as_small_as_the_cache_and_holds_no_rest_of_other_tokens(tiny_model, prompt, tmp_path):
-    cache = prefilled(tiny_model, prompt)
+    cache = prefilled(tiny_model, prompt, recent_tokens=0)
     for name in ("a", "b"):
         cache.save(tmp_path / name)
         for layer in cache.layers:

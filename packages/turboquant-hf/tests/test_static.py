@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.layers import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
 
 MAX_LENGTH = 70
 
@@ -152,6 +153,7 @@ def test_memory_is_that_of_max_length(tiny_model):
     generate(tiny_model, ids(), cache)
     for layer in cache.memory_report().layers:
         assert layer.token_nbytes == 2 * 31 * 2 * 68
+        assert layer.kept_nbytes == 2 * 2 * 2 * 64 * 4 * (DEFAULT_SINK_TOKENS + DEFAULT_RECENT_TOKENS + 8 + 1)
         assert layer.reserved_nbytes == 2 * (128 - 31) * 2 * 68
 
 

@@ -22,7 +22,7 @@ def test_the_wrapped_cache_gives_what_turboquant_cache_gives(tiny_model, prompt,
     assert torch.equal(generate(tiny_model, prompt, cache, **kwargs), expected)
     assert all(type(layer) is TurboQuantLayer for layer in cache.layers)
     assert compressed.vram_bytes() == expected_cache.nbytes
-    assert compressed.memory_report().compression > 2
+    assert compressed.memory_report() == expected_cache.memory_report()
 
 
 def test_keys_and_values_may_have_bits_of_their_own(tiny_model, prompt):

@@ -18,6 +18,7 @@ from turboquant_hf.tables import not_a_number
 
 ATTENTION = "turboquant"
 _STATES = "turboquant_states"
+_RECENT = "turboquant_recent"
 _ROWS = "turboquant_rows"
 
 
@@ -49,12 +50,22 @@ def reads_codes(text_config: PreTrainedConfig | None) -> bool:
     return text_config is not None and text_config._attn_implementation == ATTENTION
 
 
-def hand_over(states: PagedStates, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Placeholders [batch_size, num_kv_heads, num_tokens, head_dim] for keys that carry the states, and for values."""
+def hand_over(
+    states: PagedStates, dtype: torch.dtype, recent: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Placeholders [batch_size, num_kv_heads, num_tokens, head_dim] for keys that carry the states, and for values.
+
+    Args:
+        states: What is stored.
+        dtype: Type of the placeholders.
+        recent: What `PagedStates.append_parts` gave; goes with the keys, too.
+    """
     nan = not_a_number(dtype, states.pages.device)
     shape = (states.batch_size, states.num_kv_heads, states.read_length, states.config.head_dim)
     keys, values = nan.expand(shape), nan.expand(shape)
     setattr(keys, _STATES, states)
+    if recent is not None:
+        setattr(keys, _RECENT, recent)
     return keys, values
 
 
@@ -90,12 +101,16 @@ def turboquant_attention(
     states: PagedStates | None = getattr(key, _STATES, None)
     if states is not None:
         rows = _rows_of_call(attention_mask, dropout, **kwargs)
-        if rows is not None and states.has_kernel:
+        if rows is not None and states.has_kernel and query.shape[2] <= MAX_QUERY_LEN:
             output = states.attend(
                 query, scale=scaling, seq_starts=rows.starts, window=rows.window, softcap=softcap, sinks=s_aux
             )
             return output if rows.doubt is None else output + rows.doubt.to(output.dtype), None
-        key, value = states.dequantize(key.dtype)
+        if states.parts_calls and kwargs.get("is_causal") is not False and kwargs.get("position_bias") is None:
+            key, value, seen = states.dequantize_parts(key.dtype, getattr(key, _RECENT, None))
+            attention_mask = _with_parts(attention_mask, seen)
+        else:
+            key, value = states.dequantize(key.dtype)
     elif attention_mask is not None and query.shape[2] == key.shape[2]:
         # A static cache has masks for all that it can hold, and hands a prompt over as it is.
         attention_mask = attention_mask[..., : key.shape[2]]
@@ -118,6 +133,17 @@ def turboquant_mask(
     if mask is not None and q_length <= MAX_QUERY_LEN and q_length < kv_length:
         setattr(mask, _ROWS, _rows_of_mask(mask, q_offset, kv_offset, kwargs.get("local_size")))
     return mask
+
+
+def _with_parts(attention_mask: torch.Tensor | None, seen: torch.Tensor) -> torch.Tensor:
+    """A mask of all tokens, None for a causal one, as one of `PagedStates.dequantize_parts`."""
+    if attention_mask is None:
+        return seen[None, None]
+    num_tokens = attention_mask.shape[-1]
+    mask = torch.cat([attention_mask, attention_mask[..., 2 * num_tokens - seen.shape[-1] :]], dim=-1)
+    if mask.dtype == torch.bool:
+        return mask & seen
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
 def _rows_of_call(

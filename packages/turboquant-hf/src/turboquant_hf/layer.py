@@ -20,9 +20,9 @@ class TurboQuantLayer(CacheLayerMixin):
     say, its own included: its output does not depend on how tokens were grouped into calls, so verifying several
     drafted tokens at once gives what decoding them one by one gives.
 
-    Sinks and recent tokens are read as they are. Then drafts that are verified together give what decoding them gives
-    where they are read as codes, which is with `attn_implementation="turboquant"` and up to 8 of them; in other calls
-    tokens see each other, and the window before the first of them, as they are.
+    Sinks and recent tokens are read as they are. With recent tokens the above holds for
+    `attn_implementation="turboquant"`; elsewhere the tokens of a call see each other, and the window before the first
+    of them, as they are.
 
     With `attn_implementation="turboquant"` up to 8 tokens attend on the codes themselves, and `update` returns
     placeholders; otherwise it returns the layer's history dequantised. No other full-precision copy outlives a call.
@@ -55,8 +55,8 @@ class TurboQuantLayer(CacheLayerMixin):
         **overrides: Any,
     ) -> None:
         super().__init__()
-        self._sink_tokens = sink_tokens
-        self._recent_tokens = recent_tokens
+        self.sink_tokens = sink_tokens
+        self.recent_tokens = recent_tokens
         self._head_dim = head_dim
         self._preset = preset
         self._overrides = overrides
@@ -108,9 +108,9 @@ class TurboQuantLayer(CacheLayerMixin):
         if states.is_empty:
             states.append(key_states, value_states)
             return self._prompt(key_states, value_states)
-        if 0 < key_states.shape[-2] <= MAX_QUERY_LEN and reads_codes(self._text_config):
-            states.append(key_states, value_states)
-            return hand_over(states, self.dtype)
+        num_new = key_states.shape[-2]
+        if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or states.parts_calls):
+            return hand_over(states, self.dtype, states.append_parts(key_states, value_states))
         return states.extend(key_states, value_states, self.dtype)
 
     def get_seq_length(self) -> int:
@@ -177,7 +177,7 @@ class TurboQuantLayer(CacheLayerMixin):
         return PagedStates(self.config, batch_size, num_kv_heads, self.device, self._new_kept(batch_size, num_kv_heads))
 
     def _new_kept(self, batch_size: int, num_kv_heads: int) -> KeptTokens | None:
-        sinks, recent = self._sink_tokens, self._recent_tokens
+        sinks, recent = self.sink_tokens, self.recent_tokens
         if not sinks and not recent:
             return None
         heads = (batch_size, num_kv_heads, self.config.head_dim)

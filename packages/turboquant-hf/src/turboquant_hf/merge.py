@@ -14,7 +14,7 @@ def attend_kept(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One softmax over the kept tokens and the codes, in float32.
+    """One softmax over the kept tokens and the codes, in float32; one kernel on a GPU.
 
     The codes take part as one more token of each query head: its logit is their log-sum-exp, its value their output.
 
@@ -30,6 +30,24 @@ def attend_kept(
     Returns:
         [batch_size, query_len, num_heads, head_dim], of the query's type.
     """
+    # What torch.compile traces it fuses by itself.
+    if query.is_cuda and not torch.compiler.is_compiling():
+        from turboquant_hf.merge_kernel import attend_kept as triton_attend_kept
+
+        return triton_attend_kept(query, kept, codes, scale=scale, softcap=softcap, sinks=sinks)
+    return reference_attend_kept(query, kept, codes, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def reference_attend_kept(
+    query: torch.Tensor,
+    kept: KeptCall,
+    codes: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `attend_kept`, in plain PyTorch."""
     batch_size, num_heads, query_len, head_dim = query.shape
     num_kv_heads, num_kept = kept.keys.shape[1:3]
     grouped = (batch_size, num_kv_heads, -1, head_dim)

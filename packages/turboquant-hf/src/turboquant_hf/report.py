@@ -115,7 +115,7 @@ class MemoryReport:
         return self._recorded().export_html(inline_styles=True, code_format="<pre>{code}</pre>")
 
     def _recorded(self) -> Console:
-        console = Console(record=True, file=StringIO(), width=110)
+        console = Console(record=True, file=StringIO(), width=120)
         console.print(self)
         return console
 

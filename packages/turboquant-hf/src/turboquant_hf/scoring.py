@@ -1,12 +1,15 @@
 """How far a cache moves a model's next-token distributions: teacher-forced, with the cache really read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache
+from turboquant_hf.attention import ATTENTION
+from turboquant_hf.layer import TurboQuantLayer
 
 
 @dataclass
@@ -88,9 +91,9 @@ def score_caches(
 ) -> dict[str, CacheScore]:
     """Feed a text through every cache, chunk by chunk, and compare next-token distributions.
 
-    The first chunk fills the caches and is not scored, because prefill does not read them. From then on
-    `TurboQuantCache` attends on codes alone, so that a chunk gives what its tokens give one by one. Every cache ends up
-    holding all of `input_ids`.
+    The first chunk fills the caches and is not scored, because prefill does not read them. From then on a chunk gives a
+    `TurboQuantCache` what its tokens give one by one: where it keeps recent tokens, the model attends with "turboquant"
+    meanwhile, which alone can tell them apart. Every cache ends up holding all of `input_ids`.
 
     Args:
         model: A decoder-only model.
@@ -124,11 +127,26 @@ def score_caches(
         if is_scored:
             parts["reference"].add(expected, expected, targets)
         for name, cache in candidates.items():
-            actual = _next_token_log_probs(model, chunk, cache)[: len(targets)]
+            with _reading_as_in_decoding(model, cache):
+                actual = _next_token_log_probs(model, chunk, cache)[: len(targets)]
             on_forward()
             if is_scored:
                 parts[name].add(expected, actual, targets)
     return {name: part.score() for name, part in parts.items()}
+
+
+@contextmanager
+def _reading_as_in_decoding(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
+    """Let every token of a chunk see of a cache what it would see alone."""
+    before = model.config._attn_implementation
+    if not any(isinstance(layer, TurboQuantLayer) and layer.recent_tokens for layer in cache.layers):
+        yield
+        return
+    model.set_attn_implementation(ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 def _next_token_log_probs(model: PreTrainedModel, chunk: torch.Tensor, cache: Cache) -> torch.Tensor:

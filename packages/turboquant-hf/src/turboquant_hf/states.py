@@ -117,25 +117,74 @@ class PagedStates:
             ops.write(self.pages, keys, values, slots, self.codec)
         self._num_tokens = stop
 
+    @property
+    def parts_calls(self) -> bool:
+        """Whether the tokens of a call see different ones as they are; see `dequantize_parts`."""
+        return self._num_recent > 0
+
     def extend(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Append, and dequantise what attention of the new tokens reads; see `dequantize`.
 
         With a window the new tokens read each other, and the window before the first of them, as they are.
         """
+        recent = self.append_parts(keys, values)
+        read = self.dequantize(dtype)
+        if recent is not None:
+            for states, newest in zip(read, recent, strict=True):
+                states[:, :, self._num_tokens - newest.shape[2] :] = newest
+        return read
+
+    def append_parts(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Append, and give what may leave the ring thereby: the window before the new tokens, and these.
+
+        Returns:
+            Keys and values of the last positions, as they are; None where the ring holds them all.
+        """
         kept, before = self.kept, self._num_tokens
         if kept is None or not kept.recent_tokens or keys.shape[-2] <= MAX_QUERY_LEN:
             self.append(keys, values)
-            return self.dequantize(dtype)
+            return None
         window = kept.recent(self._first_recent(before, 0), before)
         self.append(keys, values)
-        read = self.dequantize(dtype)
-        for states, recent, new in zip(read, window, (keys, values), strict=True):
-            states[:, :, before - recent.shape[2] : before] = recent
-            states[:, :, before:] = new.detach()
-        return read
+        recent_keys, recent_values = (
+            torch.cat([held, new.detach()], dim=2) for held, new in zip(window, (keys, values), strict=True)
+        )
+        return recent_keys, recent_values
 
-    def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def dequantize_parts(
+        self, dtype: torch.dtype, recent: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the tokens of a call read where each sees the newest as they are, and those before as codes.
+
+        Args:
+            dtype: Type of the result.
+            recent: What `append_parts` gave.
+
+        Returns:
+            Keys and values [batch_size, num_kv_heads, num_tokens + num_recent, head_dim]: what all codes and the sinks
+            say, and then the last num_recent tokens as they are; and which of them a token sees if it sees all before
+            it, bool [num_new, num_tokens + num_recent].
+        """
+        kept, length = self.kept, self._num_tokens
+        assert kept is not None
+        if recent is None:
+            recent = kept.recent(self._first_recent(length, self._num_new), length)
+        num_recent = recent[0].shape[2]
+        stored = self.dequantize(dtype, with_recent=False)
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(stored, recent, strict=True))
+        position = torch.arange(length, device=keys.device)
+        query = position[length - self._num_new :, None]
+        newest, last = query - kept.recent_tokens, position[length - num_recent :]
+        far = (position <= query) & ((position <= newest) | (position < kept.sink_tokens))
+        near = (last <= query) & (last > newest) & (last >= kept.sink_tokens)
+        return keys, values, torch.cat([far, near], dim=1)
+
+    def dequantize(self, dtype: torch.dtype, *, with_recent: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that attention reads, [batch_size, num_kv_heads, read_length, head_dim].
+
+        Args:
+            dtype: Their type.
+            with_recent: Give recent tokens as they are, those that the first token of the last call sees so.
 
         Raises:
             RuntimeError: If nothing is stored.
@@ -149,7 +198,7 @@ class PagedStates:
             states.view(shape)[:, :, tokens]
             for states in ops.read(self.pages, num_blocks(length), self._codec(), dtype)
         )
-        return (keys, values) if kept is None else self._overlay(kept, keys, values)
+        return (keys, values) if kept is None else self._overlay(kept, keys, values, with_recent)
 
     def attend(
         self,
@@ -266,9 +315,11 @@ class PagedStates:
     def _length(self) -> int | torch.Tensor:
         return self._num_tokens
 
-    def _overlay(self, kept: KeptTokens, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _overlay(
+        self, kept: KeptTokens, keys: torch.Tensor, values: torch.Tensor, with_recent: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the codes of all stored tokens say, with what is kept written over it."""
-        first = self._first_recent(self._num_tokens, self._num_new)
+        first = self._first_recent(self._num_tokens, self._num_new) if with_recent else self._num_tokens
         recent = kept.recent(first, self._num_tokens)
         for states, sinks, newest in zip((keys, values), kept.tensors(), recent, strict=True):
             states[:, :, : kept.sink_tokens] = sinks[:, :, : kept.sink_tokens]
@@ -280,7 +331,7 @@ class PagedStates:
         kept = self.kept
         if kept is None or not kept.recent_tokens:
             return num_tokens
-        return max(kept.sink_tokens, kept.held_from, num_tokens - num_new - kept.recent_tokens + 1)
+        return min(num_tokens, max(kept.sink_tokens, kept.held_from, num_tokens - num_new - kept.recent_tokens + 1))
 
     def _refill(self, num_tokens: int) -> None:
         """Before a crop: fill the window from the codes where more is taken back than the ring has room for."""

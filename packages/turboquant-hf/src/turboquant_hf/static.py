@@ -89,11 +89,17 @@ class StaticPagedStates(PagedStates):
         ops.write(self.pages, keys, values, torch.where(slots < self.max_length, slots, -1), self._codec())
         self.length.add_(num_new)
 
+    @property
+    def parts_calls(self) -> bool:
+        """Never: how many tokens are stored is known on the device alone."""
+        return False
+
     def extend(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See `PagedStates.extend`."""
         num_new = keys.shape[-2]
         if not self._num_recent or num_new <= MAX_QUERY_LEN:
-            return super().extend(keys, values, dtype)
+            self.append(keys, values)
+            return self.dequantize(dtype)
         self._num_new = 0
         read = super().dequantize(dtype)
         at = (torch.arange(num_new, device=self.pages.device) + self.length).clamp(max=self.max_length - 1)
@@ -106,9 +112,9 @@ class StaticPagedStates(PagedStates):
         """See `PagedStates.attend`; NaN where tokens did not fit."""
         return super().attend(query, **options) + self._overflow(query.dtype)
 
-    def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def dequantize(self, dtype: torch.dtype, *, with_recent: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """See `PagedStates.dequantize`; tokens past the last are arbitrary, and keys NaN where some did not fit."""
-        keys, values = super().dequantize(dtype)
+        keys, values = super().dequantize(dtype, with_recent=with_recent)
         return keys + self._overflow(dtype), values
 
     def crop(self, num_tokens: int) -> None:
@@ -161,11 +167,14 @@ class StaticPagedStates(PagedStates):
     def _sees_codes(self, window: int | None) -> bool:
         return window is None or window > self._num_recent
 
-    def _overlay(self, kept: KeptTokens, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _overlay(
+        self, kept: KeptTokens, keys: torch.Tensor, values: torch.Tensor, with_recent: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         position = torch.arange(self.max_length, device=self.pages.device)
         is_sink = position < kept.sink_tokens
         first = self.length - self._num_new - kept.recent_tokens + 1
-        is_kept = is_sink | ((position >= first) & (position < self.length)) if kept.recent_tokens else is_sink
+        is_recent = (position >= first) & (position < self.length)
+        is_kept = is_sink | is_recent if kept.recent_tokens and with_recent else is_sink
         slots = torch.where(is_sink, position, kept.sink_tokens + position % max(1, kept.ring_size))
         keys, values = (
             torch.where(is_kept[:, None], held.index_select(2, slots), states)
