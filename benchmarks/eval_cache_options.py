@@ -7,9 +7,10 @@ from rich.progress import Progress
 from transformers import DynamicCache
 
 from results_file import write_result
+from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.demo.run import long_text
-from turboquant_hf.models import default_model, load_model
+from turboquant_hf.models import load_model
 from turboquant_hf.scoring import score_caches
 
 SCALES = (
@@ -21,8 +22,25 @@ SCALES = (
 )
 
 
+KEPT_TOKENS = ((0, 0), (1, 0), (4, 0), (1, 4), (1, 8), (1, 16), (1, 32), (4, 16))
+CODES_ONLY = {"sink_tokens": 0, "recent_tokens": 0}
+
+
+def kept_tokens() -> dict[str, dict[str, Any]]:
+    """Numbers of sinks and of recent tokens."""
+    return {
+        f"{preset}, sink_tokens={sinks}, recent_tokens={recent}": {
+            "preset": preset,
+            "sink_tokens": sinks,
+            "recent_tokens": recent,
+        }
+        for preset in ("tq4", "tq2")
+        for sinks, recent in KEPT_TOKENS
+    }
+
+
 def options() -> dict[str, dict[str, Any]]:
-    """Every variant scored, by name: the arguments of TurboQuantCache. A preset's name alone is its default."""
+    """Variants of codes, none of which has tokens in full precision beside it. A preset's name alone is its default."""
     variants: dict[str, dict[str, Any]] = {
         f"{preset}, key scale {key_scale}, value scale {value_scale}": {
             "preset": preset,
@@ -36,22 +54,24 @@ def options() -> dict[str, dict[str, Any]]:
         variants[preset] = {"preset": preset}
     for preset in ("tq4", "tq3", "tq2", "k6v4"):
         variants[f"{preset}, not centred"] = {"preset": preset, "center_keys": False}
-    return variants
+    return {name: {**CODES_ONLY, **variant} for name, variant in variants.items()}
 
 
 def main() -> None:
-    """Score all variants and write results/cache_options.json."""
+    """Score all variants and write results/cache_options.json, or with --kept results/kept_tokens_MODEL.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=None, help="hub id, folder or GGUF file")
+    parser.add_argument("--model", default="smollm2", help="smollm2, qwen2.5-coder-1.5b, hub id, folder or GGUF file")
+    parser.add_argument("--kept", action="store_true", help="numbers of sinks and recent tokens")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--num-tokens", type=int, default=3072)
     arguments = parser.parse_args()
 
-    loaded = load_model(arguments.model or default_model(), "cpu")
+    loaded = load_model(find_model(arguments.model), "cpu")
     encoded = loaded.tokenizer(long_text(), return_tensors="pt")
     input_ids = encoded["input_ids"][:, : arguments.num_tokens]
     config = loaded.model.config
-    caches = {name: TurboQuantCache(config, **kwargs) for name, kwargs in options().items()}
+    variants = kept_tokens() if arguments.kept else options()
+    caches = {name: TurboQuantCache(config, **kwargs) for name, kwargs in variants.items()}
     num_forwards = -(-input_ids.shape[1] // arguments.chunk_size) * (len(caches) + 1)
     with Progress() as progress:
         task = progress.add_task("scoring", total=num_forwards)
@@ -73,7 +93,7 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:58s} KL {row['mean_kl']:.4f}  top-1 {row['top1_agreement']:.3f}")
     path = write_result(
-        "cache_options",
+        f"kept_tokens_{file_stem(arguments.model)}" if arguments.kept else "cache_options",
         {
             "model": loaded.name,
             "text": "Encyclopaedia Britannica, 1911, Shakespeare",

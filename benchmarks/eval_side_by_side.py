@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from results_file import RESULTS, write_result
-from side_by_side.caches import FAMILIES, REFERENCE, Family, reference
+from side_by_side.caches import FAMILIES, REFERENCE, WINDOW, Family, reference
 from side_by_side.lifecycle import failure, lifecycle
 from side_by_side.speed import tokens_per_second
 from side_by_side.storage import bytes_per_token
@@ -22,8 +22,9 @@ from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import LoadedModel, load_model
 from turboquant_hf.scoring import score_caches
 
-# A chunk as long as the window empties it at each call, as decoding token by token does: the figures are the same.
-CHUNK_SIZE = 128
+# A chunk as long as QuantizedCache's window empties it at each call, as decoding token by token does: the figures are
+# the same.
+CHUNK_SIZE = WINDOW
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def _measure(loaded: LoadedModel, family: Family, num_tokens: int, decode_tokens
             **scores[name].to_dict(),
             "bytes_per_token": nbytes[name],
             "tokens_per_second": speeds[name],
-            **({} if family.is_trial else {"lifecycle": lifecycle(constructors[name])}),
+            "lifecycle": lifecycle(constructors[name]),
         }
         for name in (REFERENCE, *caches)
     }

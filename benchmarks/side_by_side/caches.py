@@ -3,14 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 
-from side_by_side.windowed import windowed_cache
 from turboquant_hf import TurboQuantCache
 
 WINDOW = 128
 """Newest tokens that QuantizedCache keeps as they are before it quantises them: its default `residual_length`."""
+
+RECENT_TOKENS = WINDOW // 2
 
 NewCache = Callable[[PreTrainedConfig], Cache]
 
@@ -22,12 +24,10 @@ class Family:
     Attributes:
         settings: What they are called with, for the reader.
         caches: Name to constructor.
-        is_trial: Whether they are made for this comparison alone, with no lifecycle to speak of.
     """
 
     settings: str
     caches: Mapping[str, NewCache]
-    is_trial: bool = False
 
 
 REFERENCE = "DynamicCache"
@@ -38,8 +38,8 @@ def reference(config: PreTrainedConfig) -> Cache:
     return DynamicCache(config=config)
 
 
-def _ours(key_bits: int, value_bits: int) -> NewCache:
-    return lambda config: TurboQuantCache(config, key_bits=key_bits, value_bits=value_bits)
+def _ours(key_bits: int, value_bits: int, **kept: Any) -> NewCache:
+    return lambda config: TurboQuantCache(config, key_bits=key_bits, value_bits=value_bits, **kept)
 
 
 def _quantized(backend: str, nbits: int, axis_key: int, axis_value: int) -> NewCache:
@@ -48,26 +48,29 @@ def _quantized(backend: str, nbits: int, axis_key: int, axis_value: int) -> NewC
     )
 
 
-def _windowed(bits: int, sinks: int) -> NewCache:
-    return lambda config: windowed_cache(config, WINDOW, sinks, bits)
-
-
 FAMILIES = MappingProxyType(
     {
         "turboquant": Family(
-            "the defaults: keys centred, no window",
-            {f"turboquant {bits}": _ours(bits, bits) for bits in (8, 6, 4, 3, 2)}
-            | {"turboquant k8v4": _ours(8, 4), "turboquant k6v4": _ours(6, 4)},
+            "the defaults: keys centred, the first token and the newest 8 in full precision",
+            {f"turboquant {bits}": _ours(bits, bits) for bits in (4, 3, 2)} | {"turboquant k6v4": _ours(6, 4)},
         ),
-        "turboquant, windowed": Family(
-            f"a trial: keys centred, window of {WINDOW} tokens as the caches below have",
-            {f"turboquant {bits}, windowed": _windowed(bits, sinks=0) for bits in (4, 3, 2)},
-            is_trial=True,
+        f"turboquant, {RECENT_TOKENS} recent tokens": Family(
+            f"recent_tokens={RECENT_TOKENS}: as many as the window of the caches below holds on average",
+            {
+                f"turboquant {bits}, {RECENT_TOKENS} recent": _ours(bits, bits, recent_tokens=RECENT_TOKENS)
+                for bits in (4, 2)
+            },
         ),
-        "turboquant, windowed, first token kept": Family(
-            "a trial: the same, and the first token stays as it is",
-            {f"turboquant {bits}, windowed, first token kept": _windowed(bits, sinks=1) for bits in (4, 3, 2)},
-            is_trial=True,
+        "turboquant, codes only": Family(
+            "sink_tokens=0, recent_tokens=0",
+            {
+                f"turboquant {name}, codes only": _ours(*bits, sink_tokens=0, recent_tokens=0)
+                for name, bits in {
+                    **{str(bits): (bits, bits) for bits in (8, 6, 4, 3, 2)},
+                    "k8v4": (8, 4),
+                    "k6v4": (6, 4),
+                }.items()
+            },
         ),
         "quanto": Family(
             f"the defaults: axis 0, groups of 64 channels, window of {WINDOW} tokens",
