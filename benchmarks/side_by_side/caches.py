@@ -12,7 +12,7 @@ from turboquant_hf import TurboQuantCache
 WINDOW = 128
 """Newest tokens that QuantizedCache keeps as they are before it quantises them: its default `residual_length`."""
 
-RECENT_TOKENS = WINDOW // 2
+RECENT_TOKENS = 32
 
 NewCache = Callable[[PreTrainedConfig], Cache]
 
@@ -55,7 +55,7 @@ FAMILIES = MappingProxyType(
             {f"turboquant {bits}": _ours(bits, bits) for bits in (4, 3, 2)} | {"turboquant k6v4": _ours(6, 4)},
         ),
         f"turboquant, {RECENT_TOKENS} recent tokens": Family(
-            f"recent_tokens={RECENT_TOKENS}: as many as the window of the caches below holds on average",
+            f"recent_tokens={RECENT_TOKENS}: about as many bytes as the caches below take at the same bits",
             {
                 f"turboquant {bits}, {RECENT_TOKENS} recent": _ours(bits, bits, recent_tokens=RECENT_TOKENS)
                 for bits in (4, 2)
