@@ -21,6 +21,8 @@ KERNELS = [
     (96, 4, 4, 4, 4, 16, 1, None),
 ]
 
+USUAL_ERROR = 4e-3
+
 
 def cases_per_kernel(device):
     return 100 if device.type == "cuda" else 1
@@ -59,6 +61,6 @@ def test_random_rows(device, kernel):
         assert torch.equal(lse.isfinite(), exact_lse.isfinite()), (case, path)
         if exact.any():
             error = relative_error(out, exact)
-            assert error <= 4e-3, (case, path)
-            if seed % 10 == 0:
+            # What eager attention makes takes long to compute, and is seldom less.
+            if seed % 10 == 0 or error > USUAL_ERROR:
                 assert error <= relative_error(inputs.eager_bfloat16(), exact), (case, path)

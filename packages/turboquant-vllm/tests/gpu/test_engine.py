@@ -31,6 +31,7 @@ COMMON = {
     "gpu_memory_utilization": 0.05,
 }
 AT_ONCE = 4
+FOUR_BIT_TIE = 0.4
 SCORED = {"prompt_logprobs": 50, "max_logprobs": 50}
 EIGHT_BITS = {
     "attention_backend": "CUSTOM",
@@ -44,10 +45,10 @@ ENGINES = {
     "graphs": {**EIGHT_BITS, **GRAPHS, **SCORED},
     "eager": EIGHT_BITS,
     "references": {**EIGHT_BITS, "references": True},
-    "second runner": {**EIGHT_BITS, **GRAPHS, "env": {"VLLM_USE_V2_MODEL_RUNNER": "1"}},
+    "first_runner": {**EIGHT_BITS, **GRAPHS, "env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
     "drafts": {**EIGHT_BITS, **GRAPHS, "speculative_config": DRAFT},
     "offloading": {**EIGHT_BITS, **GRAPHS, "kv_offloading_size": 2, "rounds": 2, "forget": True},
-    "four bits, references": {**FOUR_BITS, "references": True},
+    "four_bits_references": {**FOUR_BITS, "references": True},
 }
 # Alone on the GPU: vLLM compares the free memory before and after.
 SLEEPER = {**FOUR_BITS, **GRAPHS, **SCORED, "enable_sleep_mode": True, "sleep": [1, 2]}
@@ -79,7 +80,7 @@ def answers(run):
 @pytest.fixture(scope="module")
 def four_bits(run, answers):
     """The answer of the engine that sleeps: rounds before the first, after the first and after the second level."""
-    return {"four bits": run("four bits", SLEEPER)}
+    return {"four_bits": run("four_bits", SLEEPER)}
 
 
 def answer_of(answers, name):
@@ -94,11 +95,11 @@ def same_texts(found, expected):
     return sum(text == other for text, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["graphs", "second runner", "drafts"])
+@pytest.mark.parametrize("name", ["graphs", "first_runner", "drafts"])
 def test_decode_steps_are_full_graphs(answers, name):
     found = answer_of(answers, name)
     assert "FULL" in found["cudagraph_mode"]
-    assert found["second_runner"] is (name == "second runner")
+    assert found["second_runner"] is (name != "first_runner")
 
 
 def test_eight_bits_give_the_text_of_the_uncompressed_cache(answers, figures, assert_same_but_for_ties):
@@ -107,7 +108,7 @@ def test_eight_bits_give_the_text_of_the_uncompressed_cache(answers, figures, as
     assert_same_but_for_ties(found, expected)
 
 
-@pytest.mark.parametrize("name", ["eager", "references", "second runner", "drafts", "offloading"])
+@pytest.mark.parametrize("name", ["eager", "references", "first_runner", "drafts", "offloading"])
 def test_the_text_is_that_of_the_graphs(answers, name, figures, assert_same_but_for_ties):
     found, expected = answer_of(answers, name), answer_of(answers, "graphs")
     figures(**{f"same_texts_{name}": same_texts(found, expected)})
@@ -128,16 +129,17 @@ def test_pages_come_back_from_the_memory_of_the_cpu(answers, figures):
 
 
 def test_four_bits_give_the_text_of_the_references(answers, four_bits, figures, assert_same_but_for_ties):
-    found, expected = answer_of(four_bits, "four bits"), answer_of(answers, "four bits, references")
+    found, expected = answer_of(four_bits, "four_bits"), answer_of(answers, "four_bits_references")
     first = found | {"tokens": found["tokens"][:1]}
     figures(same_texts_four_bits=same_texts(first, expected))
-    assert_same_but_for_ties(first, expected)
+    # A rounding that takes a coordinate over a boundary moves it by a step of four bits.
+    assert_same_but_for_ties(first, expected, tie=FOUR_BIT_TIE)
 
 
 def test_the_distribution_stays_near_the_uncompressed_one(answers, four_bits, figures, mean_divergence):
     expected = answer_of(answers, "uncompressed")["prompt_logprobs"][0][-1]
     eight = mean_divergence(answer_of(answers, "graphs")["prompt_logprobs"][0][-1], expected)
-    four = mean_divergence(answer_of(four_bits, "four bits")["prompt_logprobs"][0][-1], expected)
+    four = mean_divergence(answer_of(four_bits, "four_bits")["prompt_logprobs"][0][-1], expected)
     figures(scored_tokens=len(expected), kl_eight_bits=eight, kl_four_bits=four)
     assert len(expected) > 300
     assert eight < 0.002
@@ -145,7 +147,7 @@ def test_the_distribution_stays_near_the_uncompressed_one(answers, four_bits, fi
 
 
 def test_the_cache_holds_as_many_more_tokens_as_its_slots_are_smaller(answers, figures):
-    found, expected = (answer_of(answers, name)["kv_tokens"] for name in ("four bits, references", "uncompressed"))
+    found, expected = (answer_of(answers, name)["kv_tokens"] for name in ("four_bits_references", "uncompressed"))
     figures(kv_tokens_four_bits=found, kv_tokens_uncompressed=expected)
     # At head_dim 64 a slot takes 256 bytes of float16, and 68 of codes and scales.
     assert found / expected == pytest.approx(256 / 68, rel=0.01)
@@ -153,6 +155,6 @@ def test_the_cache_holds_as_many_more_tokens_as_its_slots_are_smaller(answers, f
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_the_text_after_a_sleep_is_that_before(four_bits, level, assert_same_but_for_ties):
-    found = answer_of(four_bits, "four bits")
+    found = answer_of(four_bits, "four_bits")
     assert "FULL" in found["cudagraph_mode"]
     assert_same_but_for_ties(found | {"tokens": found["tokens"][: level + 1]}, found)
