@@ -22,6 +22,7 @@ DRAWN_FROM = re.compile(r"<dc:source>(.*?)</dc:source>", re.DOTALL)
 
 # The names that benchmarks/eval_side_by_side.py gives the presets.
 PRESETS = {"k8v4": "k8v4", "k6v4": "k6v4", "tq4": "4", "tq3": "3", "tq2": "2"}
+CODES_ONLY = "turboquant, codes only"
 ENGINE_CACHES = {"bf16": "bf16, FlashAttention 3", "fp8": "fp8, FlashAttention 3", "tq4": "`tq4`"}
 
 
@@ -160,22 +161,33 @@ def perplexity_increase(keys: str) -> Callable[[], str]:
     return figure
 
 
-def presets() -> str:
-    """What every preset costs two models, by bytes."""
-    models = {
-        "SmolLM2-135M, head_dim 64": "side_by_side_smollm2",
-        "Qwen2.5-Coder-1.5B, head_dim 128": "side_by_side_qwen2.5-coder-1.5b",
-    }
-    columns = ["preset"]
-    for model in models:
-        columns += [f"{model}: KL (nats)", "top-1", "perplexity"]
-    rows = [["uncompressed"], *([f"`{preset}`"] for preset in PRESETS)]
-    for name in models.values():
-        caches = result(name)["families"]["turboquant"]["caches"]
-        scores = [caches["DynamicCache"], *(caches[f"turboquant {label}"] for label in PRESETS.values())]
-        for row, score in zip(rows, scores, strict=True):
-            row += [nats(score["mean_kl"]), percent(score["top1_agreement"]), _ppl(score)]
-    return table(columns, rows)
+def measured_families(name: str) -> dict[str, Any]:
+    """Families of caches in a file of benchmarks/eval_side_by_side.py."""
+    families: dict[str, Any] = dict(result(name)["families"])
+    # Before caches kept sinks and recent tokens, all that they held was codes.
+    if CODES_ONLY not in families:
+        families[CODES_ONLY] = families.pop("turboquant")
+    return families
+
+
+def presets(name: str) -> Callable[[], str]:
+    """What every preset costs a model, with the first and newest tokens kept and without."""
+
+    def rows() -> str:
+        families = measured_families(name)
+        kinds = {"first and newest tokens kept": ("turboquant", ""), "codes only": (CODES_ONLY, ", codes only")}
+        columns = ["preset"]
+        for kind in kinds:
+            columns += [f"{kind}: KL (nats)", "top-1", "perplexity"]
+        lines = [[f"`{preset}`"] for preset in PRESETS]
+        for family, suffix in kinds.values():
+            caches = families.get(family, {"caches": {}})["caches"]
+            for line, label in zip(lines, PRESETS.values(), strict=True):
+                score = caches.get(f"turboquant {label}{suffix}") or caches.get(f"turboquant {label}")
+                line += [nats(score["mean_kl"]), percent(score["top1_agreement"]), _ppl(score)] if score else ["–"] * 3
+        return table(columns, lines)
+
+    return rows
 
 
 def peers() -> str:
@@ -183,18 +195,21 @@ def peers() -> str:
     shown = {
         "`tq4`": ("turboquant", "turboquant 4"),
         "`k6v4`": ("turboquant", "turboquant k6v4"),
+        "`tq4`, codes only": (CODES_ONLY, "turboquant 4"),
+        "`k6v4`, codes only": (CODES_ONLY, "turboquant k6v4"),
         "quanto, 4 bits": ("quanto", "quanto 4"),
         "quanto, 4 bits, keys by channel": ("quanto, keys by channel", "quanto 4, keys by channel"),
         "hqq, 4 bits": ("hqq", "hqq 4"),
         "fp8": ("fp8", "fp8"),
     }
-    small, large = result("side_by_side_smollm2"), result("side_by_side_qwen2.5-coder-1.5b")
+    models = [measured_families(name) for name in ("side_by_side_smollm2", "side_by_side_qwen2.5-coder-1.5b")]
     rows = []
     for label, (family, name) in shown.items():
         cells = [label]
-        for data in (small, large):
-            score = data["families"][family]["caches"][name]
-            cells += [f"{score['bytes_per_token']:,.0f}", nats(score["mean_kl"])]
+        for families in models:
+            caches = families.get(family, {"caches": {}})["caches"]
+            score = caches.get(name) or caches.get(f"{name}, codes only")
+            cells += [f"{score['bytes_per_token']:,.0f}", nats(score["mean_kl"])] if score else ["–"] * 2
         rows.append(cells)
     columns = ("cache", "SmolLM2-135M: bytes / token", "KL (nats)", "Qwen2.5-Coder-1.5B: bytes / token", "KL (nats)")
     return table(columns, rows)
@@ -216,6 +231,39 @@ def scale_rules() -> str:
         rows[-1][0] += " (default)" if is_default else ""
     rows.append(["default, keys not centred", *(nats(scores[f"{width}, not centred"]["mean_kl"]) for width in widths)])
     return table(("keys, values", *(f"`{width}`" for width in widths)), rows)
+
+
+def engine_serving() -> str:
+    """Conversations that come back, under load."""
+    rows = []
+    for name, label in ENGINE_CACHES.items():
+        for number, row in enumerate(result("engine_serving")["caches"][name]["serving"], 1):
+            rows.append(
+                [
+                    label if number == 1 else "",
+                    str(number),
+                    f"{row['cached_share_of_prompts']:.0%}",
+                    f"{row['requests_per_s']:.1f}",
+                    f"{row['ttft_ms']['median']:,.0f} ms",
+                    f"{row['tpot_ms']['median']:.1f} ms",
+                ]
+            )
+    return table(("cache", "round", "of prompts cached", "requests/s", "TTFT, median", "TPOT, median"), rows)
+
+
+def hf_decode() -> str:
+    """Decoding with transformers beside DynamicCache."""
+    rows = [
+        [
+            _shape((row["batch_size"], row["context"])),
+            row["cache"].replace("tq4", "`tq4`").replace(", fused", ""),
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['kv_nbytes'] / 2**30:.2f} GiB",
+            f"{row['step_peak_nbytes'] / 2**30:.2f} GiB",
+        ]
+        for row in result("hf_decode")["rows"]
+    ]
+    return table(("batch × context", "cache", "tokens/s", "KV", "peak of a step, less weights"), rows)
 
 
 def decode_attention() -> str:
@@ -302,11 +350,14 @@ FIGURES: dict[str, Callable[[], str]] = {
     "update-share": update_share,
     "qwen-ppl": perplexity_increase("centred"),
     "qwen-ppl-plain": perplexity_increase("not centred"),
-    "presets": presets,
+    "presets-64": presets("side_by_side_smollm2"),
+    "presets-128": presets("side_by_side_qwen2.5-coder-1.5b"),
     "peers": peers,
     "scale-rules": scale_rules,
     "decode-attention": decode_attention,
     "cache-update": cache_update,
+    "engine-serving": engine_serving,
+    "hf-decode": hf_decode,
 }
 
 

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
-from figures import ENGINE_CACHES, ROOT, checksum, result
+from figures import CODES_ONLY, ENGINE_CACHES, ROOT, checksum, measured_families, result
 
 COLOURS = {"bf16": "#9aa0a6", "fp8": "#5f6b7a", "tq4": "#4051b5"}
 # Families of benchmarks/eval_side_by_side.py: colour, marker, and how the first is called here.
 FAMILIES = {
     "turboquant": ("#4051b5", "o", "TurboQuant"),
+    "turboquant, codes only": ("#9fa8da", "o", "TurboQuant, codes only"),
+    CODES_ONLY: ("#9fa8da", "o", "TurboQuant, codes only"),
     "quanto": ("#d9822b", "s", "quanto"),
     "quanto, keys by channel": ("#8e5a1d", "D", "quanto, keys by channel"),
     "hqq": ("#2e8b57", "^", "hqq"),
@@ -59,13 +61,15 @@ def kl_bytes(plt: Any) -> None:
     """Divergence against bytes, of every cache that was measured beside ours."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for axes, (model, source) in zip(panels, MODELS.items(), strict=True):
-        families = result(source.removesuffix(".json"))["families"]
+        families = measured_families(source.removesuffix(".json"))
         for family, (colour, marker, label) in FAMILIES.items():
+            if family not in families:
+                continue
             caches = families[family]["caches"]
             plain = caches["DynamicCache"]["bytes_per_token"]
             # Mixed widths lie beside the line of equal ones.
             points = sorted(
-                (100 * score["bytes_per_token"] / plain, score["mean_kl"], name.rsplit(" ", 1)[-1].startswith("k"))
+                (100 * score["bytes_per_token"] / plain, score["mean_kl"], " k" in name.partition(",")[0])
                 for name, score in caches.items()
                 if score.get("mean_kl") and score["mean_kl"] < LARGEST_KL
             )

@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from huggingface_hub import constants
+from transformers import GenerationMixin
 
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import DEFAULT_HUB_ID
@@ -18,8 +19,9 @@ ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
 NOTEBOOKS = sorted(DOCS.glob("notebooks/*.ipynb"))
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("packages/*/README.md"))]
-# Tokens of a text where a page says a few thousand.
+# Tokens of a text where a page says a few thousand, and of an answer where one says a hundred.
 SCORED_TOKENS = 300
+NEW_TOKENS = 8
 
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="docs are not in the source distribution")
 
@@ -73,6 +75,12 @@ def hub_model(smollm2, tmp_path, monkeypatch):
     (repository / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
+    generate = GenerationMixin.generate
+
+    def generate_few(*arguments, **options):
+        return generate(*arguments, **options | {"max_new_tokens": NEW_TOKENS})
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate_few)
 
 
 @pytest.mark.real_weights
@@ -84,7 +92,7 @@ def test_the_quick_start_runs_as_written(run_page, hub_model, smollm2):
         assert "bytes per token" in printed or "compression" in printed
     assert Path("prefix.safetensors").is_file()
     printed = run_page("docs/which-preset.md", namespace)
-    assert [line.split()[0] for line in printed.splitlines()] == ["tq4", "k6v4", "k8v4"]
+    assert [line.split()[0] for line in printed.splitlines()] == ["reference", "tq4", "k6v4", "k8v4"]
 
 
 def test_the_quick_start_of_core_prints_what_it_says(run_page):
