@@ -168,7 +168,7 @@ def test_an_error_is_that_of_the_layers_own_attention(tiny_model, text_ids):
             getattr(layer.self_attn, f"{name}_proj")(hidden).view(1, 80, -1, 64).transpose(1, 2) for name in "qkv"
         )
         query, key = apply_rotary_pos_emb(query, key, *rotary(hidden, torch.arange(80)[None]))
-        cache = TurboQuantCache(tiny_model.config, key_bits=2, value_bits=4, sink_tokens=0, recent_tokens=0)
+        cache = TurboQuantCache(tiny_model.config, key_bits=2, value_bits=4, recent_tokens=0)
         cache.update(key, value, 0)
         stored = cache.layers[0].states.dequantize(key.dtype)
         exact, actual = (

@@ -13,6 +13,7 @@ from turboquant_hf.dense import dense_attention
 from turboquant_hf.eval.attention import attending
 from turboquant_hf.eval.results import LayerError
 from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.layers import DEFAULT_SINK_TOKENS
 from turboquant_hf.states import PagedStates
 
 PROBE = "turboquant_probe"
@@ -27,7 +28,8 @@ def layer_errors(
     """The errors of every layer that `TurboQuantCache` compresses, each on its true inputs.
 
     A text is run uncompressed. Beside its output, each layer's attention is computed once more for every pair of bits,
-    with all keys and values of that layer quantised, so that no error of one layer reaches another.
+    with that layer's keys and values quantised, but for the first tokens that a cache keeps as they are, so that no
+    error of one layer reaches another.
 
     Args:
         model: The model.
@@ -89,6 +91,7 @@ class _Probe:
                 states = PagedStates(config, key.shape[0], key.shape[1], key.device)
                 states.append(key, value)
                 keys, values = states.dequantize(key.dtype)
+                keys, values = _with_sinks(keys, key), _with_sinks(values, value)
                 self.errors[name].append(
                     LayerError(
                         index=int(index),
@@ -98,6 +101,11 @@ class _Probe:
                     )
                 )
         return exact, None
+
+
+def _with_sinks(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    first = DEFAULT_SINK_TOKENS
+    return torch.cat([exact[:, :, :first], stored[:, :, first:]], dim=-2)
 
 
 def _relative(error: torch.Tensor, whole: torch.Tensor) -> float:

@@ -16,7 +16,7 @@ def model_card(summaries: Sequence[RunSummary]) -> str:
 def _section(summary: RunSummary) -> Iterator[str]:
     yield f"## KV-cache compression: {summary.model}"
     yield ""
-    best = summary.smallest_within(0.05)
+    best = summary.smallest_good
     if best is not None:
         yield "```python"
         yield "from turboquant_hf import TurboQuantCache"

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from turboquant_hf.demo.run import UNCOMPRESSED
-from turboquant_hf.eval.summary import RunSummary
+from turboquant_hf.eval.summary import GOOD_KL, RunSummary
 from turboquant_hf.report_page.charts import error_by_layer, families, kl_against_bytes, speed_against_bytes
 from turboquant_hf.report_page.svg import marker
 
@@ -27,6 +27,7 @@ def render_page(summaries: Sequence[RunSummary]) -> str:
         summaries=summaries,
         style=Markup((files(__package__) / "page.css").read_text(encoding="utf-8")),
         uncompressed=UNCOMPRESSED,
+        good_kl=GOOD_KL,
         marker=marker,
         families=families,
         kl_against_bytes=kl_against_bytes,
