@@ -15,10 +15,10 @@ from results_file import RESULTS, write_result
 from side_by_side.caches import FAMILIES, REFERENCE, WINDOW, Family, reference
 from side_by_side.lifecycle import failure, lifecycle
 from side_by_side.speed import tokens_per_second
-from side_by_side.storage import bytes_per_token
 from side_by_side.table import markdown
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf.demo.run import long_text
+from turboquant_hf.eval.storage import bytes_per_token
 from turboquant_hf.models import LoadedModel, load_model
 from turboquant_hf.scoring import score_caches
 
@@ -79,7 +79,8 @@ def _measure(loaded: LoadedModel, family: Family, num_tokens: int, decode_tokens
     scores[REFERENCE] = scores.pop("reference")
     constructors = {REFERENCE: reference, **family.caches}
     with torch.inference_mode():
-        nbytes = {name: bytes_per_token(uncompressed, constructors[name], config) for name in scores}
+        num_held = uncompressed.get_seq_length()
+        nbytes = {name: bytes_per_token(uncompressed, constructors[name](config), num_held) for name in scores}
     speeds = tokens_per_second(model, {REFERENCE: uncompressed, **caches}, decode_tokens)
     measured = {
         name: {

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.ops import paths
+from turboquant_core.ops import _dispatch, paths
 from turboquant_core.ops.kernels.decode import portable_lookup
 from turboquant_core.ops.kernels.decode.launch import (
     Card,
@@ -489,7 +489,7 @@ def test_auto_is_portable_on_amd(card):
 
 def test_auto_does_without_gluon(card, monkeypatch):
     card((9, 0))
-    monkeypatch.setattr(paths, "find_spec", lambda name: None)
+    monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)
     assert paths.choose_path("auto", LAYOUT, GPU) == "fp16"
 
 
@@ -542,7 +542,7 @@ def test_what_cannot_run_is_refused(card, path, capability, layout, hip, message
 
 def test_fragments_without_gluon_are_refused(card, monkeypatch):
     card((9, 0))
-    monkeypatch.setattr(paths, "find_spec", lambda name: None)
+    monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"this Triton has no Gluon for sm_80; 3\.6 has"):
         paths.choose_path("fragment", LAYOUT, GPU)
 

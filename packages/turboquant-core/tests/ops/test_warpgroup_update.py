@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig, lloyd_max_codebook
-from turboquant_core.ops import update_paths
+from turboquant_core.ops import _dispatch, update_paths
 from turboquant_core.ops.kernels.warpgroup_update.columns import finest_plane, product_columns
 from turboquant_core.ops.kernels.warpgroup_update.lane_table import FLOAT_ONE, LANES, SHIFT, UNITS, lane_table
 from turboquant_core.ops.kernels.warpgroup_update.run import TILE_TOKENS, num_programs
@@ -165,7 +165,7 @@ def test_other_cards_take_triton(hopper, capability, hip, reason):
 
 def test_a_triton_without_gluon_is_told(hopper, monkeypatch):
     hopper()
-    monkeypatch.setattr(update_paths, "find_spec", lambda name: None)
+    monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)
     assert choose() == "triton"
     with pytest.raises(ValueError, match=r"no Gluon for sm_90; 3\.6 has"):
         choose("warpgroup")

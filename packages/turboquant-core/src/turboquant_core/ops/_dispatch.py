@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -80,3 +81,11 @@ def check_one_device(tensors: Mapping[str, torch.Tensor | None]) -> None:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, which takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def has_gluon(generation: str) -> bool:
+    """Whether this Triton has Gluon for a generation of NVIDIA's cards, such as "ampere"."""
+    try:
+        return find_spec(f"triton.experimental.gluon.language.nvidia.{generation}") is not None
+    except ModuleNotFoundError:
+        return False

@@ -1,12 +1,11 @@
 """Which implementation of decode attention runs where."""
 
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops._dispatch import interpreting
+from turboquant_core.ops._dispatch import has_gluon, interpreting
 
 KernelPath = Literal["fragment", "fp16", "int8", "fp8", "portable"]
 DecodePath = Literal["auto", "fragment", "fp16", "int8", "fp8", "portable", "reference"]
@@ -22,7 +21,6 @@ DecodePath = Literal["auto", "fragment", "fp16", "int8", "fp8", "portable", "ref
 Values are float16 centroids in every one. In Triton's interpreter all but "fragment" run, with the same tables.
 """
 
-_GLUON = "triton.experimental.gluon.language.nvidia.ampere"
 SUBTILE = 16
 FRAGMENT_HEAD_DIMS = (64, 128, 256)
 # Strides in words, and in scales, that Triton sees to be multiples of sixteen.
@@ -94,13 +92,6 @@ def _pages_obstacle(pages: torch.Tensor | None) -> str | None:
             f"pages start at {pages.data_ptr():#x} with strides {list(pages.stride())}, and it takes multiples of "
             f"{FRAGMENT_ALIGNMENT} bytes"
         )
-    if not _has_gluon():
+    if not has_gluon("ampere"):
         return "this Triton has no Gluon for sm_80; 3.6 has"
     return None
-
-
-def _has_gluon() -> bool:
-    try:
-        return find_spec(_GLUON) is not None
-    except ModuleNotFoundError:
-        return False

@@ -1,12 +1,11 @@
 """Which implementation of the cache update runs where."""
 
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops._dispatch import interpreting, runs_triton
+from turboquant_core.ops._dispatch import has_gluon, interpreting, runs_triton
 
 UpdatePath = Literal["auto", "warpgroup", "triton", "reference"]
 """How new keys and values are quantised.
@@ -16,7 +15,6 @@ UpdatePath = Literal["auto", "warpgroup", "triton", "reference"]
 - reference: plain PyTorch, on any device.
 """
 
-_GLUON = "triton.experimental.gluon.language.nvidia.hopper"
 WARPGROUP_CAPABILITY = (9, 0)
 WARPGROUP_HEAD_DIMS = (64, 128)
 WARPGROUP_MAX_BITS = 4
@@ -68,7 +66,7 @@ def warpgroup_obstacle(
         return f"the card is sm_{capability[0]}{capability[1]}, and it needs sm_90"
     if reason := _layout_obstacle(layout) or _tensor_obstacle(key, value, pages):
         return reason
-    return None if _has_gluon() else "this Triton has no Gluon for sm_90; 3.6 has"
+    return None if has_gluon("hopper") else "this Triton has no Gluon for sm_90; 3.6 has"
 
 
 def _layout_obstacle(layout: KVCacheLayout) -> str | None:
@@ -95,10 +93,3 @@ def _tensor_obstacle(key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor
                 f"{alignment}"
             )
     return None
-
-
-def _has_gluon() -> bool:
-    try:
-        return find_spec(_GLUON) is not None
-    except ModuleNotFoundError:
-        return False

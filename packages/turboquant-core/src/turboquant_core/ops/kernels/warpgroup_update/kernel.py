@@ -1,4 +1,4 @@
-"""`cache_update` in Gluon: programs of one warpgroup that share no shared memory and seldom wait."""
+"""`cache_update` in Gluon: programs of one warpgroup, whose warps seldom wait for each other."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,7 +11,7 @@ from turboquant_core.ops.kernels.quantize import corrected_scale, inverse_root
 from turboquant_core.ops.kernels.split_rotation import MATRIX_SCALE
 from turboquant_core.ops.kernels.warpgroup_update.primitives import (
     ROWS,
-    add_product,
+    begin_product,
     copy_matrix,
     copy_tile,
     lane_centroids,
@@ -108,7 +108,7 @@ def warpgroup_update_kernel(
     for block in range(first_block, num_blocks, step):
         async_copy.wait_group(0)
         fence_async_shared()
-        rotated = add_product(zeros, tile, rotation, num_parts, False)
+        rotated = begin_product(tile, rotation, zeros, num_parts)
         if key_mean is not None:
             rotated = warpgroup_mma(ones, offset, rotated, is_async=True)
         # Slots are fetched a tile ahead, so that nothing waits for them.

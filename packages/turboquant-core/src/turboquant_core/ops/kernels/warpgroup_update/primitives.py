@@ -1,5 +1,7 @@
 """Gluon primitives of the update: copies, rotation, codes in registers, stores."""
 
+import struct
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -8,11 +10,22 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 from turboquant_core._compat import async_load
 from turboquant_core.ops.kernels.codes import scale_pointers
 from turboquant_core.ops.kernels.rotate import OFFSET_UNIT
+from turboquant_core.ops.kernels.warpgroup_update import lane_table
 
 # Tokens of a tile, those of each half of it, and input channels of the product that subtracts a mean.
 ROWS = gl.constexpr(64)
 HALF = gl.constexpr(32)
 OFFSET_ROWS = gl.constexpr(16)
+
+_UNITS = struct.pack(">f", lane_table.UNITS / 2**lane_table.FIXED_BITS).hex().upper()
+# $1 coordinates, $2 the factor, $3 a lane's entry.
+CODES_ASM = gl.constexpr(
+    "{ .reg .f32 y; .reg .b32 fixed, cell; fma.rn.sat.f32 y, $1, $2, 0f3F000000; "
+    f"fma.rn.f32 y, y, 0f{_UNITS}, 0f{lane_table.FLOAT_ONE:08X}; mov.b32 fixed, y; "
+    f"shr.u32 cell, fixed, {lane_table.SHIFT}; shfl.sync.idx.b32 cell, $3, cell, 31, 0xffffffff; "
+    f"add.u32 fixed, fixed, cell; shr.u32 $0, fixed, {lane_table.SHIFT}; }}"
+)
+CENTROIDS_ASM = gl.constexpr("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;")
 
 
 @gluon.constexpr_function
@@ -66,13 +79,12 @@ def load_slots(slot_mapping, slot_stride, block, num_tokens, half: gl.constexpr,
 
 
 @gluon.jit
-def add_product(accumulator, x, rotation, num_parts: gl.constexpr, use_accumulator: gl.constexpr):
-    """Begin to add x @ the sum of rotation [num_parts, k, channels], small terms first for less rounding."""
+def begin_product(x, rotation, zeros, num_parts: gl.constexpr):
+    """Begin x @ the sum of rotation [num_parts, k, channels], small terms first for less rounding."""
+    product = zeros
     for i in gl.static_range(num_parts):
-        accumulator = warpgroup_mma(
-            x, rotation.index(num_parts - 1 - i), accumulator, use_acc=use_accumulator or i > 0, is_async=True
-        )
-    return accumulator
+        product = warpgroup_mma(x, rotation.index(num_parts - 1 - i), product, use_acc=i > 0, is_async=True)
+    return product
 
 
 @gluon.constexpr_function
@@ -154,19 +166,13 @@ def sum_rows(x, finest: gl.constexpr):
 @gluon.jit
 def lane_codes(x, factor, entries):
     """Codes, int32, of coordinates x times factor; see `LaneTable`. `entries` differ from lane to lane."""
-    asm: gl.constexpr = (
-        "{ .reg .f32 y; .reg .b32 fixed, cell; fma.rn.sat.f32 y, $1, $2, 0f3F000000; "
-        "fma.rn.f32 y, y, 0f3F7FFFFC, 0f3F800000; mov.b32 fixed, y; shr.u32 cell, fixed, 18; "
-        "shfl.sync.idx.b32 cell, $3, cell, 31, 0xffffffff; add.u32 fixed, fixed, cell; shr.u32 $0, fixed, 18; }"
-    )
-    return gl.inline_asm_elementwise(asm, "=r,r,r,r", [x, factor, entries], dtype=gl.int32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(CODES_ASM, "=r,r,r,r", [x, factor, entries], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def lane_centroids(codes, centroids):
     """The centroid of each code, float32."""
-    asm: gl.constexpr = "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;"
-    found = gl.inline_asm_elementwise(asm, "=r,r,r", [centroids, codes], dtype=gl.int32, is_pure=True, pack=1)
+    found = gl.inline_asm_elementwise(CENTROIDS_ASM, "=r,r,r", [centroids, codes], dtype=gl.int32, is_pure=True, pack=1)
     return found.to(gl.float32, bitcast=True)
 
 
