@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache
 from turboquant_hf.attention import ATTENTION
+from turboquant_hf.eval.attention import attending
 from turboquant_hf.layer import TurboQuantLayer
 
 
@@ -138,15 +139,9 @@ def score_caches(
 @contextmanager
 def _reading_as_in_decoding(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
     """Let every token of a chunk see of a cache what it would see alone."""
-    before = model.config._attn_implementation
-    if not any(isinstance(layer, TurboQuantLayer) and layer.recent_tokens for layer in cache.layers):
+    keeps_recent = any(isinstance(layer, TurboQuantLayer) and layer.recent_tokens for layer in cache.layers)
+    with attending(model, ATTENTION if keeps_recent else model.config._attn_implementation):
         yield
-        return
-    model.set_attn_implementation(ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def _next_token_log_probs(model: PreTrainedModel, chunk: torch.Tensor, cache: Cache) -> torch.Tensor:
