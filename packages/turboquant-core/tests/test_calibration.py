@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from turboquant_core.calibration import KeyMeans, ModelIdentity, read_key_means, write_key_means
+from turboquant_core.calibration import KeyMeans, read_key_means, write_key_means
+from turboquant_core.model_identity import ModelIdentity
 
 
 def config(**changes):

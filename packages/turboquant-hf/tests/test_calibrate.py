@@ -14,7 +14,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from turboquant_core.calibration import ModelIdentity, read_key_means
+from turboquant_core.calibration import read_key_means
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.calibrate.command import calibrate
 from turboquant_hf.calibrate.run import CHUNK_SIZE, mean_keys

@@ -8,7 +8,8 @@ import transformers
 from vllm.config import CompilationMode, ModelConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from turboquant_core.calibration import KeyMeans, ModelIdentity, read_key_means, write_key_means
+from turboquant_core.calibration import KeyMeans, read_key_means, write_key_means
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm import calibration
 from turboquant_vllm.calibration import heads_of_rank, read_for_model
 from turboquant_vllm.centring import GivenKeyMean

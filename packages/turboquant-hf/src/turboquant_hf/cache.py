@@ -34,7 +34,8 @@ class TurboQuantCache(Cache):
         max_length: The most tokens of a sequence. With it storage is made once and stays where it is, for
             `torch.compile` and CUDA graphs, which `generate` then uses by itself on a GPU.
         skip_layers: Layers that keep full precision, by index; negative ones count from the last.
-        layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's.
+        layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's; or the path of a file
+            that `turboquant tune` wrote, which has them for every layer.
         sink_tokens: First tokens of every sequence that full-attention layers keep as they are.
         recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it.
         **overrides: Fields of `TurboQuantConfig` that replace the preset's: `key_bits`, `value_bits`, `key_scale`,
@@ -42,7 +43,9 @@ class TurboQuantCache(Cache):
 
     Raises:
         ValueError: If preset, bits or a layer do not exist, a number of tokens is none, the model has no layer that
-            this cache can hold or that can keep tokens as they are, or max_length comes with offloading.
+            this cache can hold or that can keep tokens as they are, a file of bits is damaged or of another model, or
+            max_length comes with offloading.
+        FileNotFoundError: If there is no file of bits.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class TurboQuantCache(Cache):
         offloading: bool = False,
         max_length: int | None = None,
         skip_layers: Iterable[int] = (),
-        layer_bits: Mapping[int, tuple[float, float]] | None = None,
+        layer_bits: Mapping[int, tuple[float, float]] | str | PathLike[str] | None = None,
         sink_tokens: int | None = None,
         recent_tokens: int | None = None,
         **overrides: Any,

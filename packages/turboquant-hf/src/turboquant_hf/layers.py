@@ -1,9 +1,12 @@
 """Which layers a cache for a model has, and how each stores its tokens."""
 
 from collections.abc import Iterable, Mapping
+from os import PathLike
 from typing import Any
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.layer_bits import read_layer_bits
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf._compat import DynamicLayer, DynamicSlidingWindowLayer, PreTrainedConfig, StaticLayer
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.sliding import TurboQuantSlidingLayer
@@ -14,6 +17,9 @@ from turboquant_hf.support import held_layers, text_head_dim
 DEFAULT_SINK_TOKENS = 1
 DEFAULT_RECENT_TOKENS = 8
 
+COMPRESSED_KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+"""Layers of transformers in whose place a compressed one comes."""
+
 
 def build_layers(
     config: PreTrainedConfig,
@@ -21,7 +27,7 @@ def build_layers(
     *,
     max_length: int | None,
     skip_layers: Iterable[int],
-    layer_bits: Mapping[int, tuple[float, float]],
+    layer_bits: Mapping[int, tuple[float, float]] | str | PathLike[str],
     sink_tokens: int | None,
     recent_tokens: int | None,
     overrides: dict[str, Any],
@@ -30,11 +36,15 @@ def build_layers(
 
     Raises:
         TypeError: If `config` is no model configuration.
-        ValueError: If options or model do not fit.
+        ValueError: If options or model do not fit, or a file of bits is damaged or of another model.
+        FileNotFoundError: If there is no file of bits.
     """
     layers = held_layers(config, max_length)
     skipped = {_index(index, len(layers), "skip_layers") for index in skip_layers}
-    bits = {_index(index, len(layers), "layer_bits"): pair for index, pair in layer_bits.items()}
+    if isinstance(layer_bits, Mapping):
+        bits = {_index(index, len(layers), "layer_bits"): pair for index, pair in layer_bits.items()}
+    else:
+        bits = _bits_of_file(layer_bits, config, layers, skipped)
     text_config, head_dim = config.get_text_config(decoder=True), text_head_dim(config)
     given = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
     kept = kept_tokens(**given)
@@ -102,6 +112,19 @@ def compressed_layer(layer: Any, preset: str, kept: Mapping[str, int], options: 
     if type(layer) is StaticLayer:
         return TurboQuantStaticLayer(layer.max_cache_len, preset, **kept, **options)
     return layer
+
+
+def _bits_of_file(
+    path: str | PathLike[str], config: PreTrainedConfig, layers: list[object], skipped: set[int]
+) -> dict[int, tuple[float, float]]:
+    """The bits that a file has for the layers that are compressed, every one of which has to be in it."""
+    identity = ModelIdentity.of(config.get_text_config(decoder=True), (config.architectures or ["this model"])[0])
+    bits = read_layer_bits(path, identity)
+    return {
+        index: bits.of_layer(index)
+        for index, layer in enumerate(layers)
+        if type(layer) in COMPRESSED_KINDS and index not in skipped
+    }
 
 
 def _index(index: int, num_layers: int, option: str) -> int:

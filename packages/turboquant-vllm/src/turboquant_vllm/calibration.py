@@ -10,7 +10,8 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from turboquant_core.calibration import KeyMeans, ModelIdentity, read_key_means
+from turboquant_core.calibration import KeyMeans, read_key_means
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm.centring import GivenKeyMean
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from turboquant_core.calibration import KeyMeans, ModelIdentity
+from turboquant_core.calibration import KeyMeans
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf.models import LoadedModel
 
 CHUNK_SIZE = 512
