@@ -25,9 +25,14 @@ def _prompt(prompt):
 
 def _use_references():
     """Have our layers call the references of their kernels."""
-    from turboquant_vllm import impl, prefill
+    from turboquant_vllm import grouped, impl, prefill
 
-    for module, names in {impl: ("cache_update", "decode_attention"), prefill: ("cache_gather",)}.items():
+    replaced = {
+        impl: ("cache_update", "decode_attention"),
+        prefill: ("cache_gather",),
+        grouped: ("decode_attention",),
+    }
+    for module, names in replaced.items():
         for name in names:
             setattr(module, name, partial(getattr(module, name), path="reference"))
 

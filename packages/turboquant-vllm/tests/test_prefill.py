@@ -8,9 +8,9 @@ import torch
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
 from turboquant_core.ops import cache_gather, cache_update
-from turboquant_vllm import prefill
-from turboquant_vllm.metadata import PrefillRows
+from turboquant_vllm import prefill_rows
 from turboquant_vllm.prefill import Prefill
+from turboquant_vllm.prefill_rows import PrefillRows
 from turboquant_vllm.varlen import VarlenAttention
 
 BLOCK_SIZE = 16
@@ -27,6 +27,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     centred: bool = True
+    most_grouped_tokens: int = 0
 
 
 CASES = {
@@ -42,6 +43,13 @@ CASES = {
     "softcap and window": Case(softcap=2.0, window=24),
     "head_dim 64": Case(head_dim=64, num_heads=9, num_kv_heads=3),
     "one row": Case(context_lens=(300,), query_lens=(40,)),
+    "on codes": Case(context_lens=(100, 17, 64), most_grouped_tokens=64),
+    "on codes, without a mean": Case(centred=False, most_grouped_tokens=64),
+    "some on codes": Case(context_lens=(100, 17, 64), most_grouped_tokens=20),
+    "on codes, softcap": Case(softcap=2.0, most_grouped_tokens=64),
+    "on codes, sinks": Case(sinks=True, most_grouped_tokens=64),
+    "on codes, window": Case(window=24, most_grouped_tokens=64),
+    "on codes, groups of three heads": Case(head_dim=64, num_heads=9, num_kv_heads=3, most_grouped_tokens=64),
 }
 
 
@@ -94,6 +102,7 @@ class Inputs:
             context_lens_cpu=list(case.context_lens),
             query_lens_cpu=list(case.query_lens),
             block_table=self.table,
+            most_grouped_tokens=case.most_grouped_tokens,
         )
 
     def attend(self):
@@ -162,7 +171,7 @@ def test_prefill_on_a_cpu_in_float32(name):
 
 @pytest.mark.parametrize("workspace", [3, 48, 1000])
 def test_the_size_of_the_workspace_does_not_matter(device, monkeypatch, workspace):
-    monkeypatch.setattr(prefill, "WORKSPACE_TOKENS", workspace)
+    monkeypatch.setattr(prefill_rows, "WORKSPACE_TOKENS", workspace)
     assert_accurate(Inputs(Case(context_lens=(100, 0, 64)), device))
 
 
@@ -174,3 +183,24 @@ def test_rows_do_not_see_each_other(device):
     expected = inputs.attend()
     assert out[:20].isnan().all()
     torch.testing.assert_close(out[20:], expected[20:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("most_grouped_tokens", [0, 64])
+def test_rows_of_few_tokens_dequantise_nothing(device, most_grouped_tokens):
+    rows = Inputs(Case(context_lens=(100, 17, 0), most_grouped_tokens=most_grouped_tokens), device).rows
+    assert bool(rows.groups) is (most_grouped_tokens > 0)
+    assert bool(rows.context_parts) is (most_grouped_tokens == 0)
+
+
+def test_a_batch_of_too_many_groups_is_dequantised(device, monkeypatch):
+    monkeypatch.setattr(prefill_rows, "GROUP_COUNTS", (4, 8))
+    rows = Inputs(Case(context_lens=(100, 17, 64), most_grouped_tokens=64), device).rows
+    assert rows.groups is None
+    assert sum(part.num_tokens for part in rows.context_parts) == 181
+
+
+def test_groups_are_filled_up_to_a_number_that_is_compiled(device, monkeypatch):
+    monkeypatch.setattr(prefill_rows, "GROUP_COUNTS", (4, 16))
+    inputs = Inputs(Case(context_lens=(100, 17, 64), most_grouped_tokens=64), device)
+    assert inputs.rows.groups.seq_lens.tolist() == [100] * 3 + [17] * 5 + [64] + [0] * 7
+    assert_accurate(inputs)

@@ -8,7 +8,8 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_vllm.calibration import give_key_means
-from turboquant_vllm.metadata import DecodeRows, PrefillRows, TurboQuantMetadata
+from turboquant_vllm.metadata import DecodeRows, TurboQuantMetadata
+from turboquant_vllm.prefill_rows import PrefillRows
 from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import INSTEAD
 from turboquant_vllm.warm_up import warm_up

@@ -14,7 +14,8 @@ from turboquant_vllm.calibration import read_for_model
 from turboquant_vllm.centring import GivenKeyMean, KeyMean
 from turboquant_vllm.engine_checks import engine_problems
 from turboquant_vllm.metadata import TurboQuantMetadata
-from turboquant_vllm.prefill import WORKSPACE_TOKENS, Prefill
+from turboquant_vllm.prefill import Prefill
+from turboquant_vllm.prefill_rows import WORKSPACE_TOKENS
 from turboquant_vllm.support import INSTEAD, check_layer
 from turboquant_vllm.varlen import VarlenAttention
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_vllm.prefill_rows import PrefillRows
+
 
 @dataclass
 class DecodeRows:
@@ -22,34 +24,6 @@ class DecodeRows:
     query_start_loc: torch.Tensor | None
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-
-
-@dataclass
-class PrefillRows:
-    """Rows of many query tokens, which attend to their own keys and values as they are.
-
-    Attributes:
-        num_tokens: Query tokens of all rows.
-        max_query_len: The most query tokens of a row.
-        query_start_loc: int32 [rows + 1], from 0.
-        context_lens: int32 [rows], stored tokens before the row's first query token.
-        context_lens_cpu: The same as numbers.
-        query_lens_cpu: Query tokens of every row.
-        block_table: int32 [rows, max_blocks].
-    """
-
-    num_tokens: int
-    max_query_len: int
-    query_start_loc: torch.Tensor
-    context_lens: torch.Tensor
-    context_lens_cpu: list[int]
-    query_lens_cpu: list[int]
-    block_table: torch.Tensor
-
-    @property
-    def max_context_len(self) -> int:
-        """The longest context of a row."""
-        return max(self.context_lens_cpu)
 
 
 @dataclass

@@ -1,18 +1,14 @@
 """Prefill: a chunk's tokens attend to each other as they are, and to what is stored through a bounded workspace."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from turboquant_core import KVCacheLayout, Rotation
 from turboquant_core.ops import cache_gather
-from turboquant_vllm.metadata import PrefillRows
+from turboquant_vllm.grouped import attend_in_groups
+from turboquant_vllm.prefill_rows import ContextPart, PrefillRows
 from turboquant_vllm.varlen import VarlenAttention, merge
-
-# Stored tokens that are dequantised at a time. Attention on fewer would not fill a GPU; of 8 KV heads with 128 channels
-# they take 128 MiB.
-WORKSPACE_TOKENS = 32 * 1024
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 
@@ -55,16 +51,20 @@ class Prefill:
         if self.attention.window is not None:
             return self._windowed(query, pages, rows, key_mean)
         own = self._own(query, key, value, rows)
-        rotated = self._rotated(query)
-        context: Attended | None = None
-        for part in self._context_parts(rotated, pages, rows, key_mean):
-            context = part if context is None else merge(context, part, on_gpu=query.is_cuda)
+        context = self._dequantised_context(query, pages, rows, key_mean)
+        if rows.groups is not None:
+            on_codes = attend_in_groups(
+                query,
+                pages,
+                rows.groups,
+                self.layout,
+                scale=self.attention.scale,
+                softcap=self.attention.softcap,
+                key_mean=key_mean,
+            )
+            context = on_codes if context is None else merge(context, on_codes, on_gpu=query.is_cuda)
         assert context is not None
-        out, lse = context
-        if key_mean is not None and not self.attention.softcap:
-            # The mean's own score moves all logits on the context alike.
-            lse = lse + self.attention.scale * _mean_scores(query, key_mean)
-        return merge((self._unrotated(out), lse), own, on_gpu=query.is_cuda)[0]
+        return merge(context, own, on_gpu=query.is_cuda)[0]
 
     def _own(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PrefillRows) -> Attended:
         """Attention of the rows' tokens on each other; the sinks count here."""
@@ -80,23 +80,30 @@ class Prefill:
             sinks=self.sinks,
         )
 
-    def _context_parts(
+    def _dequantised_context(
         self,
-        rotated: torch.Tensor,
+        query: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
         key_mean: torch.Tensor | None,
-    ) -> Iterator[Attended]:
-        """Attention on the contexts, equally many tokens of every row at a time."""
-        step = max(1, WORKSPACE_TOKENS // len(rows.context_lens_cpu))
-        for start in range(0, rows.max_context_len, step):
-            lens = [min(max(length - start, 0), step) for length in rows.context_lens_cpu]
-            ends = rows.context_lens.clamp(max=start + step)
-            starts = torch.full_like(ends, start).minimum(ends)
-            key, value, start_loc = self._gather(pages, rows, starts, ends, sum(lens), rotated.dtype, key_mean)
-            yield self.attention(
-                rotated, key, value, rows.query_start_loc, start_loc, rows.max_query_len, max(lens), causal=False
+    ) -> Attended | None:
+        """Attention on the contexts of rows that are in no group, or None if there are none."""
+        if not rows.context_parts:
+            return None
+        rotated = self._rotated(query)
+        context: Attended | None = None
+        for part in rows.context_parts:
+            key, value, start_loc = self._gather(pages, rows, part, query.dtype, key_mean)
+            attended = self.attention(
+                rotated, key, value, rows.query_start_loc, start_loc, rows.max_query_len, part.max_len, causal=False
             )
+            context = attended if context is None else merge(context, attended, on_gpu=query.is_cuda)
+        assert context is not None
+        out, lse = context
+        if key_mean is not None and not self.attention.softcap:
+            # The mean's own score moves all logits on the context alike.
+            lse = lse + self.attention.scale * _mean_scores(query, key_mean)
+        return self._unrotated(out), lse
 
     def _windowed(
         self,
@@ -107,15 +114,8 @@ class Prefill:
     ) -> torch.Tensor:
         """Attention on what the windows reach, the rows' own tokens as stored too: one call, aligned at its end."""
         assert self.attention.window is not None
-        before = self.attention.window - 1
-        starts = (rows.context_lens - before).clamp(min=0)
-        ends = rows.context_lens + rows.query_start_loc.diff()
-        lens = [
-            min(context, before) + own for context, own in zip(rows.context_lens_cpu, rows.query_lens_cpu, strict=True)
-        ]
-        key, value, start_loc = self._gather(
-            pages, rows, starts, ends, sum(lens), query.dtype, key_mean, add_mean=self.sinks is not None
-        )
+        part = rows.window_part(self.attention.window)
+        key, value, start_loc = self._gather(pages, rows, part, query.dtype, key_mean, add_mean=self.sinks is not None)
         out, _ = self.attention(
             self._rotated(query),
             key,
@@ -123,7 +123,7 @@ class Prefill:
             rows.query_start_loc,
             start_loc,
             rows.max_query_len,
-            max(lens),
+            part.max_len,
             causal=True,
             sinks=self.sinks,
         )
@@ -133,9 +133,7 @@ class Prefill:
         self,
         pages: torch.Tensor,
         rows: PrefillRows,
-        starts: torch.Tensor,
-        ends: torch.Tensor,
-        num_tokens: int,
+        part: ContextPart,
         dtype: torch.dtype,
         key_mean: torch.Tensor | None,
         *,
@@ -146,11 +144,11 @@ class Prefill:
         key, value, start_loc = cache_gather(
             pages,
             rows.block_table,
-            ends,
+            part.ends,
             self.layout,
-            starts=starts,
+            starts=part.starts,
             dtype=torch.float32 if whole else dtype,
-            max_tokens=num_tokens,
+            max_tokens=part.num_tokens,
         )
         if whole:
             assert key_mean is not None

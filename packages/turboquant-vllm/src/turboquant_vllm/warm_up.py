@@ -9,14 +9,14 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.ops import warm_up as warm_up_ops
-from turboquant_vllm.metadata import PrefillRows
 from turboquant_vllm.prefill import Prefill
+from turboquant_vllm.prefill_rows import GROUP_COUNTS, PrefillRows
 
 if TYPE_CHECKING:
     from turboquant_vllm.impl import TurboQuantImpl
 
 logger = init_logger(__name__)
-# A context of one token and a chunk of as many tokens as decode attention does not take.
+# A context of one token, and as many new ones as decode attention does not take.
 CONTEXT_LEN, QUERY_LEN = 1, 9
 
 
@@ -50,11 +50,18 @@ def warm_up(
         )
         # Rows are padded to powers of two.
         for exponent in range(max_batch.bit_length() + 1):
-            _prefill(impl, layout, min(2**exponent, max_batch), dtype, device)
+            _prefill(impl, layout, min(2**exponent, max_batch), 0, dtype, device)
+        for count in GROUP_COUNTS if impl.sliding_window is None else ():
+            _prefill(impl, layout, (count - 1) // 2, QUERY_LEN, dtype, device)
 
 
 def _prefill(
-    impl: "TurboQuantImpl", layout: KVCacheLayout, num_rows: int, dtype: torch.dtype, device: torch.device
+    impl: "TurboQuantImpl",
+    layout: KVCacheLayout,
+    num_rows: int,
+    most_grouped_tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     """Prefill rows with a context each."""
     num_tokens = num_rows * QUERY_LEN
@@ -68,6 +75,7 @@ def _prefill(
         context_lens_cpu=[CONTEXT_LEN] * num_rows,
         query_lens_cpu=[QUERY_LEN] * num_rows,
         block_table=torch.zeros(num_rows, 1, dtype=torch.int32, device=device),
+        most_grouped_tokens=most_grouped_tokens,
     )
     pages = torch.zeros(1, layout.num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
     mean = None if impl.key_mean is None else impl.key_mean.mean
