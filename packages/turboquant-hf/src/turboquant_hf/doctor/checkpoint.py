@@ -20,6 +20,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Most headers fit, and so does a tensor that is read.
 REMOTE_BLOCK_BYTES = 1 << 18
+LOADED_ITEMSIZE = 2
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class StoredTensor:
     """A tensor that has not been read.
 
     Attributes:
-        nbytes: Bytes as stored.
+        nbytes: Bytes as stored; from a GGUF file those in 16 bits, in which it is loaded.
         load: Reads it, float32 [num_elements].
     """
 
@@ -56,7 +57,7 @@ class Checkpoint:
 
     @property
     def weights_nbytes(self) -> int | None:
-        """Bytes of all tensors as stored; None where that is not known."""
+        """Bytes of all tensors; None where that is not known."""
         return None if self.tensors is None else sum(tensor.nbytes for tensor in self.tensors.values())
 
 
@@ -162,5 +163,6 @@ def _gguf_tensors(name: str) -> dict[str, StoredTensor]:
         return torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float().flatten()
 
     return {
-        tensor.name: StoredTensor(int(tensor.n_bytes), partial(load, tensor)) for tensor in GGUFReader(name).tensors
+        tensor.name: StoredTensor(LOADED_ITEMSIZE * int(tensor.n_elements), partial(load, tensor))
+        for tensor in GGUFReader(name).tensors
     }

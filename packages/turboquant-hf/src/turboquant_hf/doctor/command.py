@@ -5,27 +5,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from turboquant_hf.command_line import fail
-from turboquant_hf.doctor.command_line import (
-    REFUSED,
-    STDOUT,
-    card_or_fail,
-    check_json_target,
-    open_or_fail,
-    write_json,
-)
+from turboquant_hf.command_line import ModelArgument, fail
+from turboquant_hf.doctor.command_line import REFUSED, card_or_fail, open_or_fail
 from turboquant_hf.doctor.diagnosis import diagnose
 from turboquant_hf.doctor.fit import fit
 from turboquant_hf.doctor.render import render
+from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.")],
+    model: ModelArgument = None,
     gpu: Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="Memory of a card in GiB, instead of --gpu.")] = None,
-    json_target: Annotated[
-        str | None, typer.Option("--json", help="Write what was found to this file too; - for the output, alone.")
-    ] = None,
+    json_target: JsonOption = None,
 ) -> None:
     """Say how a model's KV cache would be compressed, from its configuration and file headers alone.
 
@@ -40,7 +32,7 @@ def doctor(
     try:
         diagnosis = diagnose(checkpoint, attention, card)
     except (OSError, ValueError) as error:
-        fail(errors, f"cannot read {model}: {error}")
+        fail(errors, f"cannot read {checkpoint.name}: {error}")
     fitting = fit(diagnosis, card.memory_gib if card else memory)
     if json_target is not None:
         write_json(diagnosis.to_dict() | {"fit": fitting and fitting.to_dict()}, json_target)

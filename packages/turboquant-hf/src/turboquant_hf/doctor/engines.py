@@ -18,6 +18,11 @@ from turboquant_hf.paged import page_layout
 
 PathName = Literal["fused", "dequantised", "uncompressed"]
 
+GGUF_REFUSAL = (
+    "GGUF files need a plugin of vLLM's, which was not tried; give the folder or hub id of the same model in "
+    "safetensors files"
+)
+
 # What vLLM's TurboQuant backend does with kinds other than attention to all tokens or to a window.
 _REFUSED_BY_VLLM = {
     "MLA": "multi-head latent attention caches latents instead of heads",
@@ -90,10 +95,7 @@ def by_vllm(checkpoint: Checkpoint, attention: ModelAttention, preset: str, capa
     """How turboquant-vllm serves a model on cards of a compute capability."""
     refusals = []
     if checkpoint.is_gguf:
-        refusals.append(
-            "GGUF files need a plugin of vLLM's, which was not tried; give the folder or hub id of the same model in "
-            "safetensors files"
-        )
+        refusals.append(GGUF_REFUSAL)
     if capability < MIN_CAPABILITY:
         have, needed = ("sm_{}{}".format(*version) for version in (capability, MIN_CAPABILITY))
         refusals.append(f"the card is {have}, and prefill needs {needed}")

@@ -5,14 +5,21 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from turboquant_hf.command_line import check_target, fail, load_or_fail, read_text_or_fail
-from turboquant_hf.demo.run import CHUNK_SIZE, UNCOMPRESSED, long_text
-from turboquant_hf.doctor.command_line import STDOUT, check_json_target, write_json
+from turboquant_hf.command_line import (
+    DeviceOption,
+    ModelArgument,
+    TextOption,
+    check_target,
+    chosen_device,
+    fail,
+    load_or_fail,
+    progress_bar,
+    text_or_fail,
+)
+from turboquant_hf.demo.run import CHUNK_SIZE, UNCOMPRESSED
 from turboquant_hf.eval.caches import CACHES, DEFAULTS, find_cache
 from turboquant_hf.eval.render import render
 from turboquant_hf.eval.run import Evaluation
@@ -20,16 +27,14 @@ from turboquant_hf.eval.run_file import RunFile, read_run_file
 from turboquant_hf.eval.settings import MEASUREMENTS, Settings, environment, model_identity, text_digest
 from turboquant_hf.eval.summary import summarise
 from turboquant_hf.eval.units import missing_units
-from turboquant_hf.models import default_model
+from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 
 LAYER_TOKENS = 512
 SECTION_NAMES = {"settings": "settings", "environment": "versions or on another machine", "model": "weights"}
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Hub id, folder or GGUF file. Default: SmolLM2-135M-Instruct.")
-    ] = None,
+    model: ModelArgument = None,
     out: Annotated[Path, typer.Option(help="Run file. One that is there and not finished is continued.")] = Path(
         "turboquant-eval.json"
     ),
@@ -43,9 +48,7 @@ def evaluate(
     measure: Annotated[
         list[str] | None, typer.Option(help=f"Measurement, repeatable: {', '.join(MEASUREMENTS)}. Default: all.")
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file, UTF-8. Default: an encyclopaedia article of 3,000 tokens.")
-    ] = None,
+    text: TextOption = None,
     tokens: Annotated[int, typer.Option(min=2 * CHUNK_SIZE, help="Tokens of the text for quality and speed.")] = 9
     * CHUNK_SIZE,
     needle_length: Annotated[
@@ -54,13 +57,8 @@ def evaluate(
     needle_depths: Annotated[int, typer.Option(min=2, help="Depths at which a needle is hidden.")] = 5,
     greedy_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a greedy continuation.")] = 48,
     seed: Annotated[int, typer.Option(help="Picks what the needles say.")] = 0,
-    json_target: Annotated[
-        str | None,
-        typer.Option("--json", help="Write the figures of every cache to this file; - for the output, alone."),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="torch device. Default: cuda where there is one, else cpu.")
-    ] = None,
+    json_target: JsonOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Measure what compressed caches do to a model, beside the uncompressed one and those of others.
 
@@ -70,8 +68,8 @@ def evaluate(
     console, errors = Console(), Console(stderr=True)
     check_target(out, errors)
     check_json_target(json_target, errors)
-    content = long_text() if text is None else read_text_or_fail(text, errors)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    content = text_or_fail(text, errors)
+    device = chosen_device(device)
     settings = Settings(
         caches=_caches(cache, errors),
         measurements=_measurements(measure, errors),
@@ -86,7 +84,7 @@ def evaluate(
     )
     header = {"settings": settings.to_dict(), "environment": _environment(device, errors)}
     run = _continued(out, header, errors) if resume or out.exists() else None
-    loaded = load_or_fail(model or default_model(), device, errors, argument="MODEL")
+    loaded = load_or_fail(model, device, errors)
     identity = model_identity(loaded)
     if run is None:
         run = RunFile(out, {"command": _command(), **header, "model": identity})
@@ -109,8 +107,7 @@ def evaluate(
 
 
 def _measure(evaluation: Evaluation, run: RunFile, num_missing: int, errors: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with progress_bar(errors) as progress:
         task = progress.add_task("measuring", total=num_missing)
         evaluation.measure_missing(
             run,

@@ -7,18 +7,13 @@ import typer
 from rich.console import Console
 
 from turboquant_core.vllm_limits import MIN_CAPABILITY
-from turboquant_hf.command_line import check_target, fail
+from turboquant_hf.command_line import ModelArgument, check_target, fail
 from turboquant_hf.doctor.capacity import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_GIB, kv_memory
 from turboquant_hf.doctor.cards import GIB, Card
 from turboquant_hf.doctor.checkpoint import Checkpoint
-from turboquant_hf.doctor.command_line import (
-    STDOUT,
-    card_or_fail,
-    check_json_target,
-    open_or_fail,
-    refuse,
-    write_json,
-)
+from turboquant_hf.doctor.command_line import card_or_fail, open_or_fail, refuse
+from turboquant_hf.doctor.engines import GGUF_REFUSAL
+from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 from turboquant_hf.plan.plot import can_plot, write_plot
 from turboquant_hf.plan.render import render
 from turboquant_hf.plan.run import caches_to_plan, make_plan, plotted_lengths, refusals
@@ -27,7 +22,7 @@ DEFAULT_LENGTH = 8192
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Hub id or folder.")],
+    model: ModelArgument = None,
     gpu: Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="Memory of a card in GiB, instead of --gpu.")] = None,
     kv_memory_gib: Annotated[
@@ -51,9 +46,7 @@ def plan(
     max_num_batched_tokens: Annotated[
         int, typer.Option(min=1, help="vLLM's setting; layers with a window keep the tokens of two steps beside it.")
     ] = BATCHED_TOKENS,
-    json_target: Annotated[
-        str | None, typer.Option("--json", help="Write the plan to this file too; - for the output, alone.")
-    ] = None,
+    json_target: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(help="Draw requests against their length to this SVG file.")] = None,
 ) -> None:
     """Say how many tokens and requests fit a card with every cache, counted as vLLM counts them.
@@ -73,9 +66,9 @@ def plan(
         fail(errors, str(error))
     checkpoint, attention = open_or_fail(model, errors)
     if why := refusals(checkpoint, attention, card.capability if card else MIN_CAPABILITY):
-        refuse(errors, f"vLLM does not serve {model} compressed: {'; '.join(why)}")
+        refuse(errors, f"vLLM does not serve {checkpoint.name} compressed: {'; '.join(why)}")
     if attention.max_length and length and length > attention.max_length:
-        fail(errors, f"--length is {length:,}, and the context of {model} is {attention.max_length:,} tokens")
+        fail(errors, f"--length is {length:,}, and the context of {checkpoint.name} is {attention.max_length:,} tokens")
     if kv_memory_gib is not None:
         kv_bytes, said = int(kv_memory_gib * GIB), "memory for the cache as given"
     else:
@@ -97,6 +90,8 @@ def plan(
         )
     except ValueError as error:
         fail(errors, str(error))
+    if checkpoint.is_gguf:
+        errors.print(f"counted for the same model in safetensors files of 16 bits: {GGUF_REFUSAL}", highlight=False)
     if json_target is not None:
         write_json(planned.to_dict(), json_target)
     if json_target != STDOUT:

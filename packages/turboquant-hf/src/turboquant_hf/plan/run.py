@@ -9,7 +9,7 @@ from turboquant_core.config import preset_bits
 from turboquant_hf.doctor.attention import ModelAttention
 from turboquant_hf.doctor.capacity import Blocks, Capacity, cut_into_blocks
 from turboquant_hf.doctor.checkpoint import Checkpoint
-from turboquant_hf.doctor.engines import by_vllm
+from turboquant_hf.doctor.engines import GGUF_REFUSAL, by_vllm
 from turboquant_hf.doctor.sizes import UNCOMPRESSED_ITEMSIZES, has_whole_bits
 
 SHORTEST_PLOTTED = 1024
@@ -88,8 +88,9 @@ class Plan:
 
 
 def refusals(checkpoint: Checkpoint, attention: ModelAttention, capability: tuple[int, int]) -> tuple[str, ...]:
-    """Why vLLM does not serve the model compressed; empty if it does."""
-    return by_vllm(checkpoint, attention, next(iter(PRESETS)), capability).refusals
+    """Why vLLM does not serve the model compressed; empty if it does, from safetensors files at least."""
+    found = by_vllm(checkpoint, attention, next(iter(PRESETS)), capability).refusals
+    return tuple(refusal for refusal in found if refusal != GGUF_REFUSAL)
 
 
 def caches_to_plan(presets: Sequence[str]) -> list[str]:

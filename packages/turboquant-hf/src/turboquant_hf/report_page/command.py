@@ -7,9 +7,9 @@ import typer
 from rich.console import Console
 
 from turboquant_hf.command_line import check_target, fail
-from turboquant_hf.doctor.command_line import STDOUT, check_json_target, write_json
 from turboquant_hf.eval.run_file import read_run_file
 from turboquant_hf.eval.summary import RunSummary, summarise
+from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 from turboquant_hf.report_page.model_card import model_card
 from turboquant_hf.report_page.page import render_page
 
@@ -20,9 +20,7 @@ def report(
     card: Annotated[
         Path | None, typer.Option("--model-card", help="Write a part of a model card to this Markdown file.")
     ] = None,
-    json_target: Annotated[
-        str | None, typer.Option("--json", help="Write the figures to this file; - for the output, alone.")
-    ] = None,
+    json_target: JsonOption = None,
 ) -> None:
     """Make a page of what turboquant eval measured: one HTML file that needs no network.
 
