@@ -158,3 +158,14 @@ def test_a_draft_has_no_means_in_the_file(config, monkeypatch):
     assert re.search(
         "calibration is means.safetensors, which holds no means of the draft.*attention_backend out", problem
     )
+
+
+def test_a_draft_and_a_connector_are_not_served_with_a_file_of_bits(config, monkeypatch):
+    settings = Settings(layer_bits="bits.json", calibration="means.safetensors")
+    assert engine_problems(config, settings) == []
+    monkeypatch.setattr(config, "kv_transfer_config", CONNECTOR)
+    (problem,) = engine_problems(config, settings)
+    assert re.search('layer_bits is bits.json, and ExampleConnector was not tried.*Leave "layer_bits" out', problem)
+    monkeypatch.setattr(config, "kv_transfer_config", None)
+    monkeypatch.setattr(config, "speculative_config", draft(**COMPRESSED))
+    assert "which holds no bits of the draft model" in engine_problems(config, settings)[-1]

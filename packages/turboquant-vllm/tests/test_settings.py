@@ -22,13 +22,19 @@ def test_presets_and_bits(chosen, bits):
     ("chosen", "message"),
     [
         ({"preset": "tq9"}, "preset is 'tq9'; it must be one of tq4"),
-        ({"bits": 4}, "turboquant has 'bits'; it may have preset, key_bits, value_bits, center_keys, calibration"),
+        (
+            {"bits": 4},
+            "turboquant has 'bits'; it may have preset, key_bits, value_bits, center_keys, calibration, layer_bits",
+        ),
         ({"key_bits": 7}, "key_bits is 7; it must be one of"),
         ({"preset": "tq2.5"}, "stores 2.5 bits, which the kernels do not read"),
         ({"center_keys": "yes"}, "center_keys is 'yes'; it must be true or false"),
         ({"calibration": True}, "calibration is True; it must be the path of a file"),
         ({"calibration": ""}, "calibration is ''; it must be the path of a file"),
         ({"calibration": "m", "center_keys": False}, "center_keys is false and calibration is 'm'.*give one"),
+        ({"layer_bits": 4}, "layer_bits is 4; it must be the path of a file"),
+        ({"layer_bits": "f", "preset": "tq3"}, "preset is tq3 and layer_bits is 'f', a file of bits; give one"),
+        ({"layer_bits": "f", "value_bits": 3}, "value_bits is 3 and layer_bits is 'f'"),
         ("tq4", "turboquant is 'tq4'; it must be an object"),
     ],
 )
@@ -43,3 +49,5 @@ def test_a_preset_may_be_given_as_the_type_of_the_cache():
     assert Settings.of({}, "bfloat16") == Settings()
     with pytest.raises(ValueError, match="kv_cache_dtype is tq3 and turboquant has preset 'tq4'; give one"):
         Settings.of({"turboquant": {"preset": "tq4"}}, "tq3")
+    with pytest.raises(ValueError, match="preset is tq3 and layer_bits is 'f'"):
+        Settings.of({"turboquant": {"layer_bits": "f"}}, "tq3")

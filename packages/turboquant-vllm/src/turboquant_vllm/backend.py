@@ -1,6 +1,7 @@
 """The backend's answers to vLLM: what it supports and how large its pages are."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,8 @@ class TurboQuantBackend(AttentionBackend):
     )
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(support.KV_CACHE_DTYPES)
     forward_includes_kv_cache_update: bool = False
+    # Key and value bits of layers whose bits a file gives; None for those that have the settings'.
+    layer_bits: ClassVar[tuple[float, float] | None] = None
 
     @staticmethod
     def get_name() -> str:
@@ -78,7 +81,7 @@ class TurboQuantBackend(AttentionBackend):
                 f"keys have head_size {spec.head_size} and values {spec.head_size_v}; TurboQuant serves equal ones. "
                 + support.INSTEAD
             )
-        config = process_settings().cache_config(spec.head_size)
+        config = process_settings().cache_config(spec.head_size, cls.layer_bits)
         return replace(spec, dtype=torch.uint8, state_content_bytes=config.slot_bytes)
 
     @classmethod
@@ -112,6 +115,13 @@ class TurboQuantBackend(AttentionBackend):
     def supports_compute_capability(cls, capability: Any) -> bool:
         """From Ampere on."""
         return (capability.major, capability.minor) >= vllm_limits.MIN_CAPABILITY
+
+
+@cache
+def backend_with_bits(key_bits: float, value_bits: float) -> type[TurboQuantBackend]:
+    """The backend of layers whose pages hold those bits; vLLM tells backends apart by name."""
+    name = f"{TurboQuantBackend.__name__}K{key_bits}V{value_bits}"
+    return type(name, (TurboQuantBackend,), {"layer_bits": (key_bits, value_bits), "__module__": __name__})
 
 
 _latest: Settings = Settings()

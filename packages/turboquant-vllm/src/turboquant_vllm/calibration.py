@@ -11,8 +11,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from turboquant_core.calibration import KeyMeans, read_key_means
-from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm.centring import GivenKeyMean
+from turboquant_vllm.identity import model_identity
 
 
 def read_for_model(path: str, model_config: Any) -> KeyMeans:
@@ -22,8 +22,7 @@ def read_for_model(path: str, model_config: Any) -> KeyMeans:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, something else, or belongs to another model than vLLM's `model_config` describes.
     """
-    architecture = (model_config.architectures or ["unknown"])[0]
-    return _read(path, ModelIdentity.of(model_config.hf_text_config, architecture))
+    return _read(path, model_identity(model_config))
 
 
 _read = cache(read_key_means)

@@ -22,7 +22,12 @@ def engine_problems(config: Any, settings: Settings) -> list[str]:
     """Why an engine of this configuration is refused; empty if it is not, or if there is none."""
     if config is None:
         return []
-    return [*_cache_problems(config.cache_config), *_attention_problems(config), *_mean_problems(config, settings)]
+    return [
+        *_cache_problems(config.cache_config),
+        *_attention_problems(config),
+        *_mean_problems(config, settings),
+        *_bits_problems(config, settings),
+    ]
 
 
 def reads_only_own_pages(transfer: Any) -> bool:
@@ -88,6 +93,19 @@ def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
             )
     elif _compresses_draft(speculative):
         yield f"calibration is {settings.calibration}, which holds no means of the draft model. {OWN_DRAFT_BACKEND}"
+
+
+def _bits_problems(config: Any, settings: Settings) -> Iterator[str]:
+    if settings.layer_bits is None:
+        return
+    transfer = config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector is not None:
+        yield (
+            f"layer_bits is {settings.layer_bits}, and {transfer.kv_connector} was not tried with pages whose size "
+            'differs between layers. Leave "layer_bits" out, or the connector.'
+        )
+    if _compresses_draft(config.speculative_config):
+        yield f"layer_bits is {settings.layer_bits}, which holds no bits of the draft model. {OWN_DRAFT_BACKEND}"
 
 
 def _compresses_draft(speculative: Any) -> bool:

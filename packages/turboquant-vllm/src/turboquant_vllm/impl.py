@@ -7,7 +7,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboquant_core import KVCacheLayout
+from turboquant_core.layer_bits import LayerBits
 from turboquant_core.ops import cache_update, decode_attention
+from turboquant_vllm import layer_bits
 from turboquant_vllm._compat import current_config, start_up_is_over
 from turboquant_vllm.backend import process_settings
 from turboquant_vllm.calibration import read_for_model
@@ -58,6 +60,12 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self.softcap = logits_soft_cap or None
         self.sinks = sinks
         self.config = settings.cache_config(head_size)
+        self._settings = settings
+        self._layer_bits: LayerBits | None = None
+        if settings.layer_bits is not None:
+            # Which layer this is shows once the model is built; a file that does not fit is refused here.
+            self._layer_bits = layer_bits.read_for_model(settings.layer_bits, config.model_config)
+            self._layers = config.compilation_config.static_forward_context
         device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
         self.key_mean: KeyMean | GivenKeyMean | None = None
         if settings.calibration is not None:
@@ -74,6 +82,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Prepare what depends on weights; after a reload at the addresses that CUDA graphs have."""
+        if self._layer_bits is not None:
+            bits = layer_bits.give_bits(self, self._layer_bits, self._layers)
+            self.config = self._settings.cache_config(self.head_size, bits)
         if self.sinks is not None:
             if self._float_sinks is None:
                 self._float_sinks = torch.empty_like(

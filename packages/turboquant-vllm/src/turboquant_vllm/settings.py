@@ -23,6 +23,7 @@ class Settings:
         value_bits: The same for values.
         center_keys: Subtract a mean per layer, KV head and channel before keys are quantised.
         calibration: A file of those means by `turboquant calibrate`; None to take them from the first prompt.
+        layer_bits: A file of the bits of every layer by `turboquant tune`, instead of a preset.
     """
 
     preset: str = "tq4"
@@ -30,6 +31,7 @@ class Settings:
     value_bits: int | None = None
     center_keys: bool = True
     calibration: str | None = None
+    layer_bits: str | None = None
 
     def __post_init__(self) -> None:
         # A head_dim that every format takes: the rest is refused here, before weights are loaded.
@@ -43,17 +45,20 @@ class Settings:
                 )
         if not isinstance(self.center_keys, bool):
             raise ValueError(f"center_keys is {self.center_keys!r}; it must be true or false")
-        if self.calibration is not None:
-            if not isinstance(self.calibration, str) or not self.calibration:
-                raise ValueError(f"calibration is {self.calibration!r}; it must be the path of a file")
-            if not self.center_keys:
-                raise ValueError(
-                    f"center_keys is false and calibration is {self.calibration!r}, a file of means for centring; "
-                    "give one of them"
-                )
+        for name in ("calibration", "layer_bits"):
+            path = getattr(self, name)
+            if path is not None and (not isinstance(path, str) or not path):
+                raise ValueError(f"{name} is {path!r}; it must be the path of a file")
+        if self.calibration is not None and not self.center_keys:
+            raise ValueError(
+                f"center_keys is false and calibration is {self.calibration!r}, a file of means for centring; "
+                "give one of them"
+            )
 
-    def cache_config(self, head_dim: int) -> TurboQuantConfig:
-        """What is stored for one head."""
+    def cache_config(self, head_dim: int, layer_bits: tuple[float, float] | None = None) -> TurboQuantConfig:
+        """What is stored for one head, of a layer that has bits of its own or of any other."""
+        if layer_bits is not None:
+            return TurboQuantConfig(head_dim, *layer_bits, center_keys=self.center_keys)
         key_bits, value_bits = preset_bits(self.preset)
         return TurboQuantConfig(
             head_dim,
@@ -72,7 +77,7 @@ class Settings:
         """The settings in vLLM's additional configuration, or of a preset given as `--kv-cache-dtype`.
 
         Raises:
-            ValueError: If a name or a value is unknown, or two presets are given.
+            ValueError: If a name or a value is unknown, or bits are given twice.
         """
         chosen = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
         if not isinstance(chosen, Mapping):
@@ -87,4 +92,10 @@ class Settings:
                     f"kv_cache_dtype is {kv_cache_dtype} and {KEY} has preset {chosen['preset']!r}; give one of them"
                 )
             chosen = {**chosen, "preset": kv_cache_dtype}
+        for name in ("preset", "key_bits", "value_bits"):
+            if chosen.get("layer_bits") is not None and chosen.get(name) is not None:
+                raise ValueError(
+                    f"{name} is {chosen[name]} and layer_bits is {chosen['layer_bits']!r}, a file of bits; give one of "
+                    "them"
+                )
         return cls(**chosen)

@@ -31,7 +31,7 @@ def warm_up(
     unlike: dict[Any, TurboQuantImpl] = {}
     for layer in layers.values():
         impl = layer.impl
-        unlike.setdefault((impl.num_heads, impl.varlen, impl.sinks is None), impl)
+        unlike.setdefault((impl.config, impl.num_heads, impl.varlen, impl.sinks is None), impl)
     logger.info_once("TurboQuant compiles its kernels.")
     for impl in unlike.values():
         layout = KVCacheLayout(impl.config, impl.num_kv_heads, kv_cache_spec.block_size)

@@ -8,6 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
+
+from turboquant_core.layer_bits import LayerBits, write_layer_bits
+from turboquant_core.model_identity import ModelIdentity
 
 pytestmark = [
     pytest.mark.real_weights,
@@ -32,6 +36,8 @@ COMMON = {
 }
 AT_ONCE = 4
 FOUR_BIT_TIE = 0.4
+# Six bits are a sixteenth of their error.
+LAYER_BITS_TIE = 0.2
 SCORED = {"prompt_logprobs": 50, "max_logprobs": 50}
 EIGHT_BITS = {
     "attention_backend": "CUSTOM",
@@ -72,9 +78,20 @@ def run(generate, model_folder, story, keep):
 
 
 @pytest.fixture(scope="module")
-def answers(run):
+def layer_bits(model_folder, tmp_path_factory):
+    """A file of bits: 8 in every other layer, 6 for the keys or the values of those between them."""
+    config = transformers.AutoConfig.from_pretrained(model_folder)
+    bits = {index: ((8, 8), (6, 8), (8, 8), (8, 6))[index % 4] for index in range(config.num_hidden_layers)}
+    path = tmp_path_factory.mktemp("bits") / "bits.json"
+    write_layer_bits(path, LayerBits(bits, ModelIdentity.of(config, config.architectures[0]), str(model_folder)))
+    return {"attention_backend": "CUSTOM", "additional_config": {"turboquant": {"layer_bits": str(path)}}}
+
+
+@pytest.fixture(scope="module")
+def answers(run, layer_bits):
+    engines = {**ENGINES, "layer_bits": {**layer_bits, **GRAPHS}}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(ENGINES, pool.map(run, ENGINES, ENGINES.values()), strict=True))
+        return dict(zip(engines, pool.map(run, engines, engines.values()), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +112,7 @@ def same_texts(found, expected):
     return sum(text == other for text, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["graphs", "first_runner", "drafts"])
+@pytest.mark.parametrize("name", ["graphs", "first_runner", "drafts", "layer_bits"])
 def test_decode_steps_are_full_graphs(answers, name):
     found = answer_of(answers, name)
     assert "FULL" in found["cudagraph_mode"]
@@ -113,6 +130,14 @@ def test_the_text_is_that_of_the_graphs(answers, name, figures, assert_same_but_
     found, expected = answer_of(answers, name), answer_of(answers, "graphs")
     figures(**{f"same_texts_{name}": same_texts(found, expected)})
     assert_same_but_for_ties(found, expected)
+
+
+def test_layers_with_bits_of_their_own(answers, figures, assert_same_but_for_ties):
+    found, expected = answer_of(answers, "layer_bits"), answer_of(answers, "uncompressed")
+    figures(same_texts_layer_bits=same_texts(found, expected), kv_tokens_layer_bits=found["kv_tokens"])
+    assert_same_but_for_ties(found, expected, tie=LAYER_BITS_TIE)
+    # Four layers take 2 x 132 and 2 x 116 bytes a slot.
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(256 / 124, rel=0.03)
 
 
 def test_drafts_are_accepted(answers, figures):

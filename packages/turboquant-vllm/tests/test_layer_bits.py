@@ -1,0 +1,100 @@
+"""Layers with bits of their own, from a file of `turboquant tune`."""
+
+import pytest
+import transformers
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from turboquant_core.layer_bits import LayerBits, write_layer_bits
+from turboquant_core.model_identity import ModelIdentity
+from turboquant_vllm.backend import TurboQuantBackend, backend_with_bits
+from turboquant_vllm.layer_bits import give_bits, read_for_model
+
+MIXED = {0: (8, 8), 1: (6, 8), 2: (8, 8), 3: (8, 6)}
+TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
+TINY = {"skip_tokenizer_init": True, "max_tokens": 30, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+
+
+def write_bits(path, folder, bits):
+    identity = ModelIdentity.of(transformers.AutoConfig.from_pretrained(folder).get_text_config(), "theirs")
+    write_layer_bits(path, LayerBits(bits, identity, str(folder)))
+    return str(path)
+
+
+def model_config(folder):
+    return ModelConfig(str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=256)
+
+
+def test_layers_of_one_kind_have_pages_of_their_own_sizes(generate, tiny_model, tmp_path, assert_same_but_for_ties):
+    folder = tiny_model("Llama")
+    settings = {"turboquant": {"layer_bits": write_bits(tmp_path / "bits.json", folder, MIXED)}}
+    expected = generate(TOKENS, model=folder, **TINY)
+    found = generate(TOKENS, model=folder, **TINY, attention_backend="CUSTOM", additional_config=settings, rounds=2)
+    # The second round reads pages of the first.
+    assert min(found["cached"][1]) >= 112
+    assert_same_but_for_ties(found, expected)
+    # At head_dim 64 a key or value takes 512 / 2 bytes of float32, or eight for each bit and two for its scale.
+    slots = [8 * (key_bits + value_bits) + 4 for key_bits, value_bits in MIXED.values()]
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(4 * 512 / sum(slots), rel=0.01)
+
+
+def test_vllm_tells_backends_of_other_bits_apart():
+    names = {backend_with_bits(*pair).full_cls_name() for pair in [(4, 3), (3, 4)]} | {
+        TurboQuantBackend.full_cls_name()
+    }
+    assert len(names) == 3
+    assert backend_with_bits(4, 3) is backend_with_bits(4, 3)
+
+
+def test_bits_that_the_kernels_do_not_read_are_refused(tiny_model, tmp_path):
+    folder = tiny_model("Llama")
+    path = write_bits(tmp_path / "bits.json", folder, {**MIXED, 2: (3.5, 4)})
+    with pytest.raises(ValueError, match=r'has 3.5 and 4 bits for layer 2.*whole bits.*Leave "layer_bits" out'):
+        read_for_model(path, model_config(folder))
+
+
+def test_the_file_of_another_model_is_refused(tiny_model, tmp_path):
+    path = write_bits(tmp_path / "bits.json", tiny_model("Llama"), MIXED)
+    with pytest.raises(ValueError, match=r"this model is another.*model_type llama and gpt_oss.*turboquant tune"):
+        read_for_model(path, model_config(tiny_model("GptOss")))
+
+
+class Layer(AttentionLayerBase):
+    """A layer as vLLM builds it."""
+
+    def __init__(self, window=None):
+        self.impl, self.sliding_window, self.attn_backend = object(), window, TurboQuantBackend
+
+    def get_attn_backend(self):
+        return self.attn_backend
+
+    def get_kv_cache_spec(self, vllm_config):
+        raise NotImplementedError
+
+
+def give(bits, layers):
+    """Give every layer its bits, as each asks for them."""
+    identity = ModelIdentity("theirs", "llama", 4, 128, 4, 500, (1e4,), (1.0,))
+    return [give_bits(layer.impl, LayerBits(bits, identity, "theirs"), layers) for layer in layers.values()]
+
+
+def layers_with_windows(*windows):
+    return {f"model.layers.{index}.self_attn.attn": Layer(window) for index, window in enumerate(windows)}
+
+
+@pytest.mark.parametrize("windows", [(None, None), (64, 64)])
+def test_a_layer_asks_for_pages_of_its_bits(windows):
+    layers = layers_with_windows(*windows)
+    assert give({0: (4, 3), 1: (6, 4)}, layers) == [(4, 3), (6, 4)]
+    assert [layer.get_attn_backend().layer_bits for layer in layers.values()] == [(4, 3), (6, 4)]
+
+
+def test_layers_of_several_kinds_have_the_same_bits_or_are_refused():
+    assert give({0: (4, 3), 1: (4, 3)}, layers_with_windows(None, 64)) == [(4, 3)] * 2
+    with pytest.raises(ValueError, match=r'layers without a window and windows of 64.*Leave "layer_bits" out'):
+        give({0: (4, 3), 1: (6, 4)}, layers_with_windows(None, 64))
+
+
+def test_a_layer_that_the_file_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="have none for layer 1"):
+        give({0: (4, 3)}, layers_with_windows(None, None))
