@@ -8,7 +8,7 @@ import torch
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
 from turboquant_core.ops import cache_gather, cache_update
-from turboquant_vllm import prefill_rows
+from turboquant_vllm import prefill, prefill_rows
 from turboquant_vllm.prefill import Prefill
 from turboquant_vllm.prefill_rows import PrefillRows
 from turboquant_vllm.varlen import VarlenAttention
@@ -204,3 +204,14 @@ def test_groups_are_filled_up_to_a_number_that_is_compiled(device, monkeypatch):
     inputs = Inputs(Case(context_lens=(100, 17, 64), most_grouped_tokens=64), device)
     assert inputs.rows.groups.seq_lens.tolist() == [100] * 3 + [17] * 5 + [64] + [0] * 7
     assert_accurate(inputs)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype", "exact"), [(128, torch.bfloat16, True), (80, torch.bfloat16, False)])
+def test_a_rotation_that_a_type_holds_is_one_product_of_that_type(head_dim, dtype, exact):
+    assert (prefill._exact_matrix(Rotation(head_dim), dtype, torch.device("cpu")) is not None) is exact
+    vectors = torch.randn(50, 4, head_dim).to(dtype)
+    layout = KVCacheLayout(TurboQuantConfig(head_dim), 4, BLOCK_SIZE)
+    one = Prefill(VarlenAttention(1.0, None, None, None), layout, None)
+    expected = Rotation(head_dim).rotate(vectors).to(dtype)
+    torch.testing.assert_close(one._rotated(vectors), expected, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(one._unrotated(expected), vectors, rtol=2**-5, atol=2**-5)

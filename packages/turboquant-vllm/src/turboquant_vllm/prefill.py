@@ -1,6 +1,7 @@
 """Prefill: a chunk's tokens attend to each other as they are, and to what is stored through a bounded workspace."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -160,11 +161,20 @@ class Prefill:
         return Rotation(self.layout.config.head_dim)
 
     def _rotated(self, vectors: torch.Tensor) -> torch.Tensor:
+        matrix = _exact_matrix(self._rotation, vectors.dtype, vectors.device)
         # Rounded once: a rotation rounded to 16 bits would cost as much accuracy again.
-        return self._rotation.rotate(vectors).to(vectors.dtype)
+        return self._rotation.rotate(vectors).to(vectors.dtype) if matrix is None else vectors @ matrix.T
 
     def _unrotated(self, vectors: torch.Tensor) -> torch.Tensor:
-        return self._rotation.unrotate(vectors).to(vectors.dtype)
+        matrix = _exact_matrix(self._rotation, vectors.dtype, vectors.device)
+        return self._rotation.unrotate(vectors).to(vectors.dtype) if matrix is None else vectors @ matrix
+
+
+@cache
+def _exact_matrix(rotation: Rotation, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """The rotation in a type that holds every entry of it, for one product of the type's own; None if it does not."""
+    matrix = rotation.matrix.to(dtype)
+    return matrix.to(device) if torch.equal(matrix.double(), rotation.matrix) else None
 
 
 def _mean_scores(query: torch.Tensor, key_mean: torch.Tensor) -> torch.Tensor:

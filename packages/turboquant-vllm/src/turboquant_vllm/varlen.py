@@ -74,8 +74,10 @@ class VarlenAttention:
             fa_version=self.fa_version,
             s_aux=sinks,
         )
-        # FlashAttention 2 says plus infinity where a row sees nothing.
-        return out, torch.where(lse == math.inf, -math.inf, lse)
+        if self.fa_version == 2:
+            # It says plus infinity where a row sees nothing.
+            lse = torch.where(lse == math.inf, -math.inf, lse)
+        return out, lse
 
     def _eager(
         self,
