@@ -1,9 +1,7 @@
 """The command line of `turboquant eval`."""
 
-import shlex
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,16 +19,16 @@ from turboquant_hf.command_line import (
 )
 from turboquant_hf.demo.run import CHUNK_SIZE, UNCOMPRESSED
 from turboquant_hf.eval.caches import CACHES, DEFAULTS, find_cache
+from turboquant_hf.eval.continuing import continued_or_fail, environment_or_fail, refuse_differences, typed_command
 from turboquant_hf.eval.render import render
 from turboquant_hf.eval.run import Evaluation
-from turboquant_hf.eval.run_file import RunFile, read_run_file
-from turboquant_hf.eval.settings import MEASUREMENTS, Settings, environment, model_identity, text_digest
+from turboquant_hf.eval.run_file import EVAL, RunFile
+from turboquant_hf.eval.settings import MEASUREMENTS, Settings, model_identity, text_digest
 from turboquant_hf.eval.summary import summarise
 from turboquant_hf.eval.units import missing_units
 from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 
 LAYER_TOKENS = 512
-SECTION_NAMES = {"settings": "settings", "environment": "versions or on another machine", "model": "weights"}
 
 
 def evaluate(
@@ -82,13 +80,14 @@ def evaluate(
         greedy_tokens=greedy_tokens,
         seed=seed,
     )
-    header = {"settings": settings.to_dict(), "environment": _environment(device, errors)}
-    run = _continued(out, header, errors) if resume or out.exists() else None
+    header = {"settings": settings.to_dict(), "environment": environment_or_fail(device, errors)}
+    begun = resume or out.exists()
+    run = continued_or_fail(out, EVAL, header, "--out", summarise, errors) if begun else None
     loaded = load_or_fail(model, device, errors)
     identity = model_identity(loaded)
     if run is None:
-        run = RunFile(out, {"command": _command(), **header, "model": identity})
-    _refuse_differences(run, {"model": identity}, errors)
+        run = RunFile(out, {"command": typed_command(), **header, "model": identity})
+    refuse_differences(run, {"model": identity}, "--out", errors)
     try:
         evaluation = Evaluation(loaded, settings, content)
         _measure(evaluation, run, len(missing_units(settings, run.results)), errors)
@@ -136,37 +135,3 @@ def _measurements(names: list[str] | None, errors: Console) -> tuple[str, ...]:
             fail(errors, f"there is no measurement {name!r}; there are {', '.join(MEASUREMENTS)}")
     # In one order, whatever that of the options.
     return tuple(name for name in MEASUREMENTS if not names or name in names)
-
-
-def _environment(device: str, errors: Console) -> dict[str, Any]:
-    try:
-        return environment(device)
-    except (RuntimeError, AssertionError) as error:
-        fail(errors, f"there is no device {device}: {error}")
-
-
-def _continued(out: Path, header: dict[str, Any], errors: Console) -> RunFile:
-    """The run that is to go on."""
-    try:
-        run = read_run_file(out)
-        summarise(run)
-    except FileNotFoundError:
-        fail(errors, f"there is no run file {out} to go on from; leave --resume out to begin one")
-    except (OSError, ValueError) as error:
-        fail(errors, f"{error}. Pass --out with another name, or remove the file.")
-    _refuse_differences(run, header, errors)
-    return run
-
-
-def _refuse_differences(run: RunFile, sections: dict[str, dict[str, Any]], errors: Console) -> None:
-    for section, expected in sections.items():
-        if differences := list(run.differences(section, expected)):
-            fail(
-                errors,
-                f"{run.path} was begun with other {SECTION_NAMES[section]}: {'; '.join(differences)}. Go on with the "
-                "same, or pass --out with another name.",
-            )
-
-
-def _command() -> str:
-    return shlex.join(["turboquant", *sys.argv[1:]])

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 
 @dataclass(frozen=True)
-class _Result:
+class Result:
     """Numbers, and lists of them."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -29,7 +29,7 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class Quality(_Result):
+class Quality(Result):
     """Next-token distributions over a text, and bytes; see `CacheScore`.
 
     Attributes:
@@ -50,7 +50,7 @@ class Quality(_Result):
 
 
 @dataclass(frozen=True)
-class LayerError(_Result):
+class LayerError(Result):
     """Squared errors of one layer, relative to the squared norm of what they are errors of.
 
     Attributes:
@@ -67,7 +67,7 @@ class LayerError(_Result):
 
 
 @dataclass(frozen=True)
-class NeedleScore(_Result):
+class NeedleScore(Result):
     """What came of a needle.
 
     Attributes:
@@ -80,7 +80,7 @@ class NeedleScore(_Result):
 
 
 @dataclass(frozen=True)
-class Greedy(_Result):
+class Greedy(Result):
     """Greedy continuations.
 
     Attributes:
@@ -91,7 +91,7 @@ class Greedy(_Result):
 
 
 @dataclass(frozen=True)
-class Speed(_Result):
+class Speed(Result):
     """Decoding speed.
 
     Attributes:
@@ -104,7 +104,7 @@ class Speed(_Result):
 
 
 @dataclass(frozen=True)
-class Failure(_Result):
+class Failure(Result):
     """Why a cache has no result.
 
     Attributes:

@@ -1,12 +1,13 @@
-"""The file of an evaluation: what was asked, on what, and every result so far."""
+"""The file of a long measurement: what was asked, on what, and every result so far."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-FORMAT = "turboquant eval"
+from turboquant_core.files import replace_file
+
+EVAL = "turboquant eval"
 VERSION = 1
 SECTIONS = ("settings", "environment", "model", "results")
 
@@ -18,18 +19,22 @@ class RunFile:
         path: The file.
         header: Sections but for the results, and whatever else is to be kept.
         results: Unit to result.
+        command: The command that writes it.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any], results: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, path: Path, header: Mapping[str, Any], results: Mapping[str, Any] | None = None, command: str = EVAL
+    ) -> None:
         self.path = path
+        self.command = command
         self.header = dict(header)
         self.results = dict(results or {})
 
     def add(self, unit: str, result: Mapping[str, Any]) -> None:
         """Keep a result, in the file too."""
         self.results[unit] = dict(result)
-        data = {"format": FORMAT, "version": VERSION, **self.header, "results": self.results}
-        write_atomically(self.path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        data = {"format": self.command, "version": VERSION, **self.header, "results": self.results}
+        replace_file(self.path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
 
     def differences(self, section: str, expected: Mapping[str, Any]) -> Iterator[str]:
         """What a section of the file says otherwise, one sentence each."""
@@ -39,8 +44,8 @@ class RunFile:
                 yield f"{key.replace('_', ' ')} is {_say(found.get(key))} there and {_say(expected.get(key))} here"
 
 
-def read_run_file(path: Path) -> RunFile:
-    """The run file at a path.
+def read_run_file(path: Path, command: str = EVAL) -> RunFile:
+    """The run file of a command at a path.
 
     Raises:
         OSError: If there is none, or it cannot be read.
@@ -50,8 +55,8 @@ def read_run_file(path: Path) -> RunFile:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no run file, or damaged or half-written: {error}") from None
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"{path} is no run file of `turboquant eval`")
+    if not isinstance(data, dict) or data.get("format") != command:
+        raise ValueError(f"{path} is no run file of `{command}`")
     if data.get("version") != VERSION:
         raise ValueError(f"{path} is a run file of version {data.get('version')}; this turboquant-hf reads {VERSION}")
     for section in SECTIONS:
@@ -59,17 +64,7 @@ def read_run_file(path: Path) -> RunFile:
             raise ValueError(f"{path} is a damaged run file: it has no section {section!r}")
     results = data.pop("results")
     header = {key: value for key, value in data.items() if key not in ("format", "version")}
-    return RunFile(path, header, results)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that there is the old one or the new one, and never a part."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return RunFile(path, header, results, command)
 
 
 def _say(value: object) -> str:

@@ -1,0 +1,93 @@
+"""The command line of `turboquant tune`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from turboquant_core.layer_bits import write_layer_bits
+from turboquant_hf.command_line import (
+    DeviceOption,
+    ModelArgument,
+    TextOption,
+    check_target,
+    chosen_device,
+    fail,
+    load_or_fail,
+    progress_bar,
+    text_or_fail,
+)
+from turboquant_hf.eval.continuing import continued_or_fail, environment_or_fail, refuse_differences, typed_command
+from turboquant_hf.eval.run_file import RunFile
+from turboquant_hf.eval.settings import model_identity, text_digest
+from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
+from turboquant_hf.tune.render import render, verdict
+from turboquant_hf.tune.run import Search, new_settings
+from turboquant_hf.tune.sensitivity import CHUNK_SIZE, WIDTHS
+from turboquant_hf.tune.settings import TUNE, check_results
+
+
+def tune(
+    model: ModelArgument = None,
+    target_bits: Annotated[
+        float,
+        typer.Option(min=min(WIDTHS), max=max(WIDTHS), help="Bits per coordinate at most, the mean of all layers."),
+    ] = 3.5,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("turboquant.json"),
+    run_file: Annotated[
+        Path | None,
+        typer.Option("--run", help="Run file of what was measured; one that is there is used. Default: OUT.run.json."),
+    ] = None,
+    text: TextOption = None,
+    tokens: Annotated[
+        int, typer.Option(min=2 * CHUNK_SIZE, help="First tokens of the text, on which layers are measured.")
+    ] = 4 * CHUNK_SIZE,
+    held_out_tokens: Annotated[
+        int, typer.Option(min=2 * CHUNK_SIZE, help="Tokens after those, on which bits are compared.")
+    ] = 6 * CHUNK_SIZE,
+    json_target: JsonOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Choose the bits of every layer under a budget of bytes, and write them to a file that both integrations load.
+
+    Exit status: 0 when the bits are better than uniform ones on text that they were not chosen on, 1 when they are not,
+    2 for what cannot be read or measured; 130 when interrupted, and the same command goes on from there.
+    """
+    console, errors = Console(), Console(stderr=True)
+    run_path = run_file or out.with_name(f"{out.name}.run.json")
+    for path in (out, run_path):
+        check_target(path, errors)
+    check_json_target(json_target, errors)
+    content = text_or_fail(text, errors)
+    device = chosen_device(device)
+    settings = new_settings(text_digest(content), tokens, held_out_tokens)
+    header = {"settings": settings.to_dict(), "environment": environment_or_fail(device, errors)}
+    run = continued_or_fail(run_path, TUNE, header, "--run", check_results, errors) if run_path.exists() else None
+    loaded = load_or_fail(model, device, errors)
+    identity = model_identity(loaded)
+    if run is None:
+        run = RunFile(run_path, {"typed": typed_command(), **header, "model": identity}, command=TUNE)
+    refuse_differences(run, {"model": identity}, "--run", errors)
+    try:
+        with progress_bar(errors) as progress:
+            search = Search(loaded, settings, content, target_bits)
+            task = progress.add_task("measuring", total=search.num_steps(run))
+            found = search.find(run, on_forward=lambda: progress.advance(task))
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; the same command goes on from {run_path}")
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError) as error:
+        kept = f" What was measured is in {run_path}; the same command goes on from there." if run.results else ""
+        fail(errors, f"cannot tune {loaded.name}: {error}{kept}")
+    bits = search.layer_bits(found)
+    write_layer_bits(out, bits)
+    if json_target is not None:
+        layers = {str(index): list(pair) for index, pair in bits.layer_bits.items()}
+        result = {"file": str(out), "model": identity, "environment": header["environment"], "layer_bits": layers}
+        write_json({**result, **bits.measured, "is_better": found.is_better, "verdict": verdict(found)}, json_target)
+    if json_target != STDOUT:
+        render(found, loaded.name, held_out_tokens, console)
+        console.print(f'{out}: TurboQuantCache(model.config, layer_bits="{out}")', highlight=False, soft_wrap=True)
+    if not found.is_better:
+        raise typer.Exit(1)
