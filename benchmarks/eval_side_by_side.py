@@ -12,12 +12,13 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from results_file import RESULTS, write_result
-from side_by_side.caches import FAMILIES, REFERENCE, WINDOW, Family, reference
+from side_by_side.caches import FAMILIES, Family, reference
 from side_by_side.lifecycle import failure, lifecycle
 from side_by_side.speed import tokens_per_second
-from side_by_side.table import markdown
+from side_by_side.table import REFERENCE, markdown
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf.demo.run import long_text
+from turboquant_hf.eval.caches import WINDOW
 from turboquant_hf.eval.storage import bytes_per_token
 from turboquant_hf.models import LoadedModel, load_model
 from turboquant_hf.scoring import score_caches

@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from side_by_side.table import figures, lifecycle_rows  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- figure: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 # Markdown takes a line that begins with a comment for HTML.
@@ -215,6 +219,34 @@ def peers() -> str:
     return table(columns, rows)
 
 
+def side_by_side(name: str) -> Callable[[], str]:
+    """Every cache of a file of benchmarks/eval_side_by_side.py."""
+
+    def rows() -> str:
+        found = result(name)
+        lines = figures(found["families"], with_speed=found["decode_tokens"] >= found["chunk_size"])
+        return "\n\n" + "\n".join(lines) + "\n\n"
+
+    return rows
+
+
+def lifecycle() -> str:
+    """What the first cache of each family passes."""
+    return "\n\n" + "\n".join(lifecycle_rows(result("side_by_side_smollm2")["families"])) + "\n\n"
+
+
+def centring() -> str:
+    """Qwen2.5-Coder-1.5B at 4 bits, with keys centred and not."""
+    scores = result("centring_qwen2.5-coder-1.5b")["scores"]
+    plain = scores["reference"]["perplexity"]
+    rows = [["uncompressed", f"{plain:.3f}", "", ""]]
+    for label, name in (("`tq4`, keys centred (default)", "centred"), ("`tq4`, not centred", "not centred")):
+        score = scores[name]
+        perplexity = f"{score['perplexity']:.3f}" if score["perplexity"] < 100 else f"{score['perplexity']:,.0f}"
+        rows.append([label, perplexity, f"{perplexity_increase(name)()} %", nats(score["mean_kl"])])
+    return table(("cache", "perplexity", "against uncompressed", "mean KL"), rows)
+
+
 def scale_rules() -> str:
     """Rules for the stored scale of keys and values."""
     scores = result("cache_options")["scores"]
@@ -353,6 +385,10 @@ FIGURES: dict[str, Callable[[], str]] = {
     "presets-64": presets("side_by_side_smollm2"),
     "presets-128": presets("side_by_side_qwen2.5-coder-1.5b"),
     "peers": peers,
+    "caches-64": side_by_side("side_by_side_smollm2"),
+    "caches-128": side_by_side("side_by_side_qwen2.5-coder-1.5b"),
+    "lifecycle": lifecycle,
+    "centring": centring,
     "scale-rules": scale_rules,
     "decode-attention": decode_attention,
     "cache-update": cache_update,

@@ -1,6 +1,6 @@
 """The caches that are compared, each at the settings that its own documentation recommends."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -8,13 +8,9 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 
 from turboquant_hf import TurboQuantCache
-
-WINDOW = 128
-"""Newest tokens that QuantizedCache keeps as they are before it quantises them: its default `residual_length`."""
+from turboquant_hf.eval.caches import WINDOW, NewCache, quantized_cache
 
 RECENT_TOKENS = 32
-
-NewCache = Callable[[PreTrainedConfig], Cache]
 
 
 @dataclass(frozen=True)
@@ -30,9 +26,6 @@ class Family:
     caches: Mapping[str, NewCache]
 
 
-REFERENCE = "DynamicCache"
-
-
 def reference(config: PreTrainedConfig) -> Cache:
     """The uncompressed cache."""
     return DynamicCache(config=config)
@@ -40,12 +33,6 @@ def reference(config: PreTrainedConfig) -> Cache:
 
 def _ours(key_bits: int, value_bits: int, **kept: Any) -> NewCache:
     return lambda config: TurboQuantCache(config, key_bits=key_bits, value_bits=value_bits, **kept)
-
-
-def _quantized(backend: str, nbits: int, axis_key: int, axis_value: int) -> NewCache:
-    return lambda config: QuantizedCache(
-        backend, config, nbits=nbits, axis_key=axis_key, axis_value=axis_value, q_group_size=64, residual_length=WINDOW
-    )
 
 
 FAMILIES = MappingProxyType(
@@ -74,15 +61,15 @@ FAMILIES = MappingProxyType(
         ),
         "quanto": Family(
             f"the defaults: axis 0, groups of 64 channels, window of {WINDOW} tokens",
-            {f"quanto {bits}": _quantized("quanto", bits, 0, 0) for bits in (4, 2)},
+            {f"quanto {bits}": quantized_cache("quanto", bits, 0, 0) for bits in (4, 2)},
         ),
         "quanto, keys by channel": Family(
             f"axis_key=-1: keys in groups of 64 tokens of a channel, as in KIVI; window of {WINDOW} tokens",
-            {f"quanto {bits}, keys by channel": _quantized("quanto", bits, -1, 0) for bits in (4, 2)},
+            {f"quanto {bits}, keys by channel": quantized_cache("quanto", bits, -1, 0) for bits in (4, 2)},
         ),
         "hqq": Family(
             f"axis 1, as recommended for it: groups of 64 channels; window of {WINDOW} tokens",
-            {f"hqq {bits}": _quantized("hqq", bits, 1, 1) for bits in (8, 4, 3, 2, 1)},
+            {f"hqq {bits}": quantized_cache("hqq", bits, 1, 1) for bits in (8, 4, 3, 2, 1)},
         ),
         "fp8": Family(
             "has no settings: e4m3, one scale for a layer, no window",

@@ -7,9 +7,9 @@ from types import MappingProxyType
 import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
-from side_by_side.caches import WINDOW, NewCache
+from side_by_side.table import PASSES
+from turboquant_hf.eval.caches import WINDOW, NewCache
 
-PASSES = "passes"
 NUM_NEW_TOKENS = 24
 
 

@@ -17,6 +17,8 @@ WINDOW = 128
 
 TURBOQUANT = "turboquant"
 
+NewCache = Callable[[PreTrainedConfig], Cache]
+
 
 @dataclass(frozen=True)
 class NamedCache:
@@ -34,7 +36,7 @@ class NamedCache:
     name: str
     family: str
     settings: str
-    new: Callable[[PreTrainedConfig], Cache]
+    new: NewCache
     package: str | None = None
     module: str = ""
 
@@ -62,20 +64,16 @@ def _ours(preset: str) -> NamedCache:
     return NamedCache(preset, TURBOQUANT, f"preset {preset}", lambda config: TurboQuantCache(config, preset))
 
 
+def quantized_cache(backend: str, nbits: int, axis_key: int, axis_value: int) -> NewCache:
+    """Makes caches of transformers, in groups of 64 numbers and with a window of `WINDOW` tokens."""
+    return lambda config: QuantizedCache(
+        backend, config, nbits=nbits, axis_key=axis_key, axis_value=axis_value, q_group_size=64, residual_length=WINDOW
+    )
+
+
 def _quantized(name: str, backend: str, bits: int, axis_key: int, axis_value: int, settings: str) -> NamedCache:
     package, module = {"quanto": ("optimum-quanto", "optimum.quanto"), "hqq": ("hqq", "hqq")}[backend]
-
-    def new(config: PreTrainedConfig) -> Cache:
-        return QuantizedCache(
-            backend,
-            config,
-            nbits=bits,
-            axis_key=axis_key,
-            axis_value=axis_value,
-            q_group_size=64,
-            residual_length=WINDOW,
-        )
-
+    new = quantized_cache(backend, bits, axis_key, axis_value)
     return NamedCache(name, backend, f"{settings}; window of {WINDOW} tokens", new, package, module)
 
 
