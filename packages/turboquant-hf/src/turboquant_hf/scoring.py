@@ -1,16 +1,13 @@
 """How far a cache moves a model's next-token distributions: teacher-forced, with the cache really read."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache
-from turboquant_hf.attention import ATTENTION
-from turboquant_hf.eval.attention import attending
-from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.eval.attention import reading_as_in_decoding
 
 
 @dataclass
@@ -128,20 +125,12 @@ def score_caches(
         if is_scored:
             parts["reference"].add(expected, expected, targets)
         for name, cache in candidates.items():
-            with _reading_as_in_decoding(model, cache):
+            with reading_as_in_decoding(model, cache):
                 actual = _next_token_log_probs(model, chunk, cache)[: len(targets)]
             on_forward()
             if is_scored:
                 parts[name].add(expected, actual, targets)
     return {name: part.score() for name, part in parts.items()}
-
-
-@contextmanager
-def _reading_as_in_decoding(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
-    """Let every token of a chunk see of a cache what it would see alone."""
-    keeps_recent = any(isinstance(layer, TurboQuantLayer) and layer.recent_tokens for layer in cache.layers)
-    with attending(model, ATTENTION if keeps_recent else model.config._attn_implementation):
-        yield
 
 
 def _next_token_log_probs(model: PreTrainedModel, chunk: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache
 from turboquant_hf.attention import ATTENTION
-from turboquant_hf.cache import TurboQuantCache
+from turboquant_hf.layer import TurboQuantLayer
 
 
 @contextmanager
@@ -30,6 +30,6 @@ def reading_as_in_decoding(model: PreTrainedModel, cache: Cache) -> Iterator[Non
 
     Where `TurboQuantCache` keeps recent tokens as they are, only its own attention tells the tokens of a call apart.
     """
-    ours = isinstance(cache, TurboQuantCache)
-    with attending(model, ATTENTION if ours else model.config._attn_implementation):
+    keeps_recent = any(isinstance(layer, TurboQuantLayer) and layer.recent_tokens for layer in cache.layers)
+    with attending(model, ATTENTION if keeps_recent else model.config._attn_implementation):
         yield
