@@ -64,6 +64,15 @@ def test_fractional_widths_are_two_vectors(reader, golden, case):
         np.testing.assert_allclose(decoded[::step], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("golden", "case"), cases("prod"))
+def test_it_reads_vectors_with_a_sketch(reader, golden, case):
+    head_dim, step = golden["head_dim"], golden["decoded_step"]
+    for vector, expected in enumerate(case["decoded"]):
+        packed, scales = stored(case, vector)
+        decoded = reader["read_prod"](packed, scales, head_dim, case["bits"])
+        np.testing.assert_allclose(decoded[::step], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_its_centroids_are_the_packages(reader, head_dim, bits):
