@@ -28,6 +28,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 """The layer kind that stores nothing, because it reads another layer's cache."""
 
+CACHE_ARGUMENT = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
+"""How a model and `generate` take a cache; from transformers 5.24 on the other name gives a warning."""
+
 HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
 """Whether `QuantizedCache` has the backend "fp8", as from transformers 5.21 on."""
 
@@ -43,6 +46,11 @@ KNOWN_LAYERS: tuple[type, ...] = (
 
 ENCODER_MODEL_TYPES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 """Model types that attend in both directions unless their configuration says `is_decoder`."""
+
+
+def with_cache(cache: Cache) -> dict[str, Any]:
+    """The keyword arguments by which a model reads and fills a cache."""
+    return {CACHE_ARGUMENT: cache, "use_cache": True}
 
 
 def gguf_weights_in_full() -> dict[str, Any]:
@@ -61,6 +69,7 @@ def transformers_layers(config: PreTrainedConfig, max_length: int | None) -> lis
 
 
 __all__ = [
+    "CACHE_ARGUMENT",
     "EMPTY_LAYERS",
     "ENCODER_MODEL_TYPES",
     "HAS_FP8_CACHE",
@@ -79,4 +88,5 @@ __all__ = [
     "sdpa_attention_forward",
     "sdpa_mask",
     "transformers_layers",
+    "with_cache",
 ]

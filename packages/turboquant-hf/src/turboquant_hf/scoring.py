@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.eval.attention import reading_as_in_decoding
 
 
@@ -135,5 +135,5 @@ def score_caches(
 
 def _next_token_log_probs(model: PreTrainedModel, chunk: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Log p of the next token at each position of a chunk, float32 [num_tokens, vocab_size]."""
-    logits = model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+    logits = model(input_ids=chunk, **with_cache(cache)).logits
     return logits[0].float().log_softmax(-1)

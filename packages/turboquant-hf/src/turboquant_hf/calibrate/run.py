@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedConfig
 
 from turboquant_core.calibration import KeyMeans
 from turboquant_core.model_identity import ModelIdentity
+from turboquant_hf._compat import with_cache
 from turboquant_hf.models import LoadedModel
 
 CHUNK_SIZE = 512
@@ -52,7 +53,7 @@ def mean_keys(loaded: LoadedModel, input_ids: torch.Tensor, on_forward: Callable
     cache = KeySums(model.config)
     for chunk in torch.split(input_ids.to(model.device), CHUNK_SIZE, dim=1):
         # Logits of a long chunk take more memory than its keys.
-        model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=chunk, **with_cache(cache), logits_to_keep=1)
         on_forward()
     num_tokens = input_ids.shape[1]
     return KeyMeans(

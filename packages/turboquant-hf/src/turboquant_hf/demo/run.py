@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.models import LoadedModel
 from turboquant_hf.report import memory_report
@@ -166,7 +166,7 @@ def _answer(loaded: LoadedModel, input_ids: torch.Tensor, cache: Cache) -> tuple
     output = loaded.model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         pad_token_id=loaded.tokenizer.eos_token_id,

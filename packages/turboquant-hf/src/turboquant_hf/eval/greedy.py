@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import Cache, with_cache
 
 NUM_PROMPTS = 4
 PROMPT_TOKENS = 128
@@ -28,7 +28,7 @@ def continuations(model: PreTrainedModel, prompts: torch.Tensor, cache: Cache, n
     """
     newest, chosen = prompts.to(model.device), []
     for _ in range(num_tokens):
-        logits = model(input_ids=newest, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=newest, **with_cache(cache), logits_to_keep=1).logits
         newest = logits[:, -1].argmax(-1, keepdim=True)
         chosen.append(newest)
     tokens: list[list[int]] = torch.cat(chosen, dim=1).tolist()

@@ -13,7 +13,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import CACHE_ARGUMENT, Cache, with_cache
 from turboquant_hf.demo.run import CHUNK_SIZE
 from turboquant_hf.eval.attention import reading_as_in_decoding
 from turboquant_hf.eval.caches import find_cache
@@ -52,7 +52,7 @@ class TurboQuantLM(HFLM):
         return self._named_cache.new(self.model.config)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        return super()._model_generate(context, max_length, stop, past_key_values=self._new_cache(), **kwargs)
+        return super()._model_generate(context, max_length, stop, **{CACHE_ARGUMENT: self._new_cache()}, **kwargs)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -102,7 +102,7 @@ class TurboQuantLM(HFLM):
         """Logits after each of some tokens, or the last `keep` of them, float32 [num_tokens, vocab_size]."""
         input_ids = torch.tensor([tokens], device=self.device)
         with reading_as_in_decoding(self.model, cache):
-            logits = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+            logits = self.model(input_ids=input_ids, **with_cache(cache), logits_to_keep=keep).logits
         return logits[0].float()
 
 

@@ -7,7 +7,14 @@ import torch
 from transformers import PreTrainedModel
 
 from turboquant_core import TurboQuantConfig
-from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, sdpa_mask
+from turboquant_hf._compat import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PreTrainedConfig,
+    sdpa_mask,
+    with_cache,
+)
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.dense import dense_attention
 from turboquant_hf.eval.attention import attending
@@ -44,7 +51,7 @@ def layer_errors(
     AttentionMaskInterface.register(PROBE, sdpa_mask)
     with attending(model, PROBE):
         cache = DynamicCache(config=model.config)
-        model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=input_ids, **with_cache(cache), logits_to_keep=1)
     return probe.errors
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.eval.attention import reading_as_in_decoding
 from turboquant_hf.eval.prefill import fill
 from turboquant_hf.eval.results import NeedleScore
@@ -79,7 +79,7 @@ def find_needle(model: PreTrainedModel, prompt: NeedlePrompt, caches: Mapping[st
     scores = {}
     for name, cache in caches.items():
         with reading_as_in_decoding(model, cache):
-            logits = model(input_ids=asked, past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=asked, **with_cache(cache)).logits
         hits = logits[0, -len(prompt.answer) :].argmax(-1).cpu() == prompt.answer
         scores[name] = NeedleScore(share=float(hits.double().mean()), found=bool(hits.all()))
     return scores

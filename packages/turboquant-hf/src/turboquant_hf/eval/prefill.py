@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from turboquant_hf._compat import Cache, DynamicCache, LinearAttentionLayer, PreTrainedConfig
+from turboquant_hf._compat import Cache, DynamicCache, LinearAttentionLayer, PreTrainedConfig, with_cache
 
 
 class _Shared(DynamicCache):
@@ -43,4 +43,4 @@ def fill(model: PreTrainedModel, input_ids: torch.Tensor, caches: Iterable[Cache
 
 def _prefill(model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache) -> None:
     # Logits of a long prompt take more memory than its keys.
-    model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=input_ids, **with_cache(cache), logits_to_keep=1)

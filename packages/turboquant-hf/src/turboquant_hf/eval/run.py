@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from turboquant_core.config import preset_bits
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.demo.run import UNCOMPRESSED
 from turboquant_hf.eval.caches import CACHES, WINDOW
 from turboquant_hf.eval.greedy import PROMPT_TOKENS, continuations, greedy_prompts
@@ -80,7 +80,7 @@ class Evaluation:
         ids = self._ids(WINDOW + 2 * CHECK_TOKENS)
         with torch.no_grad():
             for chunk in torch.split(ids, [CHECK_TOKENS, WINDOW, CHECK_TOKENS], dim=1):
-                logits = self._model(input_ids=chunk, past_key_values=cache, use_cache=True).logits
+                logits = self._model(input_ids=chunk, **with_cache(cache)).logits
         return {} if logits.isfinite().all() else Failure("its logits are not finite").to_dict()
 
     def _needles(self, prompt: NeedlePrompt, names: list[str]) -> dict[str, Any]:

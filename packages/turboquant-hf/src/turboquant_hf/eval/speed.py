@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.attention import ATTENTION
 from turboquant_hf.eval.attention import attending
 from turboquant_hf.eval.prefill import fill
@@ -40,7 +40,7 @@ def decoding_speed(
             with attending(model, attention):
                 start = _now(model.device)
                 for _ in range(TOKENS_PER_ROUND):
-                    logits = model(input_ids=newest[name], past_key_values=held, use_cache=True).logits
+                    logits = model(input_ids=newest[name], **with_cache(held)).logits
                     newest[name] = logits[:, -1].argmax(-1, keepdim=True)
                 # The first round compiles kernels and fills tables.
                 seconds[name] += _now(model.device) - start if turn else 0.0

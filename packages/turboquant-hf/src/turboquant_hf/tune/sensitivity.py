@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from turboquant_core import lloyd_max_codebook
-from turboquant_hf._compat import DynamicCache
+from turboquant_hf._compat import DynamicCache, with_cache
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.eval.layer_errors import compressed_layers
 from turboquant_hf.scoring import score_caches
@@ -66,7 +66,7 @@ def costs(measured: Mapping[int, float], head_dim: int) -> dict[int, float]:
 def layer_shapes(model: PreTrainedModel) -> list[LayerShape]:
     """The layers that `TurboQuantCache` compresses."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), **with_cache(cache))
     shapes = []
     for index in sorted(compressed_layers(model.config)):
         keys = cache.layers[index].keys
