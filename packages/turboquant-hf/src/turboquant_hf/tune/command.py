@@ -24,7 +24,7 @@ from turboquant_hf.eval.settings import model_identity, text_digest
 from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 from turboquant_hf.tune.render import render, verdict
 from turboquant_hf.tune.run import Search, new_settings
-from turboquant_hf.tune.sensitivity import CHUNK_SIZE, WIDTHS
+from turboquant_hf.tune.sensitivity import CHUNK_SIZE, PROBE_BITS, WIDTHS
 from turboquant_hf.tune.settings import TUNE, check_results
 
 
@@ -46,6 +46,15 @@ def tune(
     held_out_tokens: Annotated[
         int, typer.Option(min=2 * CHUNK_SIZE, help="Tokens after those, on which bits are compared.")
     ] = 6 * CHUNK_SIZE,
+    probe_bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=min(WIDTHS),
+            max=max(WIDTHS),
+            help="Bits of the layer that is measured, repeatable; what is not measured follows from the nearest. "
+            f"Default: {' and '.join(map(str, PROBE_BITS))}.",
+        ),
+    ] = None,
     json_target: JsonOption = None,
     device: DeviceOption = None,
 ) -> None:
@@ -61,7 +70,7 @@ def tune(
     check_json_target(json_target, errors)
     content = text_or_fail(text, errors)
     device = chosen_device(device)
-    settings = new_settings(text_digest(content), tokens, held_out_tokens)
+    settings = new_settings(text_digest(content), tokens, held_out_tokens, probe_bits)
     header = {"settings": settings.to_dict(), "environment": environment_or_fail(device, errors)}
     run = continued_or_fail(run_path, TUNE, header, "--run", check_results, errors) if run_path.exists() else None
     loaded = load_or_fail(model, device, errors)
@@ -83,9 +92,16 @@ def tune(
     bits = search.layer_bits(found)
     write_layer_bits(out, bits)
     if json_target is not None:
-        layers = {str(index): list(pair) for index, pair in bits.layer_bits.items()}
-        result = {"file": str(out), "model": identity, "environment": header["environment"], "layer_bits": layers}
-        write_json({**result, **bits.measured, "is_better": found.is_better, "verdict": verdict(found)}, json_target)
+        result = {
+            "command": typed_command(),
+            "model": identity,
+            "environment": header["environment"],
+            "layer_bits": {str(index): list(pair) for index, pair in bits.layer_bits.items()},
+            **bits.measured,
+            "is_better": found.is_better,
+            "verdict": verdict(found),
+        }
+        write_json(result, json_target)
     if json_target != STDOUT:
         render(found, loaded.name, held_out_tokens, console)
         console.print(f'{out}: TurboQuantCache(model.config, layer_bits="{out}")', highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Measure what is missing, choose bits, and compare them with uniform ones on other text."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -214,9 +214,12 @@ class Search:
         )
 
 
-def new_settings(text_sha256: str, num_tokens: int, held_out_tokens: int) -> TuneSettings:
-    """The settings of a search of this version."""
-    return TuneSettings(text_sha256, num_tokens, held_out_tokens, PROBE_BITS, CHUNK_SIZE)
+def new_settings(
+    text_sha256: str, num_tokens: int, held_out_tokens: int, probe_bits: Sequence[int] | None = None
+) -> TuneSettings:
+    """The settings of a search; see `TuneSettings`."""
+    probes = tuple(sorted(set(probe_bits or PROBE_BITS), reverse=True))
+    return TuneSettings(text_sha256, num_tokens, held_out_tokens, probes, CHUNK_SIZE)
 
 
 def _held_out_unit(name: str, bits: Bits) -> str:

@@ -17,7 +17,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits that are chosen from: those that kernels read."""
 
 PROBE_BITS = (3, 2)
-"""Bits that are measured, the rest of the model uncompressed; more of them give errors that are small and add up."""
+"""Bits that are measured unless others are asked for: few enough for errors to be seen, and 2 cost more than 3 say."""
 
 FINEST_BITS = max(WIDTHS)
 CHUNK_SIZE = 256
