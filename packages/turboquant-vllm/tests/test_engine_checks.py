@@ -52,12 +52,6 @@ def test_an_engine_like_most_is_served(config):
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        (
-            "cache_config",
-            "kv_cache_dtype_skip_layers",
-            ["0", "sliding_window"],
-            "skip_layers is 0, sliding_window,.*out",
-        ),
         ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size is 2.*serves 1"),
         ("parallel_config", "prefill_context_parallel_size", 4, "prefill_context_parallel_size is 4.*serves 1"),
         ("attention_config", "use_non_causal", True, "use_non_causal is set"),
@@ -165,7 +159,15 @@ def test_a_draft_and_a_connector_are_not_served_with_a_file_of_bits(config, monk
     assert engine_problems(config, settings) == []
     monkeypatch.setattr(config, "kv_transfer_config", CONNECTOR)
     (problem,) = engine_problems(config, settings)
-    assert re.search('layer_bits is bits.json, and ExampleConnector was not tried.*Leave "layer_bits" out', problem)
+    assert re.search("layer_bits is bits.json, and ExampleConnector was not tried.*Leave one of them out", problem)
     monkeypatch.setattr(config, "kv_transfer_config", None)
     monkeypatch.setattr(config, "speculative_config", draft(**COMPRESSED))
     assert "which holds no bits of the draft model" in engine_problems(config, settings)[-1]
+
+
+def test_a_connector_is_not_served_with_layers_that_stay_uncompressed(config, monkeypatch):
+    monkeypatch.setattr(config.cache_config, "kv_cache_dtype_skip_layers", ["0", "3"])
+    assert engine_problems(config, Settings()) == []
+    monkeypatch.setattr(config, "kv_transfer_config", CONNECTOR)
+    (problem,) = engine_problems(config, Settings(center_keys=False))
+    assert re.search("skip_layers is 0, 3, and ExampleConnector was not tried.*Leave one of them out", problem)

@@ -27,7 +27,6 @@ REFUSED = {
     "block_size": ({}, {"block_size": 40}, "block_size is 40; TurboQuant takes multiples of 16"),
     "type of the cache": ({}, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8; TurboQuant takes auto"),
     "no bits": ({"layer_bits": "none.json"}, {}, "no file none.json.*turboquant tune MODEL"),
-    "skipped layers": ({}, {"kv_cache_dtype_skip_layers": ["0"]}, "kv_cache_dtype_skip_layers is 0, and TurboQuant"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -104,3 +105,23 @@ def current_config() -> Any:
     from vllm.config import get_current_vllm_config_or_none
 
     return get_current_vllm_config_or_none()
+
+
+def use_config(config: Any) -> AbstractContextManager[Any]:
+    """Have what is built in this context find the configuration of its engine."""
+    from vllm.config import set_current_vllm_config
+
+    return set_current_vllm_config(config)
+
+
+def own_backend() -> Any:
+    """The backend of vLLM's for layers that stay uncompressed."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        return CPUAttentionBackend
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    return FlashAttentionBackend

@@ -26,7 +26,7 @@ def engine_problems(config: Any, settings: Settings) -> list[str]:
         *_cache_problems(config.cache_config),
         *_attention_problems(config),
         *_mean_problems(config, settings),
-        *_bits_problems(config, settings),
+        *_layer_problems(config, settings),
     ]
 
 
@@ -42,11 +42,6 @@ def reads_only_own_pages(transfer: Any) -> bool:
 
 
 def _cache_problems(cache: Any) -> Iterator[str]:
-    if cache.kv_cache_dtype_skip_layers:
-        yield (
-            f"kv_cache_dtype_skip_layers is {', '.join(cache.kv_cache_dtype_skip_layers)}, and TurboQuant compresses "
-            "all layers alike. Leave --kv-cache-dtype-skip-layers out."
-        )
     if cache.user_specified_block_size and cache.block_size % BLOCK_SIZE_MULTIPLE:
         yield (
             f"block_size is {cache.block_size}; TurboQuant takes multiples of {BLOCK_SIZE_MULTIPLE}. "
@@ -95,16 +90,19 @@ def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
         yield f"calibration is {settings.calibration}, which holds no means of the draft model. {OWN_DRAFT_BACKEND}"
 
 
-def _bits_problems(config: Any, settings: Settings) -> Iterator[str]:
-    if settings.layer_bits is None:
-        return
-    transfer = config.kv_transfer_config
-    if transfer is not None and transfer.kv_connector is not None:
-        yield (
-            f"layer_bits is {settings.layer_bits}, and {transfer.kv_connector} was not tried with pages whose size "
-            'differs between layers. Leave "layer_bits" out, or the connector.'
-        )
-    if _compresses_draft(config.speculative_config):
+def _layer_problems(config: Any, settings: Settings) -> Iterator[str]:
+    skipped, transfer = config.cache_config.kv_cache_dtype_skip_layers, config.kv_transfer_config
+    unlike = {
+        f"layer_bits is {settings.layer_bits}": settings.layer_bits is not None,
+        f"kv_cache_dtype_skip_layers is {', '.join(skipped)}": bool(skipped),
+    }
+    for found in (what for what, is_so in unlike.items() if is_so):
+        if transfer is not None and transfer.kv_connector is not None:
+            yield (
+                f"{found}, and {transfer.kv_connector} was not tried with pages whose size differs between layers. "
+                "Leave one of them out."
+            )
+    if settings.layer_bits is not None and _compresses_draft(config.speculative_config):
         yield f"layer_bits is {settings.layer_bits}, which holds no bits of the draft model. {OWN_DRAFT_BACKEND}"
 
 

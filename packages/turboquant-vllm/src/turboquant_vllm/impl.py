@@ -7,14 +7,13 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboquant_core import KVCacheLayout
-from turboquant_core.layer_bits import LayerBits
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_vllm import layer_bits
-from turboquant_vllm._compat import current_config, start_up_is_over
+from turboquant_vllm._compat import current_config, own_backend, start_up_is_over, use_config
 from turboquant_vllm.backend import process_settings
 from turboquant_vllm.calibration import read_for_model
 from turboquant_vllm.centring import GivenKeyMean, KeyMean
 from turboquant_vllm.engine_checks import engine_problems
+from turboquant_vllm.layer_pages import LayerPages, leave_to
 from turboquant_vllm.metadata import TurboQuantMetadata
 from turboquant_vllm.prefill import Prefill
 from turboquant_vllm.prefill_rows import WORKSPACE_TOKENS
@@ -61,11 +60,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self.sinks = sinks
         self.config = settings.cache_config(head_size)
         self._settings = settings
-        self._layer_bits: LayerBits | None = None
-        if settings.layer_bits is not None:
-            # Which layer this is shows once the model is built; a file that does not fit is refused here.
-            self._layer_bits = layer_bits.read_for_model(settings.layer_bits, config.model_config)
-            self._layers = config.compilation_config.static_forward_context
+        # Which layer this is shows once the model is built; a file that does not fit is refused here.
+        self._layer_pages = LayerPages.of_engine(config, settings)
+        self._engine_config = config
         device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
         self.key_mean: KeyMean | GivenKeyMean | None = None
         if settings.calibration is not None:
@@ -82,9 +79,12 @@ class TurboQuantImpl(AttentionImpl[Any]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Prepare what depends on weights; after a reload at the addresses that CUDA graphs have."""
-        if self._layer_bits is not None:
-            bits = layer_bits.give_bits(self, self._layer_bits, self._layers)
-            self.config = self._settings.cache_config(self.head_size, bits)
+        if self._layer_pages is not None:
+            name, layer = self._layer_pages.layer_of(self)
+            if self._layer_pages.is_skipped(name, layer):
+                self._leave_uncompressed(layer, act_dtype)
+                return
+            self.config = self._settings.cache_config(self.head_size, self._layer_pages.give_bits(name, layer))
         if self.sinks is not None:
             if self._float_sinks is None:
                 self._float_sinks = torch.empty_like(
@@ -146,6 +146,16 @@ class TurboQuantImpl(AttentionImpl[Any]):
             prefill = Prefill(self.varlen, layout, self.sinks)
             output[tokens] = prefill(query[tokens], key[tokens], value[tokens], pages, rows, self._mean)
         return output
+
+    def _leave_uncompressed(self, layer: Any, act_dtype: torch.dtype) -> None:
+        """Leave the layer to vLLM's own backend from now on."""
+        named = {} if self.sinks is None else {"sinks": self.sinks}
+        with use_config(self._engine_config):
+            impl = leave_to(
+                own_backend(), layer, self.num_heads, self.head_size, self.scale, self.num_kv_heads, None,
+                self.sliding_window, self.kv_cache_dtype, self.softcap, **named,
+            )  # fmt: skip
+        impl.process_weights_after_loading(act_dtype)
 
     @property
     def _mean(self) -> torch.Tensor | None:

@@ -54,6 +54,7 @@ ENGINES = {
     "first_runner": {**EIGHT_BITS, **GRAPHS, "env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
     "drafts": {**EIGHT_BITS, **GRAPHS, "speculative_config": DRAFT},
     "offloading": {**EIGHT_BITS, **GRAPHS, "kv_offloading_size": 2, "rounds": 2, "forget": True},
+    "skipped": {**EIGHT_BITS, **GRAPHS, "kv_cache_dtype_skip_layers": ["0", "1"]},
     "four_bits_references": {**FOUR_BITS, "references": True},
 }
 # Alone on the GPU: vLLM compares the free memory before and after.
@@ -112,7 +113,7 @@ def same_texts(found, expected):
     return sum(text == other for text, other in pairs)
 
 
-@pytest.mark.parametrize("name", ["graphs", "first_runner", "drafts", "layer_bits"])
+@pytest.mark.parametrize("name", ["graphs", "first_runner", "drafts", "layer_bits", "skipped"])
 def test_decode_steps_are_full_graphs(answers, name):
     found = answer_of(answers, name)
     assert "FULL" in found["cudagraph_mode"]
@@ -130,6 +131,14 @@ def test_the_text_is_that_of_the_graphs(answers, name, figures, assert_same_but_
     found, expected = answer_of(answers, name), answer_of(answers, "graphs")
     figures(**{f"same_texts_{name}": same_texts(found, expected)})
     assert_same_but_for_ties(found, expected)
+
+
+def test_skipped_layers_stay_uncompressed(answers, figures, assert_same_but_for_ties):
+    found, expected = answer_of(answers, "skipped"), answer_of(answers, "uncompressed")
+    figures(same_texts_skipped=same_texts(found, expected), kv_tokens_skipped=found["kv_tokens"])
+    assert_same_but_for_ties(found, expected)
+    # 2 of 30 layers take 256 bytes a slot, the others 132.
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(30 * 256 / (2 * 256 + 28 * 132), rel=0.01)
 
 
 def test_layers_with_bits_of_their_own(answers, figures, assert_same_but_for_ties):

@@ -1,4 +1,4 @@
-"""Layers with bits of their own, from a file of `turboquant tune`."""
+"""Layers with bits of their own, from a file of `turboquant tune`, and layers that stay uncompressed."""
 
 import pytest
 import transformers
@@ -8,7 +8,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from turboquant_core.layer_bits import LayerBits, write_layer_bits
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm.backend import TurboQuantBackend, backend_with_bits
-from turboquant_vllm.layer_bits import give_bits, read_for_model
+from turboquant_vllm.layer_bits import read_for_model
+from turboquant_vllm.layer_pages import LayerPages
 
 MIXED = {0: (8, 8), 1: (6, 8), 2: (8, 8), 3: (8, 6)}
 TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
@@ -72,10 +73,16 @@ class Layer(AttentionLayerBase):
         raise NotImplementedError
 
 
+def pages(layers, bits=None, skipped=()):
+    """What layers store; by default what the settings say."""
+    identity = ModelIdentity("theirs", "llama", 4, 128, 4, 500, (1e4,), (1.0,))
+    return LayerPages(bits and LayerBits(bits, identity, "theirs"), skipped, layers)
+
+
 def give(bits, layers):
     """Give every layer its bits, as each asks for them."""
-    identity = ModelIdentity("theirs", "llama", 4, 128, 4, 500, (1e4,), (1.0,))
-    return [give_bits(layer.impl, LayerBits(bits, identity, "theirs"), layers) for layer in layers.values()]
+    every = pages(layers, bits)
+    return [every.give_bits(*every.layer_of(layer.impl)) for layer in layers.values()]
 
 
 def layers_with_windows(*windows):
@@ -91,10 +98,39 @@ def test_a_layer_asks_for_pages_of_its_bits(windows):
 
 def test_layers_of_several_kinds_have_the_same_bits_or_are_refused():
     assert give({0: (4, 3), 1: (4, 3)}, layers_with_windows(None, 64)) == [(4, 3)] * 2
-    with pytest.raises(ValueError, match=r'layers without a window and windows of 64.*Leave "layer_bits" out'):
+    with pytest.raises(ValueError, match=r"bits of theirs differ.*layers without a window and windows of 64"):
         give({0: (4, 3), 1: (6, 4)}, layers_with_windows(None, 64))
 
 
 def test_a_layer_that_the_file_does_not_know_is_refused():
     with pytest.raises(ValueError, match="have none for layer 1"):
         give({0: (4, 3)}, layers_with_windows(None, None))
+
+
+@pytest.mark.parametrize(
+    ("skipped", "windows", "expected"),
+    [(("1", "2"), (None, None, None), [False, True, True]), (("sliding_window",), (64, 64), [True, True])],
+)
+def test_layers_are_skipped_as_vllm_names_them(skipped, windows, expected):
+    layers = layers_with_windows(*windows)
+    every = pages(layers, skipped=skipped)
+    assert [every.is_skipped(*every.layer_of(layer.impl)) for layer in layers.values()] == expected
+
+
+def test_layers_of_several_kinds_are_all_compressed_or_refused():
+    layers = layers_with_windows(None, 64)
+    with pytest.raises(ValueError, match=r"sliding_window are to stay uncompressed.*Leave --kv-cache-dtype-skip"):
+        pages(layers, skipped=("sliding_window",)).layer_of(layers["model.layers.0.self_attn.attn"].impl)
+
+
+def test_skipped_layers_are_left_to_vllms_own_backend(generate, tiny_model, assert_same_but_for_ties):
+    folder = tiny_model("Llama")
+    eight_bits = {"turboquant": {"key_bits": 8, "value_bits": 8}}
+    expected = generate(TOKENS, model=folder, **TINY)
+    found = generate(
+        TOKENS, model=folder, **TINY, attention_backend="CUSTOM", additional_config=eight_bits, rounds=2,
+        kv_cache_dtype_skip_layers=["0", "3"],
+    )  # fmt: skip
+    assert min(found["cached"][1]) >= 96
+    assert_same_but_for_ties(found, expected)
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(4 * 512 / (2 * 512 + 2 * 132), rel=0.01)
