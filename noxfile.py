@@ -87,6 +87,7 @@ def notebooks(session: nox.Session) -> None:
 @nox.session
 def figures(session: nox.Session) -> None:
     """Write the documentation's figures and plots from benchmarks/results/."""
+    install(session, "core", "hf")
     session.install("matplotlib>=3.9")
     session.run("python", "scripts/plots.py")
     session.run("python", "scripts/figures.py")

@@ -21,7 +21,7 @@ from side_by_side.table import figures, lifecycle_rows  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(<!-- figure: (\S+) -->)(.*?)(<!-- end -->)", re.DOTALL)
 # Markdown takes a line that begins with a comment for HTML.
-BEGINS_A_LINE = re.compile(r"^<!-- figure: (\S+) -->.", re.MULTILINE)
+BEGINS_A_LINE = re.compile(r"^ *<!-- figure: (\S+) -->.", re.MULTILINE)
 DRAWN_FROM = re.compile(r"<dc:source>(.*?)</dc:source>", re.DOTALL)
 
 # The names that benchmarks/eval_side_by_side.py gives the presets.
@@ -230,6 +230,27 @@ def side_by_side(name: str) -> Callable[[], str]:
     return rows
 
 
+def of_cache(name: str) -> str:
+    """A figure of a cache of benchmarks/eval_side_by_side.py: "kl:MODEL:CACHE" or "bytes:MODEL:CACHE", _ for blanks."""
+    kind, model, cache = name.replace("_", " ").split(":")
+    families = result(f"side_by_side_{model}")["families"].values()
+    score = next(family["caches"][cache] for family in families if cache in family["caches"])
+    return nats(score["mean_kl"]) if kind == "kl" else f"{score['bytes_per_token']:,.0f}"
+
+
+def kept_tokens() -> str:
+    """Numbers of first and newest tokens that are kept, at 4 and at 2 bits."""
+    scores = result("kept_tokens_smollm2")["scores"]
+    rows = []
+    for name in scores:
+        preset, *kept = name.split(", ")
+        if preset == "tq4":
+            sinks, recent = (number.partition("=")[2] for number in kept)
+            cells = [sinks, recent, *(nats(scores[", ".join([width, *kept])]["mean_kl"]) for width in ("tq4", "tq2"))]
+            rows.append([bold_if((sinks, recent) == ("1", "8"), cell) for cell in cells])
+    return table(("`sink_tokens`", "`recent_tokens`", "`tq4`: KL (nats)", "`tq2`: KL (nats)"), rows)
+
+
 def lifecycle() -> str:
     """What the first cache of each family passes."""
     return "\n\n" + "\n".join(lifecycle_rows(result("side_by_side_smollm2")["families"])) + "\n\n"
@@ -321,6 +342,77 @@ def cache_update() -> str:
     return table(("preset", "time", "share of copy", "with a key mean", "share of copy"), rows)
 
 
+def printed(kind: str, name: str) -> Callable[[], str]:
+    """What a command prints of a file; `kind` is a function of outputs.py, which needs turboquant-hf."""
+
+    def block() -> str:
+        import outputs
+
+        return str(getattr(outputs, kind)(RESULTS / f"{name}.json"))
+
+    return block
+
+
+def tune_spread() -> str:
+    """How many times as much 3 bits in the keys of one layer cost as in those of another."""
+    units = result("tune_run_smollm2")["results"].items()
+    costs = [layer["keys"] for name, layer in units if re.fullmatch(r"layer/\d+/3", name)]
+    return f"{max(costs) / min(costs):.0f}"
+
+
+def engine_centring() -> str:
+    """What centring does to Qwen2.5-Coder-1.5B in vLLM."""
+    scores = result("engine_centring_qwen2.5-coder-1.5b")["scores"]
+    shown = {
+        "uncompressed": "uncompressed",
+        "means of the first prompt": "less the mean of the first prompt, here the first chunk",
+        "means of a calibration file": "less the means of a calibration file, from the text that follows",
+        "not centred": "not centred",
+    }
+    rows = []
+    for name, label in shown.items():
+        score = scores[name]
+        compared = [nats(score["mean_kl"]), percent(score["top_1_agreement"])] if name != "uncompressed" else ["", ""]
+        rows.append([label, _ppl(score), *compared])
+    return table(("keys", "perplexity", "KL, nats per token", "same likeliest token"), rows)
+
+
+def tune() -> str:
+    """What bits that were chosen layer by layer give beside uniform ones."""
+    rows = []
+    for name, model in (("smollm2", "SmolLM2-135M"), ("qwen2.5-coder-1.5b", "Qwen2.5-Coder-1.5B")):
+        files = [result(path.stem) for path in RESULTS.glob(f"tune_{name}_*.json")]
+        for found in sorted(files, key=lambda found: float(found["target_bits"])):
+            tuned, *uniform = found["held_out"]
+            best = uniform[0]
+            rows.append(
+                [
+                    model,
+                    f"{found['target_bits']:g}",
+                    f"{tuned['token_nbytes']:,}",
+                    bold_if(found["is_better"], nats(tuned["mean_kl"])),
+                    f"{nats(best['mean_kl'])} ({best['bits']})",
+                    f"{tuned['mean_kl'] / best['mean_kl'] - 1:+.0%}",
+                    f"{percent(tuned['top1_agreement'])}, {percent(best['top1_agreement'])}",
+                ]
+            )
+    columns = ("model", "target", "bytes / token", "tuned: KL (nats)", "best uniform: KL (bits)", "", "top-1, both")
+    return table(columns, rows)
+
+
+def output_error() -> str:
+    """What bits give that were chosen by the error of each layer's attention output."""
+    rows = [
+        [
+            f"{row['target_bits']:g}",
+            nats(row["mean_kl"]),
+            "{} ({}/{})".format(nats(row["uniform_mean_kl"]), *row["uniform_bits"]),
+        ]
+        for row in result("output_error_smollm2")["targets"]
+    ]
+    return table(("target", "chosen by output error: KL (nats)", "uniform: KL (bits)"), rows)
+
+
 def _shapes() -> list[tuple[int, int]]:
     return sorted(((batch, context) for batch, context in result("engine")["shapes"]), key=lambda at: _step("tq4", at))
 
@@ -388,6 +480,14 @@ FIGURES: dict[str, Callable[[], str]] = {
     "caches-64": side_by_side("side_by_side_smollm2"),
     "caches-128": side_by_side("side_by_side_qwen2.5-coder-1.5b"),
     "lifecycle": lifecycle,
+    "kept-tokens": kept_tokens,
+    "engine-centring": engine_centring,
+    "eval": printed("evaluation", "eval_smollm2"),
+    "eval-card": printed("card_table", "eval_smollm2"),
+    "tune-output": printed("tuning", "tune_smollm2_3.5"),
+    "tune-spread": tune_spread,
+    "tune": tune,
+    "output-error": output_error,
     "centring": centring,
     "scale-rules": scale_rules,
     "decode-attention": decode_attention,
@@ -402,6 +502,8 @@ def filled(text: str) -> str:
 
     def figure(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
+        if name.startswith(("kl:", "bytes:")):
+            return f"{begin}{of_cache(name)}{end}"
         if name not in FIGURES:
             raise SystemExit(f"there is no figure {name}; there are {', '.join(FIGURES)}")
         return f"{begin}{FIGURES[name]()}{end}"

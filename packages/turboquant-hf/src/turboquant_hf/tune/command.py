@@ -76,7 +76,7 @@ def tune(
     loaded = load_or_fail(model, device, errors)
     identity = model_identity(loaded)
     if run is None:
-        run = RunFile(run_path, {"typed": typed_command(), **header, "model": identity}, command=TUNE)
+        run = RunFile(run_path, {"command": typed_command(), **header, "model": identity}, command=TUNE)
     refuse_differences(run, {"model": identity}, "--run", errors)
     try:
         with progress_bar(errors) as progress:
