@@ -1,3 +1,4 @@
+import json
 from importlib.metadata import entry_points
 
 import pytest
@@ -69,6 +70,17 @@ def test_a_file_that_belongs_to_the_model(tiny_model, tiny_model_folder, tmp_pat
     assert (key_means.num_tokens, key_means.source) == (600, str(tiny_model_folder))
     assert {index: tuple(mean.shape) for index, mean in key_means.means.items()} == {0: (2, 64), 1: (2, 64)}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_alone(tiny_model_folder, tmp_path):
+    path = tmp_path / "turboquant.safetensors"
+    outcome = run(tiny_model_folder, "--out", path, "--tokens", 300, "--json", "-", "--device", "cpu")
+    assert json.loads(outcome.stdout) == {
+        "file": str(path),
+        "model": str(tiny_model_folder),
+        "num_tokens": 300,
+        "layers": {"0": [2, 64], "1": [2, 64]},
+    }
 
 
 def test_means_are_those_of_the_keys_that_attention_sees(tiny_model):

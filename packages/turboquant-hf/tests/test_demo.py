@@ -69,6 +69,17 @@ def test_progress_ends_where_it_says(tiny_model_folder):
     assert len(steps) == num_steps(600)
 
 
+def test_json_alone(result, tiny_model_folder, monkeypatch):
+    _, data = result
+
+    class Done:
+        def to_dict(self):
+            return data
+
+    monkeypatch.setattr("turboquant_hf.demo.command.run_demo", lambda *arguments, **options: Done())
+    assert json.loads(run(tiny_model_folder, "--json", "-", "--device", "cpu").stdout) == data
+
+
 def test_a_model_it_cannot_serve_is_refused_before_weights_are_read(tmp_path):
     BertConfig().save_pretrained(tmp_path)
     outcome = run(tmp_path)
