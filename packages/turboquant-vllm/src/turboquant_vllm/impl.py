@@ -1,5 +1,6 @@
 """Attention of one layer."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -165,7 +166,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
         """Pages of vLLM's uint8 [num_blocks, num_kv_heads, block_size, slot_bytes], whose planes lie otherwise."""
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
         # A view, which fails where flatten would copy and what is written would be lost.
-        return kv_cache.view(num_blocks, num_kv_heads, -1), KVCacheLayout(self.config, num_kv_heads, block_size)
+        return kv_cache.view(num_blocks, num_kv_heads, -1), _layout(self.config, num_kv_heads, block_size)
 
     def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Take what prefill takes at most, for vLLM to leave that much free."""
@@ -174,6 +175,10 @@ class TurboQuantImpl(AttentionImpl[Any]):
         workspace += [torch.empty_like(query) for _ in range(4)]
         del workspace
         return output.zero_()
+
+
+# Made twice for every layer of every step, it would cost as much as a launch.
+_layout = cache(KVCacheLayout)
 
 
 def _flash_version(head_size: int, sinks: torch.Tensor | None) -> int:
