@@ -20,7 +20,6 @@ from turboquant_core.ops.kernels.decode.launch import (
     representative_batches,
 )
 from turboquant_core.ops.kernels.decode.lookup import (
-    MAX_POLYNOMIAL_ERROR,
     evaluate_odd,
     lookup,
     odd_polynomial,
@@ -97,6 +96,8 @@ class Ptx:
         for shift in (0, 16):
             a, b, *c = ((x >> shift & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float64) for x in sources)
             exact = a + b if name == "add.rn.f16x2" else a * b + (c[0] if c else 0)
+            if ".sat." in name:
+                exact = np.clip(exact, 0, 1)
             results.append(exact.astype(np.float16).view(np.uint16).astype(np.uint32))
         return results[0] | results[1] << 16
 
@@ -168,8 +169,8 @@ def test_value_assembly_pairs_the_same_code_of_two_tokens(head_dim, bits):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("bits", [5, 6, 8])
-def test_polynomials_are_as_accurate_as_centroids_in_bfloat16(head_dim, bits):
+@pytest.mark.parametrize(("bits", "most_roundings", "outermost"), [(5, 1.4, 0.017), (6, 1.2, 0.035), (8, 2.3, 0.13)])
+def test_polynomials_miss_by_a_rounding_or_two_to_bfloat16(head_dim, bits, most_roundings, outermost):
     centroids = unit_variance_centroids(head_dim, bits)
     u = (2 * np.arange(2**bits) + 1 - 2**bits) / 2**bits
     coefficients = odd_polynomial(head_dim, bits)
@@ -180,8 +181,9 @@ def test_polynomials_are_as_accurate_as_centroids_in_bfloat16(head_dim, bits):
     probability = np.exp(-(centroids**2) / 2) * np.gradient(centroids)
     probability /= probability.sum()
     error, bfloat16_error = (np.sum(probability * (x - centroids) ** 2) ** 0.5 for x in (found, rounded))
-    assert error <= MAX_POLYNOMIAL_ERROR
-    assert error < 1.8 * bfloat16_error
+    assert error < most_roundings * bfloat16_error
+    # One of the outermost may be all that a short row has.
+    assert np.abs(found - centroids).max() < outermost
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("float16", 2**-11), ("int8", 0.501 / 127 / 254), ("fp8", 2**-8)])

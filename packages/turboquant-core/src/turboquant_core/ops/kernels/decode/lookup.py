@@ -4,8 +4,8 @@ Two ways, both without memory:
 
 - `prmt` (2 to 4 bits): a byte permute looks four codes up in a table of eight bytes. One table holds the high and one
   the low bytes of the float16 centroids. Sixteen centroids are eight magnitudes and a sign.
-- polynomial (5, 6 and 8 bits): Lloyd-Max centroids are a smooth odd function of the code. A polynomial in float16 pairs
-  runs on the FMA units; its error is at most 1.7 times that of rounding centroids to bfloat16.
+- polynomial (5, 6 and 8 bits): Lloyd-Max centroids are a smooth odd function of the code, but for a few at either end
+  that lie far out. A polynomial in float16 pairs, whose highest term begins only there, runs on the FMA units.
 
 Centroids are those of a coordinate of unit variance, sqrt(head_dim) times those of a unit vector.
 """
@@ -19,8 +19,12 @@ import numpy.typing as npt
 from turboquant_core.codebook import lloyd_max_codebook
 
 MAX_PRMT_BITS = 4
-# Rounding centroids of unit variance to bfloat16 costs 0.0016; the other roundings of a bfloat16 attention cost more.
-MAX_POLYNOMIAL_ERROR = 0.0027
+# Coefficients of a polynomial. Errors of 0.0015 to 0.0033 of a standard deviation: rounding centroids to bfloat16 costs
+# 0.0016, and the other roundings of a bfloat16 attention more. At 8 bits a seventh would take 4 % longer.
+NUM_COEFFICIENTS = {5: 5, 6: 6, 8: 6}
+# What a code counts at least when a polynomial is fitted: one of the outermost occurs once in many vectors, but in a
+# short row its error shows.
+LEAST_WEIGHT = 2e-4
 
 
 @dataclass(frozen=True)
@@ -181,8 +185,9 @@ class _Assembly:
         """The pair y of `byte_pair` to output `index`."""
         scale, offset = (1 / 256, -5.0) if bits == 8 else (1 / 128, -8 - (2**bits - 1) / 2**bits)
         self.add(f"mov.b32 q, {_pair(scale):#x}", f"mov.b32 r, {_pair(offset):#x}", "fma.rn.f16x2 u, y, q, r")
-        self.add("mul.rn.f16x2 q, u, u", f"mov.b32 r, {coefficients[-1]}")
-        self.add(*(f"fma.rn.f16x2 r, r, q, {name}" for name in reversed(coefficients[:-1])))
+        *lower, start, slope = coefficients
+        self.add("mul.rn.f16x2 q, u, u", f"mov.b32 r, {slope}", f"fma.rn.sat.f16x2 r, r, q, {start}")
+        self.add(*(f"fma.rn.f16x2 r, r, q, {name}" for name in reversed(lower)))
         self.add("mul.rn.f16x2 r, r, u")
         self.output_pair(index)
 
@@ -195,46 +200,56 @@ def _byte_pair_constants(bits: int) -> tuple[int, int]:
 
 
 def odd_polynomial(head_dim: int, bits: int) -> tuple[float, ...]:
-    """float16 coefficients of u, u³, u⁵ … that give the centroid of code k at u = (2k + 1 - 2^bits) / 2^bits.
+    """float16 coefficients c that give the centroid of code k at u = (2k + 1 - 2^bits) / 2^bits.
 
-    Least squares weighted by how often a code occurs; each coefficient is rounded to float16 before the lower ones are
-    fitted. As few terms as keep the error, root mean square after float16 arithmetic, within MAX_POLYNOMIAL_ERROR.
-
-    Raises:
-        ArithmeticError: If no number of terms does.
+    With n + 2 of them it is c[0] u + c[1] u³ + … + s u^(2n + 1), where s = c[n + 1] u² + c[n], held between 0 and 1, is
+    zero but for the outer codes. Least squares, weighted by how often a code occurs; each coefficient is rounded to
+    float16 before the lower ones are fitted.
     """
     centroids = unit_variance_centroids(head_dim, bits)
     positive = centroids[len(centroids) // 2 :]
     u = (2 * np.arange(len(positive)) + 1) / len(centroids)
     probability = np.exp(-(positive**2) / 2) * np.gradient(positive)
-    probability /= probability.sum()
-    for terms in range(2, 9):
-        coefficients = _fit_odd(u, positive, np.sqrt(probability), terms)
-        error = evaluate_odd(coefficients, u) - positive
-        if np.sqrt(np.sum(probability * error**2)) <= MAX_POLYNOMIAL_ERROR:
-            return coefficients
-    raise ArithmeticError(f"no odd polynomial fits the codebook of {bits} bits at head_dim {head_dim}")
+    weight = np.sqrt(np.maximum(probability / probability.sum(), LEAST_WEIGHT))
+    lower_terms = NUM_COEFFICIENTS[bits] - 2
+    fits = [_fit_odd(u, positive, weight, lower_terms, start) for start in (u[1:] ** 2 + u[:-1] ** 2) / 2]
+    return min(fits, key=lambda fit: float(np.sum((weight * (evaluate_odd(fit, u) - positive)) ** 2)))
 
 
 def evaluate_odd(coefficients: tuple[float, ...], u: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """The polynomial as the assembly computes it, rounding to float16 at every step."""
+    *lower, start, slope = coefficients
     square = _half(u * u)
-    result = np.full_like(u, coefficients[-1])
-    for coefficient in reversed(coefficients[:-1]):
+    result = np.clip(_half(slope * square + start), 0, 1)
+    for coefficient in reversed(lower):
         result = _half(result * square + coefficient)
     return _half(result * u)
 
 
 def _fit_odd(
-    u: npt.NDArray[np.float64], target: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], terms: int
+    u: npt.NDArray[np.float64],
+    target: npt.NDArray[np.float64],
+    weight: npt.NDArray[np.float64],
+    lower_terms: int,
+    start: float,
 ) -> tuple[float, ...]:
-    rest, powers, fixed = target, [u ** (2 * i + 1) for i in range(terms)], []
-    for i in range(terms - 1, -1, -1):
-        basis = np.stack(powers[: i + 1], axis=1) * weight[:, None]
-        solution = np.linalg.lstsq(basis, rest * weight, rcond=None)[0]
-        fixed.append(float(_half(solution[-1])))
+    """Coefficients of a polynomial whose highest term begins at u² = `start`."""
+    square, powers = u * u, [u ** (2 * i + 1) for i in range(lower_terms + 1)]
+    outer = np.maximum(square - start, 0) * powers[-1]
+    slope = float(np.float16(_least_squares([*powers[:-1], outer], target, weight)[-1]))
+    fixed = [slope, float(np.float16(-slope * start))]
+    rest = target - np.clip(fixed[0] * square + fixed[1], 0, 1) * powers[-1]
+    for i in range(lower_terms - 1, -1, -1):
+        fixed.append(float(np.float16(_least_squares(powers[: i + 1], rest, weight)[-1])))
         rest = rest - fixed[-1] * powers[i]
     return tuple(reversed(fixed))
+
+
+def _least_squares(
+    terms: list[npt.NDArray[np.float64]], target: npt.NDArray[np.float64], weight: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    solution = np.linalg.lstsq(np.stack(terms, axis=1) * weight[:, None], target * weight, rcond=None)[0]
+    return np.asarray(solution, dtype=np.float64)
 
 
 def _constraints(outputs: int, operands: int) -> str:
