@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_hf import ops
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, sdpa_mask
 from turboquant_hf.dense import dense_attention
 from turboquant_hf.states import PagedStates
@@ -172,7 +173,7 @@ def _rows_of_mask(mask: torch.Tensor, q_offset: int, kv_offset: int, window: int
     if not is_compiling and torch.equal(mask, seen.expand_as(mask)):
         return Rows(None, window)
     # The first query token sees the first token that any sees.
-    starts = mask[:, 0, 0].byte().argmax(-1) + kv_offset
+    starts = ops.first_seen(mask[:, 0, 0]) + kv_offset
     seen = seen & (token >= starts[:, None, None, None])
     if is_compiling:
         # Looking at a tensor would break the graph.

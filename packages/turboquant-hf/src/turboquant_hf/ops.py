@@ -1,7 +1,7 @@
-"""The operations of `paged`, each a single one for torch.compile while it traces a model.
+"""The operations of `paged`, and what masks are asked, each a single one for torch.compile while it traces a model.
 
-Called plainly they are the functions of `paged` themselves: going through torch's dispatcher costs the host more than a
-layer's whole call.
+Called plainly they are the functions themselves: going through torch's dispatcher costs the host more than a layer's
+whole call.
 """
 
 from collections.abc import Callable
@@ -70,6 +70,18 @@ def attend(
         sinks=sinks,
         return_lse=return_lse,
     )
+
+
+def first_seen(mask: torch.Tensor) -> torch.Tensor:
+    """The first token that is seen, int64 [batch_size], of a mask bool [batch_size, num_tokens]; 0 where none is.
+
+    Inductor on a GPU, as of torch 2.11, cannot schedule a reduction of what it computes from this one: it takes over
+    this one's ranges, which are a single element for one row. An operation of its own is left alone.
+    """
+    if torch.compiler.is_compiling():
+        first: torch.Tensor = torch.ops.turboquant_hf.first_seen(mask)
+        return first
+    return _first_seen(mask)
 
 
 def _pack(codec: LayerCodec) -> Codec:
@@ -154,6 +166,14 @@ def _attend_shapes(
     return output, query.new_empty(lse, dtype=torch.float32)
 
 
+def _first_seen(mask: torch.Tensor) -> torch.Tensor:
+    return mask.byte().argmax(-1)
+
+
+def _first_seen_shape(mask: torch.Tensor) -> torch.Tensor:
+    return mask.new_empty(len(mask), dtype=torch.int64)
+
+
 _library = torch.library.Library("turboquant_hf", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -172,3 +192,4 @@ _register(
     _attend,
     _attend_shapes,
 )
+_register("first_seen(Tensor mask) -> Tensor", _first_seen, _first_seen_shape)
