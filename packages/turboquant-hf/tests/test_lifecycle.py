@@ -86,6 +86,25 @@ def test_strategies_give_the_text_of_the_uncompressed_cache(model, assistant, st
     assert torch.equal(*texts)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_length": 64}, {"preset": "tq2.5"}], ids=str)
+def test_a_cache_goes_on_outside_of_inference_mode(model, options, tmp_path):
+    ids, more = prompts(2), prompts(2, 5, seed=12)
+
+    def run(cache, mode):
+        with mode:
+            model(ids, past_key_values=cache)
+            cache.crop(-2)
+            cache.reorder_cache(torch.tensor([1, 0]))
+            if not options:
+                cache.save(tmp_path / "cache.safetensors")
+                cache = TurboQuantCache.load(tmp_path / "cache.safetensors", model.config)
+        with torch.no_grad():
+            return model(more, past_key_values=cache).logits
+
+    logits = [run(TurboQuantCache(model.config, **options), mode) for mode in (torch.inference_mode(), torch.no_grad())]
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("strategy", ["prompt lookup", "assisted"])
 def test_verifying_drafts_gives_what_decoding_gives_at_four_bits(model, assistant, strategy):
     # Dequantised, recent tokens would see each other as they are.

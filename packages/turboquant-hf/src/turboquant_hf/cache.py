@@ -10,6 +10,7 @@ import torch
 
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf._compat import Cache, PreTrainedConfig
+from turboquant_hf.lasting import lasting
 from turboquant_hf.layers import build_layers
 from turboquant_hf.report import MemoryReport, layer_tensors, memory_report
 from turboquant_hf.saving import load_layers, save_layers
@@ -93,6 +94,7 @@ class TurboQuantCache(Cache):
         save_layers(self.layers, self._text_config, Path(path))
 
     @classmethod
+    @lasting
     def load(
         cls,
         path: str | PathLike[str],

@@ -10,6 +10,7 @@ from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention import hand_over, reads_codes
 from turboquant_hf.kept import KeptTokens
+from turboquant_hf.lasting import lasting
 from turboquant_hf.states import PagedStates
 
 
@@ -97,6 +98,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.states = self._new_states(*key_states.shape[:2])
         self.is_initialized = True
 
+    @lasting
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +127,7 @@ class TurboQuantLayer(CacheLayerMixin):
         """Length and offset of the keys that a call with `query_length` new tokens attends to."""
         return self.get_seq_length() + query_length, 0
 
+    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens.
 
@@ -142,28 +145,33 @@ class TurboQuantLayer(CacheLayerMixin):
             del self.states
             self.is_initialized = False
 
+    @lasting
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences `beam_idx`, int64 [batch_size]."""
         if self.is_initialized:
             self.states = self.states.select_rows(beam_idx)
 
+    @lasting
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         if self.is_initialized:
             rows = torch.arange(self.states.batch_size).repeat_interleave(repeats)
             self.states = self.states.select_rows(rows)
 
+    @lasting
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices`, int64, or bool for each sequence."""
         if self.is_initialized:
             rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
             self.states = self.states.select_rows(rows)
 
+    @lasting
     def offload(self) -> None:
         """Move everything kept to the CPU."""
         if self.is_initialized:
             self.states = self.states.to("cpu")
 
+    @lasting
     def prefetch(self) -> None:
         """Move everything kept back to the layer's device."""
         if self.is_initialized:

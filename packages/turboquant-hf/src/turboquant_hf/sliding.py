@@ -6,6 +6,7 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_hf.lasting import lasting
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import BLOCK_SIZE
 from turboquant_hf.states import PagedStates
@@ -87,6 +88,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         """Keep what leaves the window until the next `crop`, so that it can be undone."""
         self.record_past = True
 
+    @lasting
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,6 +114,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         kept = min(self.get_seq_length(), self.sliding_window - 1)
         return kept + query_length, self.get_seq_length() - kept
 
+    @lasting
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, and what has left the window.
 

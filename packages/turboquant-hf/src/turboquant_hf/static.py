@@ -10,6 +10,7 @@ from turboquant_hf import ops
 from turboquant_hf.attention import reads_codes
 from turboquant_hf.codec import LayerCodec
 from turboquant_hf.kept import KeptTokens
+from turboquant_hf.lasting import lasting
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import num_blocks
 from turboquant_hf.states import PagedStates, tokens_first
@@ -229,6 +230,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Length and offset of the keys: all that there is room for."""
         return self._max_length, 0
 
+    @lasting
     def reset(self) -> None:
         """Forget every token; storage stays where it is."""
         if self.is_initialized:
