@@ -251,6 +251,12 @@ def kept_tokens() -> str:
     return table(("`sink_tokens`", "`recent_tokens`", "`tq4`: KL (nats)", "`tq2`: KL (nats)"), rows)
 
 
+def left_padding() -> str:
+    """What padding before a row costs it."""
+    kl = result("left_padding_smollm2")["mean_kl"]
+    return table(("padded tokens before a row", *kl), [("`tq4`: KL (nats)", *map(nats, kl.values()))])
+
+
 def lifecycle() -> str:
     """What the first cache of each family passes."""
     return "\n\n" + "\n".join(lifecycle_rows(result("side_by_side_smollm2")["families"])) + "\n\n"
@@ -481,6 +487,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "caches-128": side_by_side("side_by_side_qwen2.5-coder-1.5b"),
     "lifecycle": lifecycle,
     "kept-tokens": kept_tokens,
+    "left-padding": left_padding,
     "engine-centring": engine_centring,
     "eval": printed("evaluation", "eval_smollm2"),
     "eval-card": printed("card_table", "eval_smollm2"),

@@ -1,0 +1,75 @@
+"""KL per token of a row with padding before it, by the number of padded tokens: what padding costs beside it."""
+
+import argparse
+from itertools import pairwise
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.utils import logging as transformers_logging
+
+from results_file import write_result
+from side_by_side.weights import file_stem, find_model
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.demo.run import long_text
+from turboquant_hf.models import load_model
+
+PADDED = (0, 1, 16, 64, 256)
+
+
+def log_probabilities(
+    model: PreTrainedModel, cache: Cache, row: torch.Tensor, prompt_tokens: int, padded: int
+) -> torch.Tensor:
+    """Of every token after a prompt that has so much padding before it, [num_tokens, vocab_size], read token by token.
+
+    The batch has a second row, which fills the padded places.
+    """
+    ids = torch.cat([row.new_zeros(padded), row])
+    other = row.repeat(-(-len(ids) // len(row)))[: len(ids)]
+    batch = torch.stack([ids, other])
+    mask = torch.ones_like(batch)
+    mask[0, :padded] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = []
+    bounds = [0, padded + prompt_tokens, *range(padded + prompt_tokens + 1, len(ids) + 1)]
+    for start, stop in pairwise(bounds):
+        logits = model(
+            batch[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+        ).logits
+        found.append(logits[0, -1].log_softmax(-1))
+    return torch.stack(found[1:])
+
+
+@torch.no_grad()
+def main() -> None:
+    """Score rows with and without padding, and write results/left_padding_MODEL.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2", help="smollm2, qwen2.5-coder-1.5b, hub id, folder or GGUF file")
+    parser.add_argument("--preset", default="tq4")
+    parser.add_argument("--prompt-tokens", type=int, default=384)
+    parser.add_argument("--num-tokens", type=int, default=128)
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+
+    loaded = load_model(find_model(arguments.model), "cpu")
+    model, config = loaded.model, loaded.model.config
+    model.set_attn_implementation("turboquant")
+    row = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"][0]
+    row = row[: arguments.prompt_tokens + arguments.num_tokens]
+    kl = {}
+    for padded in PADDED:
+        reference, candidate = (
+            log_probabilities(model, cache, row, arguments.prompt_tokens, padded)
+            for cache in (DynamicCache(config=config), TurboQuantCache(config, arguments.preset))
+        )
+        kl[padded] = float((reference.exp() * (reference - candidate)).sum(-1).mean())
+        print(f"{padded:4d} padded tokens: KL {kl[padded]:.4f}", flush=True)
+    path = write_result(f"left_padding_{file_stem(arguments.model)}", {**vars(arguments), "mean_kl": kl})
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
