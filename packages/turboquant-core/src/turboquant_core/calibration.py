@@ -114,11 +114,7 @@ def read_key_means(path: str | os.PathLike[str], model: ModelIdentity | None = N
         raise ValueError(f"{path} lacks {error} in its metadata. {_REMEDY}") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no key means that can be used: {error}. {_REMEDY}") from error
-    if model is not None and (differences := key_means.model.differences(model)):
-        raise ValueError(
-            f"{path} holds the key means of {key_means.source} ({key_means.model.architecture}), and this model is "
-            f"another ({model.architecture}): {'; '.join(differences)}. {_REMEDY}"
-        )
+    key_means.model.check_is(model, f"{path} holds the key means of {key_means.source}", _REMEDY)
     return key_means
 
 

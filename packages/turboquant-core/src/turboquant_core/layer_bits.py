@@ -89,11 +89,7 @@ def read_layer_bits(path: str | os.PathLike[str], model: ModelIdentity | None = 
         raise ValueError(f"{path} is no JSON file, or is truncated: {error}. {_REMEDY}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no bits of layers that can be used: {error}. {_REMEDY}") from error
-    if model is not None and (differences := bits.model.differences(model)):
-        raise ValueError(
-            f"{path} holds the bits of {bits.source} ({bits.model.architecture}), and this model is another "
-            f"({model.architecture}): {'; '.join(differences)}. {_REMEDY}"
-        )
+    bits.model.check_is(model, f"{path} holds the bits of {bits.source}", _REMEDY)
     return bits
 
 

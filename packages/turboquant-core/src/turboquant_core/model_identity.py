@@ -99,6 +99,23 @@ class ModelIdentity:
         ]
         return [f"{name} {_shown(mine)} and {_shown(its)}" for name, mine, its in pairs if mine != its]
 
+    def check_is(self, model: "ModelIdentity | None", found: str, remedy: str) -> None:
+        """Refuse what belongs to another model than `model`, if that is known.
+
+        Args:
+            model: The model that it is to be used for.
+            found: What belongs to this model, such as "FILE holds the key means of MODEL".
+            remedy: What to do about it, a sentence.
+
+        Raises:
+            ValueError: If `model` is another.
+        """
+        if model is not None and (differences := self.differences(model)):
+            raise ValueError(
+                f"{found} ({self.architecture}), and this model is another ({model.architecture}): "
+                f"{'; '.join(differences)}. {remedy}"
+            )
+
 
 def _required(config: object, name: str) -> Any:
     value = getattr(config, name, None)
