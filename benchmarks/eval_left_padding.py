@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
 from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
+from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import load_model
 
@@ -37,7 +37,7 @@ def log_probabilities(
             batch[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[:, start:stop],
-            past_key_values=cache,
+            **with_cache(cache),
         ).logits
         found.append(logits[0, -1].log_softmax(-1))
     return torch.stack(found[1:])

@@ -40,6 +40,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table on lines of its own."""
     lines = [f"| {' | '.join(row)} |" for row in (columns, *rows)]
     lines.insert(1, "|---" * len(columns) + "|")
+    return block(lines)
+
+
+def block(lines: Iterable[str]) -> str:
+    """Lines with an empty one before and after them."""
     return "\n\n" + "\n".join(lines) + "\n\n"
 
 
@@ -224,8 +229,7 @@ def side_by_side(name: str) -> Callable[[], str]:
 
     def rows() -> str:
         found = result(name)
-        lines = figures(found["families"], with_speed=found["decode_tokens"] >= found["chunk_size"])
-        return "\n\n" + "\n".join(lines) + "\n\n"
+        return block(figures(found["families"], with_speed=found["decode_tokens"] >= found["chunk_size"]))
 
     return rows
 
@@ -259,7 +263,7 @@ def left_padding() -> str:
 
 def lifecycle() -> str:
     """What the first cache of each family passes."""
-    return "\n\n" + "\n".join(lifecycle_rows(result("side_by_side_smollm2")["families"])) + "\n\n"
+    return block(lifecycle_rows(result("side_by_side_smollm2")["families"]))
 
 
 def centring() -> str:
@@ -351,12 +355,12 @@ def cache_update() -> str:
 def printed(kind: str, name: str) -> Callable[[], str]:
     """What a command prints of a file; `kind` is a function of outputs.py, which needs turboquant-hf."""
 
-    def block() -> str:
+    def shown() -> str:
         import outputs
 
         return str(getattr(outputs, kind)(RESULTS / f"{name}.json"))
 
-    return block
+    return shown
 
 
 def tune_spread() -> str:

@@ -19,7 +19,13 @@ from turboquant_hf.command_line import (
 )
 from turboquant_hf.demo.run import CHUNK_SIZE, UNCOMPRESSED
 from turboquant_hf.eval.caches import CACHES, DEFAULTS, find_cache
-from turboquant_hf.eval.continuing import continued_or_fail, environment_or_fail, refuse_differences, typed_command
+from turboquant_hf.eval.continuing import (
+    continued_or_fail,
+    environment_or_fail,
+    keeping_or_fail,
+    refuse_differences,
+    typed_command,
+)
 from turboquant_hf.eval.render import render
 from turboquant_hf.eval.run import Evaluation
 from turboquant_hf.eval.run_file import EVAL, RunFile
@@ -88,15 +94,9 @@ def evaluate(
     if run is None:
         run = RunFile(out, {"command": typed_command(), **header, "model": identity})
     refuse_differences(run, {"model": identity}, "--out", errors)
-    try:
+    with keeping_or_fail(run, out, f"measure {loaded.name}", errors):
         evaluation = Evaluation(loaded, settings, content)
         _measure(evaluation, run, len(missing_units(settings, run.results)), errors)
-    except KeyboardInterrupt:
-        errors.print(f"interrupted; the same command goes on from {out}")
-        raise typer.Exit(130) from None
-    except (ValueError, RuntimeError) as error:
-        kept = f" What was measured is in {out}; the same command goes on from there." if run.results else ""
-        fail(errors, f"cannot measure {loaded.name}: {error}{kept}")
     summary = summarise(run)
     if json_target is not None:
         write_json(summary.to_dict(), json_target)

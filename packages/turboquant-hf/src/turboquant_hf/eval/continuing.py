@@ -2,10 +2,12 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 
 from turboquant_hf.command_line import fail
@@ -66,3 +68,16 @@ def refuse_differences(run: RunFile, sections: Mapping[str, Mapping[str, Any]], 
 def typed_command() -> str:
     """The command line that was typed."""
     return shlex.join(["turboquant", *sys.argv[1:]])
+
+
+@contextmanager
+def keeping_or_fail(run: RunFile, path: Path, what: str, errors: Console) -> Iterator[None]:
+    """End the command when measuring is interrupted or fails, and say what is kept; `what` is such as "tune MODEL"."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"interrupted; the same command goes on from {path}")
+        raise typer.Exit(130) from None
+    except (ValueError, RuntimeError) as error:
+        kept = f" What was measured is in {path}; the same command goes on from there." if run.results else ""
+        fail(errors, f"cannot {what}: {error}{kept}")

@@ -13,12 +13,17 @@ from turboquant_hf.command_line import (
     TextOption,
     check_target,
     chosen_device,
-    fail,
     load_or_fail,
     progress_bar,
     text_or_fail,
 )
-from turboquant_hf.eval.continuing import continued_or_fail, environment_or_fail, refuse_differences, typed_command
+from turboquant_hf.eval.continuing import (
+    continued_or_fail,
+    environment_or_fail,
+    keeping_or_fail,
+    refuse_differences,
+    typed_command,
+)
 from turboquant_hf.eval.run_file import RunFile
 from turboquant_hf.eval.settings import model_identity, text_digest
 from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
@@ -78,17 +83,10 @@ def tune(
     if run is None:
         run = RunFile(run_path, {"command": typed_command(), **header, "model": identity}, command=TUNE)
     refuse_differences(run, {"model": identity}, "--run", errors)
-    try:
-        with progress_bar(errors) as progress:
-            search = Search(loaded, settings, content, target_bits)
-            task = progress.add_task("measuring", total=search.num_steps(run))
-            found = search.find(run, on_forward=lambda: progress.advance(task))
-    except KeyboardInterrupt:
-        errors.print(f"interrupted; the same command goes on from {run_path}")
-        raise typer.Exit(130) from None
-    except (ValueError, RuntimeError) as error:
-        kept = f" What was measured is in {run_path}; the same command goes on from there." if run.results else ""
-        fail(errors, f"cannot tune {loaded.name}: {error}{kept}")
+    with keeping_or_fail(run, run_path, f"tune {loaded.name}", errors), progress_bar(errors) as progress:
+        search = Search(loaded, settings, content, target_bits)
+        task = progress.add_task("measuring", total=search.num_steps(run))
+        found = search.find(run, on_forward=lambda: progress.advance(task))
     bits = search.layer_bits(found)
     write_layer_bits(out, bits)
     if json_target is not None:
