@@ -8,6 +8,7 @@ from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import hand_over, register, turboquant_attention
+from turboquant_hf.eval.attention import attending
 from turboquant_hf.states import PagedStates
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,7 +57,9 @@ def step_logits(model, prompt, chunks, mask=None, **options):
     cache = TurboQuantCache(model.config, **{"recent_tokens": 0, **options})
     logits, length = [], prompt.shape[1]
     with torch.no_grad():
-        model(prompt, attention_mask=None if mask is None else mask[:, :length], past_key_values=cache)
+        # It alone tells a cache of padding.
+        with attending(model, "turboquant"):
+            model(prompt, attention_mask=None if mask is None else mask[:, :length], past_key_values=cache)
         for chunk in chunks:
             length += chunk.shape[1]
             given = None if mask is None else mask[:, :length]

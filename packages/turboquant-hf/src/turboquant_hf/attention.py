@@ -4,8 +4,12 @@ A model's attention calls `update` of the cache and then the attention function,
 returned and not the cache. So a layer that is to be read as codes returns keys and values of the right shape whose
 every element is NaN, and hangs its states on the keys. A model that looks at the keys itself, or another attention
 function, turns everything into NaN: loudly wrong, never subtly.
+
+`update` does not see the mask either. So the first tokens are stored as if none were padding, and stored again when
+attention finds that rows begin with some.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +19,14 @@ from turboquant_hf import ops
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, sdpa_mask
 from turboquant_hf.dense import dense_attention
 from turboquant_hf.states import PagedStates
-from turboquant_hf.tables import not_a_number
+from turboquant_hf.tables import not_a_number, padded_starts
 
 ATTENTION = "turboquant"
 _STATES = "turboquant_states"
 _RECENT = "turboquant_recent"
 _ROWS = "turboquant_rows"
+_SHOWN = "turboquant_shown"
+_STORE_AGAIN = "turboquant_store_again"
 
 
 class Rows(NamedTuple):
@@ -70,6 +76,18 @@ def hand_over(
     return keys, values
 
 
+def hand_over_prompt(
+    keys: torch.Tensor, store_again: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+) -> None:
+    """Have attention tell a layer where the rows of a padded prompt start.
+
+    Args:
+        keys: What `update` returns.
+        store_again: Called with keys, values and starts int32 [batch_size] if a row begins with padding.
+    """
+    setattr(keys, _STORE_AGAIN, store_again)
+
+
 def turboquant_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -113,6 +131,7 @@ def turboquant_attention(
         else:
             key, value = states.dequantize(key.dtype)
     elif attention_mask is not None and query.shape[2] == key.shape[2]:
+        _leave_out_padding(key, value, attention_mask)
         # A static cache has masks for all that it can hold, and hands a prompt over as it is.
         attention_mask = attention_mask[..., : key.shape[2]]
     return dense_attention(
@@ -131,20 +150,34 @@ def turboquant_mask(
     mask = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs
     )
-    if mask is not None and q_length <= MAX_QUERY_LEN and q_length < kv_length:
+    if mask is None:
+        return None
+    if q_length <= MAX_QUERY_LEN and q_length < kv_length:
         setattr(mask, _ROWS, _rows_of_mask(mask, q_offset, kv_offset, kwargs.get("local_size")))
+    shown = kwargs.get("attention_mask")
+    if shown is not None and shown.ndim == 2:
+        setattr(mask, _SHOWN, shown)
     return mask
+
+
+def _leave_out_padding(key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    """Have a prompt whose rows begin with padding stored again, with where they start."""
+    store_again, shown = getattr(key, _STORE_AGAIN, None), getattr(attention_mask, _SHOWN, None)
+    if store_again is not None and shown is not None:
+        row_starts = padded_starts(key.shape[2], shown)
+        if row_starts is not None:
+            store_again(key, value, row_starts)
 
 
 def _with_parts(attention_mask: torch.Tensor | None, seen: torch.Tensor) -> torch.Tensor:
     """A mask of all tokens, None for a causal one, as one of `PagedStates.dequantize_parts`."""
     if attention_mask is None:
-        return seen[None, None]
+        return seen[:, None]
     num_tokens = attention_mask.shape[-1]
     mask = torch.cat([attention_mask, attention_mask[..., 2 * num_tokens - seen.shape[-1] :]], dim=-1)
     if mask.dtype == torch.bool:
-        return mask & seen
-    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+        return mask & seen[:, None]
+    return mask.masked_fill(~seen[:, None], torch.finfo(mask.dtype).min)
 
 
 def _rows_of_call(

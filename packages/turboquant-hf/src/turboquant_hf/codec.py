@@ -31,14 +31,23 @@ class LayerCodec:
     value_order: torch.Tensor | None = None
 
     @classmethod
-    def calibrate(cls, config: TurboQuantConfig, keys: torch.Tensor, values: torch.Tensor) -> "LayerCodec":
-        """The codec of a layer whose first keys and values are these, [num_tokens, heads, head_dim]."""
-        mean = keys.float().mean(0) if config.center_keys else None
+    def calibrate(
+        cls, config: TurboQuantConfig, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> "LayerCodec":
+        """The codec of a layer whose first keys and values are these.
+
+        Args:
+            config: What is stored for one head.
+            keys: [num_tokens, heads, head_dim].
+            values: The same for values.
+            counts: bool [num_tokens, heads], which of them to take it from, some of each head; None for all.
+        """
+        mean = _mean(keys, counts) if config.center_keys else None
         return cls(
             config,
             mean,
-            _channel_order(_centred(keys, mean), config.key_bits),
-            _channel_order(values, config.value_bits),
+            _channel_order(_centred(keys, mean), config.key_bits, counts),
+            _channel_order(values, config.value_bits, counts),
         )
 
     @property
@@ -87,9 +96,21 @@ def _centred(keys: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
     return keys if mean is None else keys.float() - mean
 
 
-def _channel_order(states: torch.Tensor, bits: float) -> torch.Tensor | None:
+def _mean(keys: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    if counts is None:
+        return keys.float().mean(0)
+    return _counted(keys.float(), counts).sum(0) / counts.sum(0)[:, None]
+
+
+def _counted(states: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """States with zeros in place of what does not count."""
+    return states if counts is None else torch.where(counts[:, :, None], states, 0.0)
+
+
+def _channel_order(states: torch.Tensor, bits: float, counts: torch.Tensor | None) -> torch.Tensor | None:
     if bits not in OUTLIER_BITS:
         return None
+    states = _counted(states, counts)
     return OutlierQuantizer.calibrate(states, bits, dim=0).channel_order[0]
 
 

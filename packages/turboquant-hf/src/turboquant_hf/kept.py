@@ -43,6 +43,9 @@ class KeptTokens:
 
     Attributes:
         held_from: The first position that the ring holds.
+        row_starts: int32 [batch_size], the first token of every row that is no padding: sinks begin there, and nothing
+            before is seen. None where no row is padded. Layers share it and what is made of it, so that only a static
+            cache, which has its own, writes it in place.
     """
 
     def __init__(self, sink_tokens: int, recent_tokens: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -51,6 +54,7 @@ class KeptTokens:
         self.keys = keys
         self.values = values
         self.held_from = sink_tokens
+        self.row_starts: torch.Tensor | None = None
 
     @classmethod
     def empty(
@@ -70,12 +74,13 @@ class KeptTokens:
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is kept."""
-        return [self.keys, self.values]
+        return [self.keys, self.values, *([] if self.row_starts is None else [self.row_starts])]
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "KeptTokens":
         """The same with `function`, a choice of rows or a move, applied to every tensor."""
         mapped = copy(self)
         mapped.keys, mapped.values = function(self.keys), function(self.values)
+        mapped.row_starts = None if self.row_starts is None else function(self.row_starts)
         return mapped
 
     def write(self, keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor) -> None:
@@ -88,14 +93,40 @@ class KeptTokens:
         """
         num_new = keys.shape[2]
         if isinstance(start, int):
-            if start >= self.sink_tokens and not self.ring_size:
+            if start >= self.sink_tokens and not self.ring_size and self.row_starts is None:
                 return
             self.held_from = max(self.held_from, start + num_new - self.ring_size)
-        slots = kept_slots(start, num_new, self.sink_tokens, self.ring_size, keys.device)
+        slots = kept_slots(start, num_new, self.sink_tokens, self.ring_size, self.row_starts, keys.device)
         for kept, new in ((self.keys, keys.detach()), (self.values, values.detach())):
+            if self.row_starts is not None:
+                kept.scatter_(2, slots[:, None, :, None].expand_as(new), new)
+                continue
             if len(slots) < num_new:
                 new = new.index_select(2, kept_indices(num_new, self.sink_tokens, self.ring_size, new.device))
             kept.index_copy_(2, slots, new)
+
+    @property
+    def sinks_end(self) -> int | torch.Tensor:
+        """The first position after the sinks, an int or int32 [batch_size]."""
+        return self.sink_tokens if self.row_starts is None else self.row_starts + self.sink_tokens
+
+    def over(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all positions, [batch_size, num_kv_heads, num_tokens, head_dim], with sinks as they are.
+
+        Written in place where rows begin with their first token.
+        """
+        if self.row_starts is None:
+            sinks = min(self.sink_tokens, keys.shape[2])
+            keys[:, :, :sinks], values[:, :, :sinks] = self.keys[:, :, :sinks], self.values[:, :, :sinks]
+            return keys, values
+        slots = torch.arange(keys.shape[2], device=keys.device) - self.row_starts[:, None]
+        is_sink = ((slots >= 0) & (slots < self.sink_tokens))[:, None, :, None]
+        slots = slots.clamp(0, self.sink_tokens - 1)[:, None, :, None]
+        keys, values = (
+            torch.where(is_sink, held.take_along_dim(slots, dim=2), states)
+            for held, states in ((self.keys, keys), (self.values, values))
+        )
+        return keys, values
 
     def first_held(self, num_tokens: int) -> int:
         """The first position of `num_tokens` that the ring holds; num_tokens where it holds none."""
@@ -107,7 +138,7 @@ class KeptTokens:
         num_sinks = min(self.sink_tokens, num_tokens)
         keys, values = (
             torch.cat([states[:, :, :num_sinks], newest], dim=2)
-            for states, newest in zip(self.tensors(), recent, strict=True)
+            for states, newest in zip((self.keys, self.values), recent, strict=True)
         )
         return keys, values
 
@@ -115,7 +146,7 @@ class KeptTokens:
         """Take what `in_order` gave."""
         num_sinks = min(self.sink_tokens, num_tokens)
         self.held_from = max(self.sink_tokens, num_tokens - (keys.shape[2] - num_sinks))
-        for kept, states in zip(self.tensors(), (keys, values), strict=True):
+        for kept, states in ((self.keys, keys), (self.values, values)):
             kept[:, :, :num_sinks] = states[:, :, :num_sinks]
         self.put_back(keys[:, :, num_sinks:], values[:, :, num_sinks:], self.held_from)
 
@@ -141,9 +172,8 @@ class KeptTokens:
             starts: int32 [batch_size], the first token of every row that may be seen; None for the first.
             window: Tokens that a token sees, itself included; None for all.
         """
-        bias = kept_bias(
-            length, query_len, self.sink_tokens, self.recent_tokens, self.ring_size, window, starts, self.keys.device
-        )
+        sizes = (self.sink_tokens, self.recent_tokens, self.ring_size)
+        bias = kept_bias(length, query_len, *sizes, window, starts, self.row_starts, self.keys.device)
         return KeptCall(self.keys, self.values, bias)
 
     def _ring_slots(self, start: int, stop: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
-from turboquant_hf.attention import hand_over, reads_codes
+from turboquant_hf.attention import hand_over, hand_over_prompt, reads_codes
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.lasting import lasting
 from turboquant_hf.states import PagedStates
@@ -109,11 +109,30 @@ class TurboQuantLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         if states.is_empty:
             states.append(key_states, value_states)
+            if reads_codes(self._text_config):
+                hand_over_prompt(key_states, self.store_again)
             return self._prompt(key_states, value_states)
         num_new = key_states.shape[-2]
         if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or states.parts_calls):
             return hand_over(states, self.dtype, states.append_parts(key_states, value_states))
         return states.extend(key_states, value_states, self.dtype)
+
+    @lasting
+    def store_again(self, key_states: torch.Tensor, value_states: torch.Tensor, row_starts: torch.Tensor) -> None:
+        """Store the first tokens in place of what is stored, now that it is known which of them are padding.
+
+        Args:
+            key_states: As for `update`.
+            value_states: As there.
+            row_starts: int32 [batch_size], the first token of every row that is no padding.
+        """
+        is_offloaded = self.states.pages.device != self.device
+        if is_offloaded:
+            self.prefetch()
+        self.states.clear()
+        self.states.append(key_states, value_states, row_starts)
+        if is_offloaded:
+            self.offload()
 
     def get_seq_length(self) -> int:
         """Tokens stored."""

@@ -21,12 +21,12 @@ from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
 from turboquant_hf.states import PagedStates
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # What must be the same for keys and values of one model to mean anything to another.
 MODEL_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 CODEC_TENSORS = ("key_mean", "key_order", "value_order")
 KEPT_TENSORS = ("kept_keys", "kept_values")
-KEPT_FIELDS = ("sink_tokens", "recent_tokens", "num_kept")
+KEPT_FIELDS = ("sink_tokens", "recent_tokens", "num_kept", "is_padded")
 AGAIN = "Fill a new cache and save it again."
 
 
@@ -101,6 +101,9 @@ def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
         named |= {name: getattr(states.codec, name) for name in CODEC_TENSORS}
     if states.kept is not None:
         named |= dict(zip(KEPT_TENSORS, states.kept.in_order(states.num_tokens), strict=True))
+        if states.kept.row_starts is not None:
+            # Layers share it, and safetensors refuses tensors that share memory.
+            named["row_starts"] = states.kept.row_starts.clone()
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -108,7 +111,8 @@ def _describe(kept: KeptTokens | None, num_tokens: int) -> dict[str, int] | None
     if kept is None:
         return None
     num_kept = min(kept.sink_tokens, num_tokens) + num_tokens - kept.first_held(num_tokens)
-    return dict(zip(KEPT_FIELDS, (kept.sink_tokens, kept.recent_tokens, num_kept), strict=True))
+    is_padded = kept.row_starts is not None
+    return dict(zip(KEPT_FIELDS, (kept.sink_tokens, kept.recent_tokens, num_kept, is_padded), strict=True))
 
 
 def _header(metadata: dict[str, str], text_config: PreTrainedConfig, path: Path) -> dict[str, Any]:
@@ -149,11 +153,13 @@ def _restore(
     pages = take("pages", torch.uint8, num_blocks(num_tokens), num_heads, page_layout(config, num_heads).head_bytes)
     kept = None
     if described["kept"] is not None:
-        sinks, recent, num_kept = (described["kept"][field] for field in KEPT_FIELDS)
+        sinks, recent, num_kept, is_padded = (described["kept"][field] for field in KEPT_FIELDS)
         kept = KeptTokens.empty(sinks, recent, (batch_size, num_kv_heads, config.head_dim), dtype, pages.device)
         shape = (batch_size, num_kv_heads, num_kept, config.head_dim)
         keys, values = (take(name, dtype, *shape) for name in KEPT_TENSORS)
         kept.restore(keys, values, num_tokens)
+        if is_padded:
+            kept.row_starts = take("row_starts", torch.int32, batch_size)
     codec = None
     if kept is None or num_tokens > kept.sink_tokens:
         vectors = (num_heads, config.head_dim)

@@ -29,7 +29,6 @@ class WindowedStates(PagedStates):
         super().__init__(config, batch_size, num_kv_heads, device)
         self.window = window
         self.num_dropped = 0
-        self._num_new = 0
 
     @property
     def num_seen(self) -> int:
@@ -41,16 +40,16 @@ class WindowedStates(PagedStates):
         """What the tokens appended last see together."""
         return min(self.num_seen - self._num_new, self.window - 1) + self._num_new
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim]."""
-        super().append(keys, values)
-        self._num_new = keys.shape[-2]
-
     def attend(self, query: torch.Tensor, *, seq_starts: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
         """See `PagedStates.attend`; starts are counted from the first token of all."""
         if seq_starts is not None:
             seq_starts = (seq_starts - self.num_dropped).clamp(min=0)
         return super().attend(query, seq_starts=seq_starts, **{**options, "window": self.window})
+
+    def clear(self) -> None:
+        """Forget every token; the next ones are the first."""
+        super().clear()
+        self.num_dropped = 0
 
     def trim(self) -> None:
         """Drop the blocks that no later token sees."""
@@ -100,6 +99,13 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         if not self.record_past and key_states.shape[-2] > MAX_QUERY_LEN:
             self.states.trim()
         return read
+
+    @lasting
+    def store_again(self, key_states: torch.Tensor, value_states: torch.Tensor, row_starts: torch.Tensor) -> None:
+        """See `TurboQuantLayer.store_again`."""
+        super().store_again(key_states, value_states, row_starts)
+        if not self.record_past:
+            self.states.trim()
 
     def get_seq_length(self) -> int:
         """Tokens seen, of which those in the window are stored."""

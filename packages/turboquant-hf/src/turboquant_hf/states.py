@@ -27,8 +27,9 @@ class PagedStates:
     whole pages or on their second dimension. Sinks and a window of the newest tokens may be kept beside them as they
     are; see `kept`.
 
-    What depends on data, the key mean and the outlier channels, comes from the first tokens appended that are no sinks,
-    for each row and head apart, and is kept from then on: every stored token is read with what it was written with.
+    What depends on data, the key mean and the outlier channels, comes from the first tokens appended that are no sinks
+    and not known to be padding, for each row and head apart, and is kept from then on: every stored token is read with
+    what it was written with.
 
     Args:
         config: What is stored for one head.
@@ -95,20 +96,28 @@ class PagedStates:
         parts = [part.tensors() for part in (self.codec, self.kept) if part is not None]
         return [self.pages, *(tensor for part in parts for tensor in part)]
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim]."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor, row_starts: torch.Tensor | None = None) -> None:
+        """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim].
+
+        Args:
+            keys: New keys.
+            values: New values.
+            row_starts: With the first tokens of all, which of them is the first of every row that is no padding, int32
+                [batch_size]; None where no row is padded.
+        """
         self._num_new = num_new = keys.shape[-2]
         if num_new == 0:
             return
         if self.kept is not None:
+            if self.is_empty:
+                self.kept.row_starts = row_starts if self._num_sinks else None
             self.kept.write(keys, values, self._num_tokens)
         keys, values = tokens_first(keys), tokens_first(values)
         stop = self._num_tokens + num_new
         self._reserve(stop)
         if self.codec is None and stop > self._num_sinks:
             # Sinks are far from all others, and no codes of theirs are ever read.
-            first = max(0, self._num_sinks - self._num_tokens)
-            self.codec = LayerCodec.calibrate(self.config, keys[first:], values[first:])
+            self.codec = self._calibrated(keys, values, self._num_sinks - self._num_tokens, row_starts)
         if self.codec is None:
             # Kernels skip the slots of sinks, and still must not find infinite scales there.
             self.pages.zero_()
@@ -163,7 +172,7 @@ class PagedStates:
         Returns:
             Keys and values [batch_size, num_kv_heads, num_tokens + num_recent, head_dim]: what all codes and the sinks
             say, and then the last num_recent tokens as they are; and which of them a token sees if it sees all before
-            it, bool [num_new, num_tokens + num_recent].
+            it, bool [1 or batch_size, num_new, num_tokens + num_recent].
         """
         kept, length = self.kept, self._num_tokens
         assert kept is not None
@@ -175,9 +184,12 @@ class PagedStates:
         position = torch.arange(length, device=keys.device)
         query = position[length - self._num_new :, None]
         newest, last = query - kept.recent_tokens, position[length - num_recent :]
-        far = (position <= query) & ((position <= newest) | (position < kept.sink_tokens))
-        near = (last <= query) & (last > newest) & (last >= kept.sink_tokens)
-        return keys, values, torch.cat([far, near], dim=1)
+        sinks_end = kept.sinks_end
+        if isinstance(sinks_end, torch.Tensor):
+            sinks_end = sinks_end[:, None, None]
+        far = (position <= query) & ((position <= newest) | (position < sinks_end))
+        near = (last <= query) & (last > newest) & (last >= sinks_end)
+        return keys, values, torch.cat([far, near], dim=-1).view(-1, self._num_new, keys.shape[2])
 
     def dequantize(self, dtype: torch.dtype, *, with_recent: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that attention reads, [batch_size, num_kv_heads, read_length, head_dim].
@@ -190,14 +202,14 @@ class PagedStates:
             RuntimeError: If nothing is stored.
         """
         kept, length = self.kept, self.stored_length
-        if kept is not None and 0 < length <= kept.sink_tokens:
-            return kept.keys[:, :, :length].to(dtype, copy=True), kept.values[:, :, :length].to(dtype, copy=True)
         shape = (self.batch_size, self.num_kv_heads, -1, self.config.head_dim)
         tokens = slice(length - self.read_length, length)
-        keys, values = (
-            states.view(shape)[:, :, tokens]
-            for states in ops.read(self.pages, num_blocks(length), self._codec(), dtype)
-        )
+        if self.codec is None and length:
+            # Sinks and padding alone.
+            read = self.pages.new_zeros(2, self.pages.shape[1], length, self.config.head_dim, dtype=dtype).unbind()
+        else:
+            read = ops.read(self.pages, num_blocks(length), self._codec(), dtype)
+        keys, values = (states.view(shape)[:, :, tokens] for states in read)
         return (keys, values) if kept is None else self._overlay(kept, keys, values, with_recent)
 
     def attend(
@@ -237,12 +249,19 @@ class PagedStates:
             return
         self._refill(num_tokens)
         self._num_tokens, self._num_new = num_tokens, 0
+        if self.kept is not None and self.kept.row_starts is not None:
+            # A row of which padding alone is left begins with what comes.
+            self.kept.row_starts = self.kept.row_starts.clamp(max=num_tokens)
         if num_tokens <= self._num_sinks:
             self.codec = None
         used = num_blocks(num_tokens)
         # Drafts that are verified around the end of a block must not make it shrink and grow each time.
         if len(self.pages) > _grown(_grown(used)):
             self.pages = self.pages[:used].clone()
+
+    def clear(self) -> None:
+        """Forget every token; the next ones are the first."""
+        self.crop(0)
 
     def select_rows(self, rows: torch.Tensor) -> "PagedStates":
         """The rows `rows`, int64 [any], as states of their own."""
@@ -296,6 +315,17 @@ class PagedStates:
         """Newest tokens that are not read as codes."""
         return 0 if self.kept is None else self.kept.recent_tokens
 
+    def _calibrated(
+        self, keys: torch.Tensor, values: torch.Tensor, num_sinks: int, row_starts: torch.Tensor | None
+    ) -> LayerCodec:
+        """The codec of [num_new, batch_size * num_kv_heads, head_dim], of which the first `num_sinks` do not count."""
+        if row_starts is None:
+            return LayerCodec.calibrate(self.config, keys[num_sinks:], values[num_sinks:])
+        # A row of sinks and padding alone has to have a mean, too.
+        first = (row_starts + num_sinks).clamp(max=len(keys) - 1).repeat_interleave(self.num_kv_heads)
+        counts = torch.arange(len(keys), device=keys.device)[:, None] >= first
+        return LayerCodec.calibrate(self.config, keys, values, counts)
+
     def _attend_codes(self, query: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.attend(query, self.pages, self._block_table(), self._row_lengths(), self._codec(), **options)
 
@@ -306,11 +336,14 @@ class PagedStates:
 
     def _code_starts(self, starts: torch.Tensor | None) -> torch.Tensor | None:
         """The first position of every row that is read as codes, int32 [batch_size]; None for the very first."""
-        if not self._num_sinks:
+        sinks_end = 0 if self.kept is None else self.kept.sinks_end
+        if isinstance(sinks_end, torch.Tensor):
+            return sinks_end if starts is None else torch.maximum(starts, sinks_end)
+        if not sinks_end:
             return starts
         if starts is None:
-            return row_lengths(self._num_sinks, self.batch_size, self.pages.device)
-        return starts.clamp(min=self._num_sinks)
+            return row_lengths(sinks_end, self.batch_size, self.pages.device)
+        return starts.clamp(min=sinks_end)
 
     def _length(self) -> int | torch.Tensor:
         return self._num_tokens
@@ -320,11 +353,9 @@ class PagedStates:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the codes of all stored tokens say, with what is kept written over it."""
         first = self._first_recent(self._num_tokens, self._num_new) if with_recent else self._num_tokens
-        recent = kept.recent(first, self._num_tokens)
-        for states, sinks, newest in zip((keys, values), kept.tensors(), recent, strict=True):
-            states[:, :, : kept.sink_tokens] = sinks[:, :, : kept.sink_tokens]
+        for states, newest in zip((keys, values), kept.recent(first, self._num_tokens), strict=True):
             states[:, :, first:] = newest
-        return keys, values
+        return kept.over(keys, values)
 
     def _first_recent(self, num_tokens: int, num_new: int) -> int:
         """The first position that is read as it is, of the window of the token that the last `num_new` begin with."""

@@ -69,8 +69,8 @@ class StaticPagedStates(PagedStates):
         """Every tensor that is kept."""
         return [*super().tensors(), self.length, self._table]
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Quantise and store keys and values [batch_size, num_kv_heads, num_new, head_dim]."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor, row_starts: torch.Tensor | None = None) -> None:
+        """See `PagedStates.append`."""
         self._num_new = num_new = keys.shape[-2]
         if num_new == 0:
             return
@@ -80,12 +80,14 @@ class StaticPagedStates(PagedStates):
                 "larger max_length"
             )
         if self.kept is not None:
+            if self._is_empty:
+                self._begin_rows(self.kept, row_starts)
             self.kept.write(keys, values, self.length)
         keys, values = tokens_first(keys), tokens_first(values)
         if self._is_empty:
             # Sinks are far from all others; a prompt of nothing else has to do.
-            first = self._num_sinks if num_new > self._num_sinks else 0
-            self._calibrate(keys[first:], values[first:])
+            num_sinks = self._num_sinks if num_new > self._num_sinks else 0
+            self._keep_codec(self._calibrated(keys, values, num_sinks, row_starts))
         slots = torch.arange(num_new, device=self.pages.device) + self.length
         ops.write(self.pages, keys, values, torch.where(slots < self.max_length, slots, -1), self._codec())
         self.length.add_(num_new)
@@ -123,7 +125,14 @@ class StaticPagedStates(PagedStates):
         if num_tokens < self.num_tokens:
             self._refill(num_tokens)
         self.length.clamp_(max=num_tokens)
+        if self.kept is not None and self.kept.row_starts is not None:
+            self.kept.row_starts.clamp_(max=num_tokens)
         self._is_empty = num_tokens == 0
+
+    def clear(self) -> None:
+        """Forget every token, without waiting for the device; storage stays where it is."""
+        self.length.zero_()
+        self._is_empty = True
 
     def select_rows(self, rows: torch.Tensor) -> PagedStates:
         """Take the rows `rows`, int64 [batch_size], in place."""
@@ -144,8 +153,15 @@ class StaticPagedStates(PagedStates):
         query = self.pages.new_zeros(self.batch_size, self.num_kv_heads, 1, self.config.head_dim, dtype=torch.float16)
         self.attend(query, scale=None)
 
-    def _calibrate(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        codec = LayerCodec.calibrate(self.config, keys, values)
+    def _begin_rows(self, kept: KeptTokens, row_starts: torch.Tensor | None) -> None:
+        """Have rows start there, in a tensor that stays where it is once there was a padded batch."""
+        if kept.row_starts is not None:
+            kept.row_starts.copy_(torch.zeros_like(kept.row_starts) if row_starts is None else row_starts)
+        elif row_starts is not None and kept.sink_tokens:
+            kept.row_starts = row_starts.clone()
+            _keep_addresses(kept.row_starts)
+
+    def _keep_codec(self, codec: LayerCodec) -> None:
         if self.codec is None:
             self.codec = codec.map(torch.clone)
             _keep_addresses(*self.codec.tensors())
@@ -172,16 +188,15 @@ class StaticPagedStates(PagedStates):
         self, kept: KeptTokens, keys: torch.Tensor, values: torch.Tensor, with_recent: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         position = torch.arange(self.max_length, device=self.pages.device)
-        is_sink = position < kept.sink_tokens
-        first = self.length - self._num_new - kept.recent_tokens + 1
-        is_recent = (position >= first) & (position < self.length)
-        is_kept = is_sink | is_recent if kept.recent_tokens and with_recent else is_sink
-        slots = torch.where(is_sink, position, kept.sink_tokens + position % max(1, kept.ring_size))
-        keys, values = (
-            torch.where(is_kept[:, None], held.index_select(2, slots), states)
-            for states, held in zip((keys, values), kept.tensors(), strict=True)
-        )
-        return keys, values
+        if kept.recent_tokens and with_recent:
+            first = self.length - self._num_new - kept.recent_tokens + 1
+            is_recent = (position >= first) & (position < self.length)
+            slots = kept.sink_tokens + position % kept.ring_size
+            keys, values = (
+                torch.where(is_recent[:, None], held.index_select(2, slots), states)
+                for states, held in ((keys, kept.keys), (values, kept.values))
+            )
+        return kept.over(keys, values)
 
     def _refill(self, num_tokens: int) -> None:
         kept = self.kept
@@ -234,7 +249,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def reset(self) -> None:
         """Forget every token; storage stays where it is."""
         if self.is_initialized:
-            self.states.crop(0)
+            self.states.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused: storage has a fixed batch size."""

@@ -6,7 +6,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-_Make = TypeVar("_Make", bound=Callable[..., torch.Tensor])
+from turboquant_hf import ops
+from turboquant_hf.lasting import lasting
+
+_Make = TypeVar("_Make", bound=Callable[..., torch.Tensor | None])
 
 
 def _shared(make: _Make) -> _Make:
@@ -14,7 +17,7 @@ def _shared(make: _Make) -> _Make:
     recent = lru_cache(maxsize=64)(make)
 
     @wraps(make)
-    def shared(first: Any, *args: Any) -> torch.Tensor:
+    def shared(first: Any, *args: Any) -> torch.Tensor | None:
         # torch.compile traces into what it makes; it would warn of the cache. A length that is a tensor is another one
         # at the next step.
         is_fresh = torch.compiler.is_compiling() or isinstance(first, torch.Tensor)
@@ -49,6 +52,21 @@ def not_a_number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 @_shared
+@lasting
+def padded_starts(num_tokens: int, mask: torch.Tensor) -> torch.Tensor | None:
+    """The first of so many tokens of every row that is no padding, int32 [rows]; None where no row begins with any.
+
+    Args:
+        num_tokens: Tokens of a row.
+        mask: bool [rows, num_tokens or more], False for padding. A row of nothing else starts after it.
+    """
+    shown = mask[:, :num_tokens]
+    starts = torch.where(shown.any(-1), ops.first_seen(shown), num_tokens).int()
+    # Looking at a tensor would break the graph.
+    return starts if torch.compiler.is_compiling() or bool(starts.any()) else None
+
+
+@_shared
 def kept_indices(num_new: int, sink_tokens: int, ring_size: int, device: torch.device) -> torch.Tensor:
     """Which of new tokens may be kept, int64: as many of the first as there are sinks, and what the ring holds."""
     first = torch.arange(min(sink_tokens, num_new), device=device)
@@ -58,17 +76,27 @@ def kept_indices(num_new: int, sink_tokens: int, ring_size: int, device: torch.d
 
 @_shared
 def kept_slots(
-    start: int | torch.Tensor, num_new: int, sink_tokens: int, ring_size: int, device: torch.device
+    start: int | torch.Tensor,
+    num_new: int,
+    sink_tokens: int,
+    ring_size: int,
+    row_starts: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor:
-    """The slots of `kept_indices` of new tokens, the first of which is at position `start`, int64.
+    """The slots of new tokens, the first of which is at position `start`, int64.
 
-    Sinks come first, then the ring, then a slot that nobody reads for what is not kept.
+    Those of `kept_indices`, or of all in every row, [rows, num_new], where rows start at positions of their own. Sinks
+    come first, then the ring, then a slot that nobody reads for what is not kept.
     """
-    indices = kept_indices(num_new, sink_tokens, ring_size, device)
+    if row_starts is None:
+        indices = kept_indices(num_new, sink_tokens, ring_size, device)
+    else:
+        indices = torch.arange(num_new, device=device)
     position, unread = indices + start, sink_tokens + ring_size
     in_ring = sink_tokens + position % ring_size if ring_size else unread
     slot = torch.where(indices >= num_new - ring_size, in_ring, unread)
-    return torch.where(position < sink_tokens, position, slot)
+    sink = position if row_starts is None else position - row_starts[:, None]
+    return torch.where((sink >= 0) & (sink < sink_tokens), sink, slot)
 
 
 @_shared
@@ -80,27 +108,28 @@ def kept_bias(
     ring_size: int,
     window: int | None,
     starts: torch.Tensor | None,
+    row_starts: torch.Tensor | None,
     device: torch.device,
 ) -> torch.Tensor:
     """What the last `query_len` of `length` tokens see of the kept slots, float32 [1 or rows, query_len, slots].
 
-    0 where a token sees one, else minus infinity. A token sees sinks, and the newest `recent_tokens` tokens, up to
-    itself; only what lies within `window`, and from `starts`, int32 [rows], on.
+    0 where a token sees one, else minus infinity. A token sees the sinks of its row, the first from `row_starts`, int32
+    [rows], on, and the newest `recent_tokens` tokens, up to itself; only what lies within `window`, and from `starts`,
+    int32 [rows], on.
     """
     query = torch.arange(query_len, device=device)[:, None] + (length - query_len)
-    sinks = torch.arange(sink_tokens, device=device)
+    first = 0 if row_starts is None else row_starts[:, None, None]
+    sinks = first + torch.arange(sink_tokens, device=device)
     newest = length - 1 - (length - 1 - torch.arange(ring_size, device=device)) % max(1, ring_size)
-    seen = torch.cat(
-        [
-            sinks <= query,
-            (newest >= sink_tokens) & (newest <= query) & (newest > query - recent_tokens),
-            query.new_zeros(query_len, 1, dtype=torch.bool),
-        ],
-        dim=1,
-    )
-    position = torch.cat([sinks, newest, sinks.new_zeros(1)])
-    if window is not None:
-        seen = seen & (position > query - window)
-    if starts is not None:
-        seen = seen & (position >= starts[:, None, None])
-    return torch.where(seen, 0.0, -torch.inf).view(-1, query_len, len(position))
+
+    def seen(position: torch.Tensor) -> torch.Tensor:
+        within = position <= query
+        if window is not None:
+            within = within & (position > query - window)
+        return within if starts is None else within & (position >= starts[:, None, None])
+
+    in_ring = (newest > query - recent_tokens) & (newest >= first + sink_tokens)
+    shown = torch.cat([seen(sinks), seen(newest) & in_ring], dim=-1)
+    bias = torch.where(shown, 0.0, -torch.inf).view(-1, query_len, sink_tokens + ring_size)
+    # The slot that nobody reads.
+    return torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)
