@@ -19,7 +19,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from llama_8b import ROPE_THETA, SIZES
 from results_file import write_result
 from turboquant_hf import TurboQuantCache
-from turboquant_hf._compat import Cache
+from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.report import memory_report
 
 MODEL = "Llama-3.1-8B's shape, random weights, bfloat16"
@@ -162,7 +162,7 @@ def measure(
     def step() -> None:
         nonlocal tokens, position
         position_ids = torch.full((1, 1), position, device="cuda") if contestant.compiled else None
-        logits = forward(tokens, past_key_values=cache, position_ids=position_ids).logits
+        logits = forward(tokens, position_ids=position_ids, **with_cache(cache)).logits
         tokens = logits[:, -1].argmax(-1, keepdim=True).clone()
         position += 1
 

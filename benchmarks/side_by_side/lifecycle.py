@@ -8,6 +8,7 @@ import torch
 from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 from side_by_side.table import PASSES
+from turboquant_hf._compat import with_cache
 from turboquant_hf.eval.caches import WINDOW, NewCache
 
 NUM_NEW_TOKENS = 24
@@ -24,14 +25,14 @@ class _Bench:
     def filled(self, new_cache: NewCache, prompt: torch.Tensor) -> Cache:
         """A cache that holds the prompt without its last token."""
         cache = new_cache(self.model.config)
-        self.model(input_ids=prompt[:, :-1], past_key_values=cache)
+        self.model(input_ids=prompt[:, :-1], **with_cache(cache))
         return cache
 
     def text(self, prompt: torch.Tensor, cache: Cache, **kwargs: object) -> torch.Tensor:
         """Greedy continuation of a prompt whose cache is filled."""
         arguments = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, "pad_token_id": 0, **kwargs}
         mask = torch.ones_like(prompt)
-        output: torch.Tensor = self.model.generate(prompt, attention_mask=mask, past_key_values=cache, **arguments)
+        output: torch.Tensor = self.model.generate(prompt, attention_mask=mask, **with_cache(cache), **arguments)
         return output
 
 
@@ -91,7 +92,7 @@ def _named(error: Exception) -> str:
 
 def _crop(bench: _Bench, new_cache: NewCache) -> tuple[torch.Tensor, torch.Tensor]:
     cache = bench.filled(new_cache, bench.prompt)
-    bench.model(input_ids=bench.prompt[:, :8], past_key_values=cache)
+    bench.model(input_ids=bench.prompt[:, :8], **with_cache(cache))
     cache.crop(-8)
     return bench.text(bench.prompt, cache), bench.text(bench.prompt, bench.filled(new_cache, bench.prompt))
 

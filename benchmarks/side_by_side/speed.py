@@ -6,6 +6,8 @@ from collections.abc import Mapping
 import torch
 from transformers import Cache, PreTrainedModel
 
+from turboquant_hf._compat import with_cache
+
 
 @torch.inference_mode()
 def tokens_per_second(model: PreTrainedModel, caches: Mapping[str, Cache], num_tokens: int) -> dict[str, float]:
@@ -23,7 +25,7 @@ def tokens_per_second(model: PreTrainedModel, caches: Mapping[str, Cache], num_t
     for _ in range(num_tokens):
         for name, cache in caches.items():
             start = time.perf_counter()
-            logits = model(input_ids=newest[name], past_key_values=cache, use_cache=True).logits
+            logits = model(input_ids=newest[name], **with_cache(cache)).logits
             newest[name] = logits[:, -1].argmax(-1, keepdim=True)
             seconds[name] += time.perf_counter() - start
     return {name: num_tokens / spent for name, spent in seconds.items()}
