@@ -10,7 +10,7 @@ from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
 from turboquant_core.ops import cache_gather, cache_update
 from turboquant_vllm import prefill, prefill_rows
 from turboquant_vllm.prefill import Prefill
-from turboquant_vllm.prefill_rows import PrefillRows
+from turboquant_vllm.prefill_rows import PrefillRows, workspace_tokens
 from turboquant_vllm.varlen import VarlenAttention
 
 BLOCK_SIZE = 16
@@ -110,9 +110,11 @@ class Inputs:
         attention = VarlenAttention(
             case.head_dim**-0.5, case.window, case.softcap, flash_version(self.queries.device, case)
         )
-        return Prefill(attention, self.layout, self.sinks)(
-            self.queries, self.keys[self.own], self.values[self.own], self.pages, self.rows, self.mean
+        out = torch.full_like(self.queries, math.nan)
+        Prefill(attention, self.layout, self.sinks)(
+            self.queries, self.keys[self.own], self.values[self.own], self.pages, self.rows, self.mean, out
         )
+        return out
 
     def exact(self, dtype=torch.float64):
         """Attention on what is stored of the context and on the rows' own keys and values, as a window has them."""
@@ -170,9 +172,20 @@ def test_prefill_on_a_cpu_in_float32(name):
 
 
 @pytest.mark.parametrize("workspace", [3, 48, 1000])
-def test_the_size_of_the_workspace_does_not_matter(device, monkeypatch, workspace):
-    monkeypatch.setattr(prefill_rows, "WORKSPACE_TOKENS", workspace)
-    assert_accurate(Inputs(Case(context_lens=(100, 0, 64)), device))
+def test_the_size_of_the_workspace_does_not_matter(device, workspace):
+    inputs = Inputs(Case(context_lens=(100, 0, 64)), device)
+    inputs.rows.workspace_tokens = workspace
+    assert len(inputs.rows.context_parts) == -(-100 // max(1, workspace // 2))
+    assert all(part.num_tokens <= max(workspace, 2) for part in inputs.rows.context_parts)
+    assert_accurate(inputs)
+
+
+def test_the_workspace_is_bounded_in_bytes():
+    llama, one_head_each = ((2048, heads, 128, torch.bfloat16) for heads in (8, 32))
+    assert workspace_tokens(*llama) == 16 * 2048
+    assert workspace_tokens(*one_head_each) == 4 * 2048
+    assert workspace_tokens(2048, 128, 256, torch.bfloat16) == 2048
+    assert workspace_tokens(65536, 8, 128, torch.bfloat16) == 128 * 1024
 
 
 def test_rows_do_not_see_each_other(device):

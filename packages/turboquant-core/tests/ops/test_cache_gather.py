@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
-from turboquant_core.ops.cache_gather import cache_gather
+from turboquant_core.ops.cache_gather import cache_gather, cumulative_lengths
 from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.testing import gaussian
 
@@ -23,7 +23,7 @@ def int32(values, device):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def gather(path, pages, layout, seq_lens, starts, max_tokens, dtype=torch.float32):
+def gather(path, pages, layout, seq_lens, starts, max_tokens, dtype=torch.float32, key_mean=None):
     device = pages.device
     batch = len(seq_lens)
     generator = torch.Generator().manual_seed(3)
@@ -36,6 +36,7 @@ def gather(path, pages, layout, seq_lens, starts, max_tokens, dtype=torch.float3
         int32(seq_lens, device),
         layout,
         starts=starts,
+        key_mean=key_mean,
         dtype=dtype,
         max_tokens=max_tokens,
         path=path,
@@ -86,6 +87,34 @@ def test_what_was_stored_comes_back_rotated_in_the_order_of_the_table(device, pa
     for got, x in ((keys, key), (values, value)):
         error = (rotation.unrotate(got) - x[9:]).norm(dim=-1) / x[9:].norm(dim=-1)
         assert error.max() < 0.02
+
+
+@pytest.mark.parametrize("head_dim", [128, 80])
+def test_a_key_mean_is_added_rotated(device, head_dim):
+    layout = KVCacheLayout(TurboQuantConfig(head_dim), 3, 16)
+    pages = random_pages(layout, 16, device)
+    mean = gaussian(3, head_dim, 4).to(device)
+    plain, *found = (
+        gather(path, pages, layout, [17, 0, 64, 33], None, 114, key_mean=given)
+        for path, given in (("reference", None), ("reference", mean), ("triton", mean))
+    )
+    for keys, values, _ in found:
+        torch.testing.assert_close(keys, plain[0] + Rotation(head_dim).rotate(mean), rtol=1e-6, atol=1e-6)
+        assert_same(values, plain[1])
+
+
+@pytest.mark.parametrize("path", ["triton", "reference"])
+def test_where_rows_begin_may_be_given(device, path):
+    layout = KVCacheLayout(TurboQuantConfig(64), 2, 16)
+    pages, table = random_pages(layout, 8, device), int32([[7, 1, 2], [3, 0, 5]], device)
+    lens, starts = int32([40, 33], device), int32([3, 20], device)
+    arguments = {"layout": layout, "starts": starts, "max_tokens": 50, "path": path}
+    expected = cache_gather(pages, table, lens, **arguments)
+    given = cumulative_lengths(lens, starts)
+    found = cache_gather(pages, table, lens, cu_seqlens=given, **arguments)
+    assert found[2] is given
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("path", ["triton", "reference"])
@@ -173,6 +202,8 @@ def test_any_shape(device, lens, bits, head_dim, block_size, max_tokens):
         (r"block_table is .*\[6\]", {"block_table": torch.zeros(6, dtype=torch.int32)}),
         (r"seq_lens is .*\[3\]; .* \[2\]", {"seq_lens": torch.zeros(3, dtype=torch.int32)}),
         (r"starts is torch.int64", {"starts": torch.zeros(2, dtype=torch.int64)}),
+        (r"cu_seqlens is .*\[2\]; .* \[3\]", {"cu_seqlens": torch.zeros(2, dtype=torch.int32)}),
+        (r"key_mean is .*\[3, 64\]; .* \[2, 64\]", {"key_mean": torch.zeros(3, 64)}),
         (r"pages is .* \[4, 1, 1088\]", {"pages": torch.zeros(4, 1, 1088, dtype=torch.uint8)}),
         (r"different devices", {"starts": torch.zeros(2, dtype=torch.int32, device="meta")}),
     ],

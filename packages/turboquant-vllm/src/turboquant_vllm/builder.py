@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_vllm.calibration import give_key_means
 from turboquant_vllm.metadata import DecodeRows, TurboQuantMetadata
-from turboquant_vllm.prefill_rows import PrefillRows
+from turboquant_vllm.prefill_rows import PrefillRows, workspace_tokens
 from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import INSTEAD
 from turboquant_vllm.warm_up import warm_up
@@ -27,6 +27,12 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
         self.reorder_batch_threshold: int = self.reorder_batch_threshold or 1
         if self.reorder_batch_threshold > MAX_QUERY_LEN:
             self.reorder_batch_threshold = 1
+        self._workspace_tokens = workspace_tokens(
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            kv_cache_spec.num_kv_heads,
+            kv_cache_spec.head_size,
+            vllm_config.model_config.dtype,
+        )
         if calibration := Settings.of_engine(vllm_config).calibration:
             give_key_means(calibration, layer_names, vllm_config)
         if device.type == "cuda" and vllm_config.kernel_config.enable_jit_warmup:
@@ -63,24 +69,24 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
                 block_table=common.block_table_tensor[:num_decodes],
             )
         if num_prefills:
-            prefill = _prefill_rows(common, num_decodes, num_prefill_tokens)
+            prefill = self._prefill_rows(common, num_decodes, num_prefill_tokens)
         return TurboQuantMetadata(decode, prefill)
 
-
-def _prefill_rows(common: CommonAttentionMetadata, first: int, num_tokens: int) -> PrefillRows:
-    rows = slice(first, common.num_reqs)
-    query_lens_cpu = common.query_start_loc_cpu[first : common.num_reqs + 1].diff()
-    # Exact for rows that prefill.
-    seq_lens_cpu = common.seq_lens_cpu_upper_bound
-    if seq_lens_cpu is None:
-        raise ValueError("vLLM gave no sequence lengths on the CPU, which prefill is planned with")
-    starts = common.query_start_loc[first : common.num_reqs + 1]
-    return PrefillRows(
-        num_tokens=num_tokens,
-        max_query_len=int(query_lens_cpu.max()),
-        query_start_loc=starts - starts[0],
-        context_lens=common.seq_lens[rows] - starts.diff(),
-        context_lens_cpu=(seq_lens_cpu[rows] - query_lens_cpu).tolist(),
-        query_lens_cpu=query_lens_cpu.tolist(),
-        block_table=common.block_table_tensor[rows],
-    )
+    def _prefill_rows(self, common: CommonAttentionMetadata, first: int, num_tokens: int) -> PrefillRows:
+        rows = slice(first, common.num_reqs)
+        query_lens_cpu = common.query_start_loc_cpu[first : common.num_reqs + 1].diff()
+        # Exact for rows that prefill.
+        seq_lens_cpu = common.seq_lens_cpu_upper_bound
+        if seq_lens_cpu is None:
+            raise ValueError("vLLM gave no sequence lengths on the CPU, which prefill is planned with")
+        starts = common.query_start_loc[first : common.num_reqs + 1]
+        return PrefillRows(
+            num_tokens=num_tokens,
+            max_query_len=int(query_lens_cpu.max()),
+            query_start_loc=starts - starts[0],
+            context_lens=common.seq_lens[rows] - starts.diff(),
+            context_lens_cpu=(seq_lens_cpu[rows] - query_lens_cpu).tolist(),
+            query_lens_cpu=query_lens_cpu.tolist(),
+            block_table=common.block_table_tensor[rows],
+            workspace_tokens=self._workspace_tokens,
+        )

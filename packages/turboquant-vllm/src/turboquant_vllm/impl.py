@@ -17,7 +17,7 @@ from turboquant_vllm.engine_checks import engine_problems
 from turboquant_vllm.layer_pages import LayerPages, leave_to
 from turboquant_vllm.metadata import TurboQuantMetadata
 from turboquant_vllm.prefill import Prefill
-from turboquant_vllm.prefill_rows import WORKSPACE_TOKENS
+from turboquant_vllm.prefill_rows import workspace_tokens
 from turboquant_vllm.support import INSTEAD, check_layer
 from turboquant_vllm.varlen import VarlenAttention
 
@@ -145,7 +145,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if rows := attn_metadata.prefill:
             tokens = slice(first, first + rows.num_tokens)
             prefill = Prefill(self.varlen, layout, self.sinks)
-            output[tokens] = prefill(query[tokens], key[tokens], value[tokens], pages, rows, self._mean)
+            prefill(query[tokens], key[tokens], value[tokens], pages, rows, self._mean, output[tokens])
         return output
 
     def _leave_uncompressed(self, layer: Any, act_dtype: torch.dtype) -> None:
@@ -170,7 +170,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
 
     def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Take what prefill takes at most, for vLLM to leave that much free."""
-        shape = (WORKSPACE_TOKENS, self.num_kv_heads, self.head_size)
+        most = self._engine_config.scheduler_config.max_num_batched_tokens
+        num_tokens = workspace_tokens(most, self.num_kv_heads, self.head_size, query.dtype)
+        shape = (num_tokens, self.num_kv_heads, self.head_size)
         workspace = [query.new_empty(shape) for _ in range(2)]
         workspace += [torch.empty_like(query) for _ in range(4)]
         del workspace

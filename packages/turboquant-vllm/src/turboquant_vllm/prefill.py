@@ -36,8 +36,9 @@ class Prefill:
         pages: torch.Tensor,
         rows: PrefillRows,
         key_mean: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The output of all rows; their keys and values are stored already.
+        out: torch.Tensor,
+    ) -> None:
+        """Attend with all rows; their keys and values are stored already.
 
         Args:
             query: [num_tokens, num_heads, head_dim].
@@ -46,13 +47,21 @@ class Prefill:
             pages: uint8 [num_blocks, num_kv_heads, head_bytes].
             rows: Of the query.
             key_mean: float32 [num_kv_heads, head_dim], subtracted from stored keys; None if none was.
+            out: Like `query`, written.
         """
         if not rows.max_context_len:
-            return self._own(query, key, value, rows)[0]
+            self._own(query, key, value, rows, out)
+            return
+        # A softcap bends, and sinks compete with, the logits of whole keys. Else the mean's own score moves all logits
+        # of a token alike: without it everywhere, nothing changes.
+        added_mean = key_mean if self.attention.softcap or self.sinks is not None else None
         if self.attention.window is not None:
-            return self._windowed(query, pages, rows, key_mean)
+            self._windowed(query, pages, rows, added_mean, out)
+            return
+        if key_mean is not None and added_mean is None:
+            key = torch.sub(key, key_mean, out=torch.empty_like(key))
         own = self._own(query, key, value, rows)
-        context = self._dequantised_context(query, pages, rows, key_mean)
+        context = self._dequantised_context(query, pages, rows, added_mean)
         if rows.groups is not None:
             on_codes = attend_in_groups(
                 query,
@@ -61,13 +70,20 @@ class Prefill:
                 self.layout,
                 scale=self.attention.scale,
                 softcap=self.attention.softcap,
-                key_mean=key_mean,
+                key_mean=added_mean,
             )
-            context = on_codes if context is None else merge(context, on_codes, on_gpu=query.is_cuda)
+            context = on_codes if context is None else merge(context, on_codes)
         assert context is not None
-        return merge(context, own, on_gpu=query.is_cuda)[0]
+        merge(context, own, out)
 
-    def _own(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: PrefillRows) -> Attended:
+    def _own(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: PrefillRows,
+        out: torch.Tensor | None = None,
+    ) -> Attended:
         """Attention of the rows' tokens on each other; the sinks count here."""
         return self.attention(
             query,
@@ -79,6 +95,7 @@ class Prefill:
             rows.max_query_len,
             causal=True,
             sinks=self.sinks,
+            out=out,
         )
 
     def _dequantised_context(
@@ -86,7 +103,7 @@ class Prefill:
         query: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
-        key_mean: torch.Tensor | None,
+        added_mean: torch.Tensor | None,
     ) -> Attended | None:
         """Attention on the contexts of rows that are in no group, or None if there are none."""
         if not rows.context_parts:
@@ -94,16 +111,20 @@ class Prefill:
         rotated = self._rotated(query)
         context: Attended | None = None
         for part in rows.context_parts:
-            key, value, start_loc = self._gather(pages, rows, part, query.dtype, key_mean)
+            key, value = self._gather(pages, rows, part, query.dtype, added_mean)
             attended = self.attention(
-                rotated, key, value, rows.query_start_loc, start_loc, rows.max_query_len, part.max_len, causal=False
+                rotated,
+                key,
+                value,
+                rows.query_start_loc,
+                part.start_loc,
+                rows.max_query_len,
+                part.max_len,
+                causal=False,
             )
-            context = attended if context is None else merge(context, attended, on_gpu=query.is_cuda)
+            context = attended if context is None else merge(context, attended)
         assert context is not None
         out, lse = context
-        if key_mean is not None and not self.attention.softcap:
-            # The mean's own score moves all logits on the context alike.
-            lse = lse + self.attention.scale * _mean_scores(query, key_mean)
         return self._unrotated(out), lse
 
     def _windowed(
@@ -111,24 +132,25 @@ class Prefill:
         query: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
-        key_mean: torch.Tensor | None,
-    ) -> torch.Tensor:
+        added_mean: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
         """Attention on what the windows reach, the rows' own tokens as stored too: one call, aligned at its end."""
         assert self.attention.window is not None
         part = rows.window_part(self.attention.window)
-        key, value, start_loc = self._gather(pages, rows, part, query.dtype, key_mean, add_mean=self.sinks is not None)
-        out, _ = self.attention(
+        key, value = self._gather(pages, rows, part, query.dtype, added_mean)
+        attended, _ = self.attention(
             self._rotated(query),
             key,
             value,
             rows.query_start_loc,
-            start_loc,
+            part.start_loc,
             rows.max_query_len,
             part.max_len,
             causal=True,
             sinks=self.sinks,
         )
-        return self._unrotated(out)
+        out.copy_(self._unrotated(attended))
 
     def _gather(
         self,
@@ -136,25 +158,20 @@ class Prefill:
         rows: PrefillRows,
         part: ContextPart,
         dtype: torch.dtype,
-        key_mean: torch.Tensor | None,
-        *,
-        add_mean: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # A softcap bends, and a sink competes with, the logits of whole keys; rounded once, they lose the least.
-        whole = key_mean is not None and (add_mean or bool(self.attention.softcap))
-        key, value, start_loc = cache_gather(
+        added_mean: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value, _ = cache_gather(
             pages,
             rows.block_table,
             part.ends,
             self.layout,
             starts=part.starts,
-            dtype=torch.float32 if whole else dtype,
+            cu_seqlens=part.start_loc,
+            key_mean=added_mean,
+            dtype=dtype,
             max_tokens=part.num_tokens,
         )
-        if whole:
-            assert key_mean is not None
-            key, value = (key + self._rotation.rotate(key_mean)).to(dtype), value.to(dtype)
-        return key, value, start_loc
+        return key, value
 
     @property
     def _rotation(self) -> Rotation:
@@ -175,10 +192,3 @@ def _exact_matrix(rotation: Rotation, dtype: torch.dtype, device: torch.device) 
     """The rotation in a type that holds every entry of it, for one product of the type's own; None if it does not."""
     matrix = rotation.matrix.to(dtype)
     return matrix.to(device) if torch.equal(matrix.double(), rotation.matrix) else None
-
-
-def _mean_scores(query: torch.Tensor, key_mean: torch.Tensor) -> torch.Tensor:
-    """The product of every query head with its KV head's mean, float32 [num_heads, num_tokens]."""
-    num_tokens, num_heads, head_dim = query.shape
-    grouped = query.reshape(num_tokens, len(key_mean), -1, head_dim)
-    return torch.einsum("tkgd,kd->kgt", grouped.float(), key_mean).reshape(num_heads, num_tokens)

@@ -6,10 +6,14 @@ from functools import cached_property
 import torch
 from torch.nn.functional import pad
 
-# Stored tokens that are dequantised at a time; of 8 KV heads with 128 channels they take 512 MiB, about what the MLP of
-# a chunk does. Every part takes the host a third of a millisecond: on an H200, 64 new tokens of 16 rows over 16,384
-# stored ones took 2.6 to 4.9 ms a layer in parts of 32,768, and 0.9 to 1.3 in one.
-WORKSPACE_TOKENS = 128 * 1024
+from turboquant_core.ops.cache_gather import cumulative_lengths
+
+# Dequantised keys and values of a part take at most so many bytes for every token that a batch may have: less than the
+# MLP takes of most models, so that the cache loses nothing by it.
+WORKSPACE_BYTES_PER_TOKEN = 64 * 1024
+# Stored tokens of a part: more for every token of a batch, or more in all, would save launches only.
+MOST_STORED_PER_TOKEN = 16
+MOST_WORKSPACE_TOKENS = 128 * 1024
 # New tokens of a group, which read the codes of their context together.
 GROUP_LEN = 8
 # Groups are filled up to one of these numbers, for every other is another kernel to compile. Partial results of more
@@ -20,6 +24,13 @@ GROUP_COUNTS = (32, 128, 512)
 MOST_GROUPED_TOKENS = 16
 
 
+def workspace_tokens(max_num_batched_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """How many stored tokens are dequantised at a time."""
+    stored_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
+    per_token = min(MOST_STORED_PER_TOKEN, max(1, WORKSPACE_BYTES_PER_TOKEN // stored_bytes))
+    return min(MOST_WORKSPACE_TOKENS, per_token * max_num_batched_tokens)
+
+
 @dataclass(frozen=True)
 class ContextPart:
     """Stored tokens that are dequantised at a time.
@@ -27,12 +38,14 @@ class ContextPart:
     Attributes:
         starts: int32 [rows], the first of every row.
         ends: int32 [rows], one past the last.
+        start_loc: int32 [rows + 1], where every row begins among them.
         num_tokens: Of all rows.
         max_len: The most of a row.
     """
 
     starts: torch.Tensor
     ends: torch.Tensor
+    start_loc: torch.Tensor
     num_tokens: int
     max_len: int
 
@@ -68,6 +81,7 @@ class PrefillRows:
         context_lens_cpu: The same as numbers.
         query_lens_cpu: Query tokens of every row.
         block_table: int32 [rows, max_blocks].
+        workspace_tokens: Stored tokens that are dequantised at a time.
         most_grouped_tokens: Rows of up to so many query tokens read their context as codes.
     """
 
@@ -78,6 +92,7 @@ class PrefillRows:
     context_lens_cpu: list[int]
     query_lens_cpu: list[int]
     block_table: torch.Tensor
+    workspace_tokens: int = MOST_WORKSPACE_TOKENS
     most_grouped_tokens: int = MOST_GROUPED_TOKENS
 
     @property
@@ -95,13 +110,13 @@ class PrefillRows:
         context_lens = self.context_lens
         if dense != self.context_lens_cpu and longest:
             context_lens = _to_device(torch.tensor(dense, dtype=torch.int32), self.context_lens.device)
-        step = max(1, WORKSPACE_TOKENS // max(1, sum(map(bool, dense))))
+        step = max(1, self.workspace_tokens // max(1, sum(map(bool, dense))))
         parts = []
         for start in range(0, longest, step):
             lens = [min(max(length - start, 0), step) for length in dense]
             ends = context_lens.clamp(max=start + step)
             starts = torch.full_like(ends, start).minimum(ends)
-            parts.append(ContextPart(starts, ends, sum(lens), max(lens)))
+            parts.append(ContextPart(starts, ends, cumulative_lengths(ends, starts), sum(lens), max(lens)))
         return tuple(parts)
 
     @cached_property
@@ -137,13 +152,23 @@ class PrefillRows:
 
     def window_part(self, window: int) -> ContextPart:
         """What the windows of the rows' tokens reach, those tokens included."""
+        if window not in self._window_parts:
+            self._window_parts[window] = self._window_part(window)
+        return self._window_parts[window]
+
+    @cached_property
+    def _window_parts(self) -> dict[int, ContextPart]:
+        """Those that a layer asked for."""
+        return {}
+
+    def _window_part(self, window: int) -> ContextPart:
         before = window - 1
         lens = [
             min(context, before) + own for context, own in zip(self.context_lens_cpu, self.query_lens_cpu, strict=True)
         ]
         starts = (self.context_lens - before).clamp(min=0)
         ends = self.context_lens + self.query_start_loc.diff()
-        return ContextPart(starts, ends, sum(lens), max(lens))
+        return ContextPart(starts, ends, cumulative_lengths(ends, starts), sum(lens), max(lens))
 
     @cached_property
     def _grouped(self) -> list[bool]:

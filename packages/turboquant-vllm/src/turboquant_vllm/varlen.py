@@ -36,6 +36,7 @@ class VarlenAttention:
         *,
         causal: bool,
         sinks: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend row by row; a causal mask and the window are aligned to the rows' last tokens.
 
@@ -49,16 +50,19 @@ class VarlenAttention:
             max_key_len: The most keys of a row.
             causal: Whether tokens see no later ones.
             sinks: [num_heads], a logit of each head that takes weight and gives no value.
+            out: Like `query`, to write the output into.
 
         Returns:
             The output, like `query`, and the natural log-sum-exp, float32 [num_heads, num_query_tokens]; minus infinity
             where nothing is seen.
         """
         if self.fa_version is None:
-            return self._eager(query, key, value, query_start_loc, key_start_loc, causal, sinks)
+            out = torch.empty_like(query) if out is None else out
+            return out, self._eager(query, key, value, query_start_loc, key_start_loc, causal, sinks, out.zero_())
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
         out, lse = flash_attn_varlen_func(
+            out=out,
             q=query,
             k=key,
             v=value,
@@ -88,10 +92,10 @@ class VarlenAttention:
         key_start_loc: torch.Tensor,
         causal: bool,
         sinks: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out: torch.Tensor,
+    ) -> torch.Tensor:
         num_tokens, num_heads, _ = query.shape
         group = num_heads // key.shape[1]
-        out = torch.zeros_like(query)
         lse = torch.full((num_heads, num_tokens), -math.inf, dtype=torch.float32, device=query.device)
         query_bounds, key_bounds = query_start_loc.tolist(), key_start_loc.tolist()
         for row in range(len(query_bounds) - 1):
@@ -113,22 +117,28 @@ class VarlenAttention:
             weights = (logits - row_lse.masked_fill(row_lse.isneginf(), 0)[..., None]).exp()
             out[queries] = (weights[..., : v.shape[1]] @ v).transpose(0, 1).to(out.dtype)
             lse[:, queries] = row_lse
-        return out, lse
+        return lse
 
 
 def merge(
-    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor], *, on_gpu: bool
+    first: tuple[torch.Tensor, torch.Tensor],
+    second: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention on two sets of keys from that on each: outputs [num_tokens, num_heads, head_dim] and log-sum-exps."""
+    """Attention on two sets of keys from that on each: outputs [num_tokens, num_heads, head_dim] and log-sum-exps.
+
+    The output is written into `out` if it is given.
+    """
     (first_out, first_lse), (second_out, second_lse) = first, second
-    if on_gpu:
+    out = torch.empty_like(first_out) if out is None else out
+    if out.is_cuda:
         from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
         kernel: Callable[..., Any] = merge_attn_states
-        out, lse = torch.empty_like(first_out), torch.empty_like(first_lse)
+        lse = torch.empty_like(first_lse)
         kernel(out, first_out, first_lse, second_out, second_lse, lse)
         return out, lse
     lse = torch.logaddexp(first_lse, second_lse)
     shift = lse.masked_fill(lse.isneginf(), 0)
     first_weight, second_weight = ((part - shift).exp().T[..., None] for part in (first_lse, second_lse))
-    return (first_out * first_weight + second_out * second_weight).to(first_out.dtype), lse
+    return out.copy_(first_out * first_weight + second_out * second_weight), lse

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -83,6 +84,8 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+# Every call of an operation asks, and looking for a module takes longer than to launch a kernel.
+@cache
 def has_gluon(generation: str) -> bool:
     """Whether this Triton has Gluon for a generation of NVIDIA's cards, such as "ampere"."""
     try:

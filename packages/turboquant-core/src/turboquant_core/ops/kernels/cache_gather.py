@@ -8,7 +8,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import codebook_tables
 from turboquant_core.ops.kernels.codes import channels, load_codes, load_scales
 from turboquant_core.ops.kernels.split_rotation import padded_octet
-from turboquant_core.ops.reference.cache_gather import cumulative_lengths, empty_output
+from turboquant_core.ops.reference.cache_gather import empty_output
 
 BLOCK_TOKENS = 32
 # Rows are padded to a power of two, at least this: every size is another kernel to compile.
@@ -18,21 +18,24 @@ MIN_BLOCK_BATCH = 16
 def cache_gather(
     pages: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
     layout: KVCacheLayout,
     *,
-    starts: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    starts: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    rotated_key_mean: torch.Tensor | None,
+    dtype: torch.dtype,
     max_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `turboquant_core.ops.cache_gather.cache_gather`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of `turboquant_core.ops.cache_gather.cache_gather`."""
     config = layout.config
     key_bits, value_bits = int(config.key_bits), int(config.value_bits)
-    cu_seqlens = cumulative_lengths(seq_lens, starts)
     keys, values = empty_output(pages, layout, dtype, max_tokens)
-    batch = len(seq_lens)
+    batch = len(block_table)
     if max_tokens == 0 or batch == 0:
-        return keys, values, cu_seqlens
+        return keys, values
+    key_centroids, value_centroids = (
+        codebook_tables(config.head_dim, bits, pages.device, torch.float32)[0] for bits in (key_bits, value_bits)
+    )
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(pages):
         _gather_kernel[(triton.cdiv(max_tokens, BLOCK_TOKENS), layout.num_kv_heads)](
@@ -42,8 +45,9 @@ def cache_gather(
             block_table,
             cu_seqlens,
             cu_seqlens if starts is None else starts.contiguous(),
-            codebook_tables(config.head_dim, key_bits, pages.device, torch.float32)[0],
-            codebook_tables(config.head_dim, value_bits, pages.device, torch.float32)[0],
+            key_centroids if rotated_key_mean is None else rotated_key_mean,
+            key_centroids,
+            value_centroids,
             batch,
             max_tokens,
             block_table.stride(0),
@@ -64,10 +68,11 @@ def cache_gather(
             value_scales=layout.value_scales.offset,
             scale_stride=layout.key_scales.slot_stride,
             has_starts=starts is not None,
+            has_mean=rotated_key_mean is not None,
             block_batch=max(MIN_BLOCK_BATCH, triton.next_power_of_2(batch)),
             block_tokens=BLOCK_TOKENS,
         )
-    return keys, values, cu_seqlens
+    return keys, values
 
 
 # A block table is as wide as the longest row may be, and where those that prefill begin in it is any entry.
@@ -82,6 +87,7 @@ def _gather_kernel(
     block_table,
     cu_seqlens,
     starts,
+    key_mean,
     key_centroids,
     value_centroids,
     batch,
@@ -104,6 +110,7 @@ def _gather_kernel(
     value_scales: tl.constexpr,
     scale_stride: tl.constexpr,
     has_starts: tl.constexpr,
+    has_mean: tl.constexpr,
     block_batch: tl.constexpr,
     block_tokens: tl.constexpr,
 ):
@@ -128,9 +135,11 @@ def _gather_kernel(
         head_rows + key_scales + slot * scale_stride,
         keep,
         key_centroids,
+        key_mean + head * head_dim,
         head_dim,
         padded_octet,
         key_bits,
+        has_mean,
         block_tokens,
     )
     _gather_tile(
@@ -139,9 +148,11 @@ def _gather_kernel(
         head_rows + value_scales + slot * scale_stride,
         keep,
         value_centroids,
+        value_centroids,
         head_dim,
         padded_octet,
         value_bits,
+        False,
         block_tokens,
     )
 
@@ -161,15 +172,19 @@ def _gather_tile(
     scale_rows,
     keep,
     centroids,
+    mean,
     head_dim: tl.constexpr,
     padded_octet: tl.constexpr,
     bits: tl.constexpr,
+    has_mean: tl.constexpr,
     rows: tl.constexpr,
 ):
     codes = load_codes(code_rows, keep, bits, rows, head_dim // 8, padded_octet)
     scale = load_scales(scale_rows, keep)
     x = tl.load(centroids + codes) * scale[:, None]
     channel, real = channels(head_dim // 8, padded_octet)
+    if has_mean:
+        x += tl.load(mean + channel, mask=real, other=0)[None, :]
     mask = keep[:, None]
     if head_dim != 8 * padded_octet:
         mask = mask & real[None, :]

@@ -10,17 +10,17 @@ from turboquant_core.quantized import QuantizedTensor
 def cache_gather(
     pages: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
     layout: KVCacheLayout,
     *,
-    starts: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    starts: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    rotated_key_mean: torch.Tensor | None,
+    dtype: torch.dtype,
     max_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `turboquant_core.ops.cache_gather.cache_gather`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of `turboquant_core.ops.cache_gather.cache_gather`."""
     config = layout.config
     views = layout.views(pages)
-    cu_seqlens = cumulative_lengths(seq_lens, starts)
     keys, values = empty_output(pages, layout, dtype, max_tokens)
     token = torch.arange(min(max_tokens, int(cu_seqlens[-1])), dtype=torch.int32, device=pages.device)
     row = torch.searchsorted(cu_seqlens[1:], token, right=True)
@@ -31,16 +31,10 @@ def cache_gather(
     slot = (block, slice(None), position % layout.block_size)
     key = QuantizedTensor(views.key_codes[slot], views.key_scales[slot])
     value = QuantizedTensor(views.value_codes[slot], views.value_scales[slot])
-    keys[: len(token)] = MSEQuantizer(config.head_dim, int(config.key_bits)).dequantize_rotated(key)
+    gathered = MSEQuantizer(config.head_dim, int(config.key_bits)).dequantize_rotated(key)
+    keys[: len(token)] = gathered if rotated_key_mean is None else gathered + rotated_key_mean
     values[: len(token)] = MSEQuantizer(config.head_dim, int(config.value_bits)).dequantize_rotated(value)
-    return keys, values, cu_seqlens
-
-
-def cumulative_lengths(seq_lens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
-    """Where every row begins in the output, and the total, int32 [batch + 1]; computed on the device."""
-    lengths = seq_lens if starts is None else seq_lens - starts
-    ends = lengths.clamp(min=0).cumsum(0, dtype=torch.int32)
-    return torch.nn.functional.pad(ends, (1, 0))
+    return keys, values
 
 
 def empty_output(
