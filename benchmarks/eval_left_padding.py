@@ -1,4 +1,4 @@
-"""KL per token of a row with padding before it, by the number of padded tokens: what padding costs beside it."""
+"""KL per token of a row with padding before it, by the number of padded tokens and by who attends."""
 
 import argparse
 from itertools import pairwise
@@ -11,10 +11,13 @@ from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache, with_cache
+from turboquant_hf.attention import ATTENTION
 from turboquant_hf.demo.run import long_text
+from turboquant_hf.eval.attention import attending
 from turboquant_hf.models import load_model
 
 PADDED = (0, 1, 16, 64, 256)
+ATTENTIONS = (ATTENTION, "sdpa")
 
 
 def log_probabilities(
@@ -56,17 +59,17 @@ def main() -> None:
 
     loaded = load_model(find_model(arguments.model), "cpu")
     model, config = loaded.model, loaded.model.config
-    model.set_attn_implementation("turboquant")
     row = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"][0]
     row = row[: arguments.prompt_tokens + arguments.num_tokens]
-    kl = {}
+    kl: dict[str, dict[int, float]] = {attention: {} for attention in ATTENTIONS}
     for padded in PADDED:
-        reference, candidate = (
-            log_probabilities(model, cache, row, arguments.prompt_tokens, padded)
-            for cache in (DynamicCache(config=config), TurboQuantCache(config, arguments.preset))
-        )
-        kl[padded] = float((reference.exp() * (reference - candidate)).sum(-1).mean())
-        print(f"{padded:4d} padded tokens: KL {kl[padded]:.4f}", flush=True)
+        reference = log_probabilities(model, DynamicCache(config=config), row, arguments.prompt_tokens, padded)
+        for attention in ATTENTIONS:
+            cache = TurboQuantCache(config, arguments.preset)
+            with attending(model, attention):
+                candidate = log_probabilities(model, cache, row, arguments.prompt_tokens, padded)
+            kl[attention][padded] = float((reference.exp() * (reference - candidate)).sum(-1).mean())
+            print(f"{padded:4d} padded tokens, {attention}: KL {kl[attention][padded]:.4f}", flush=True)
     path = write_result(f"left_padding_{file_stem(arguments.model)}", {**vars(arguments), "mean_kl": kl})
     print(path)
 

@@ -235,11 +235,22 @@ def side_by_side(name: str) -> Callable[[], str]:
 
 
 def of_cache(name: str) -> str:
-    """A figure of a cache of benchmarks/eval_side_by_side.py: "kl:MODEL:CACHE" or "bytes:MODEL:CACHE", _ for blanks."""
-    kind, model, cache = name.replace("_", " ").split(":")
+    """A figure KIND:MODEL:CACHE of a cache of benchmarks/eval_side_by_side.py, _ for blanks.
+
+    KIND is "kl", "bytes", "ppl", by how many per cent the perplexity is above DynamicCache's, or "fewer", by how many
+    per cent a token takes fewer bytes than in the cache that follows after another colon.
+    """
+    kind, model, *caches = name.replace("_", " ").split(":")
     families = result(f"side_by_side_{model}")["families"].values()
-    score = next(family["caches"][cache] for family in families if cache in family["caches"])
-    return nats(score["mean_kl"]) if kind == "kl" else f"{score['bytes_per_token']:,.0f}"
+    known = {cache: score for family in families for cache, score in family["caches"].items()}
+    score, other = known[caches[0]], known[caches[-1] if kind == "fewer" else "DynamicCache"]
+    figures_of_kind = {
+        "kl": nats(score["mean_kl"]),
+        "bytes": f"{score['bytes_per_token']:,.0f}",
+        "ppl": f"{100 * (score['perplexity'] / other['perplexity'] - 1):.1f}",
+        "fewer": f"{100 * (1 - score['bytes_per_token'] / other['bytes_per_token']):.0f}",
+    }
+    return figures_of_kind[kind]
 
 
 def kept_tokens() -> str:
@@ -257,8 +268,9 @@ def kept_tokens() -> str:
 
 def left_padding() -> str:
     """What padding before a row costs it."""
-    kl = result("left_padding_smollm2")["mean_kl"]
-    return table(("padded tokens before a row", *kl), [("`tq4`: KL (nats)", *map(nats, kl.values()))])
+    found = result("left_padding_smollm2")["mean_kl"]
+    rows = [[f"`tq4` under `{attention}`: KL (nats)", *map(nats, kl.values())] for attention, kl in found.items()]
+    return table(("padded tokens before a row", *found["turboquant"]), rows)
 
 
 def lifecycle() -> str:
@@ -294,6 +306,14 @@ def scale_rules() -> str:
         rows[-1][0] += " (default)" if is_default else ""
     rows.append(["default, keys not centred", *(nats(scores[f"{width}, not centred"]["mean_kl"]) for width in widths)])
     return table(("keys, values", *(f"`{width}`" for width in widths)), rows)
+
+
+def left_out() -> str:
+    """What the caches leave out, beside what they do."""
+    scores, widths = result("left_out_smollm2")["scores"], ("tq4", "tq3", "tq2")
+    kinds = {"keys by `Prod`": ", keys by Prod", "values centred": ", values centred", "**neither** (default)": ""}
+    rows = [[label, *(nats(scores[f"{width}{kind}"]["mean_kl"]) for width in widths)] for label, kind in kinds.items()]
+    return table(("", *(f"`{width}`" for width in widths)), rows)
 
 
 def engine_serving() -> str:
@@ -501,6 +521,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "output-error": output_error,
     "centring": centring,
     "scale-rules": scale_rules,
+    "left-out": left_out,
     "decode-attention": decode_attention,
     "cache-update": cache_update,
     "engine-serving": engine_serving,
@@ -513,7 +534,7 @@ def filled(text: str) -> str:
 
     def figure(match: re.Match[str]) -> str:
         begin, name, _, end = match.groups()
-        if name.startswith(("kl:", "bytes:")):
+        if ":" in name:
             return f"{begin}{of_cache(name)}{end}"
         if name not in FIGURES:
             raise SystemExit(f"there is no figure {name}; there are {', '.join(FIGURES)}")
