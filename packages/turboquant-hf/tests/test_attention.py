@@ -226,6 +226,13 @@ def test_sinks_and_softcap_stay_on_codes(build, no_dequantizing):
     step_logits(build("turboquant"), tokens(2, 30, vocab_size=200), chunks)
 
 
+def test_a_position_bias_with_softcap_is_refused(tiny_model):
+    states = torch.randn(1, 2, 5, 64, device=DEVICE)
+    module, bias = tiny_model.model.layers[0].self_attn, torch.zeros(1, 2, 5, 5, device=DEVICE)
+    with pytest.raises(ValueError, match="softcap or sinks together with a position_bias are not supported"):
+        turboquant_attention(module, *[states] * 3, None, softcap=2.0, position_bias=bias)
+
+
 def test_a_window_on_a_layer_that_holds_everything(tiny_model):
     torch.manual_seed(0)
     keys, values = torch.randn(2, 1, 2, 50, 64, device=DEVICE)

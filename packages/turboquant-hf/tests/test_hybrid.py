@@ -5,6 +5,8 @@ import torch
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
@@ -198,6 +200,34 @@ def test_beams_over_a_window(attention):
     prompt = ids(2, 2 * WINDOW)
     expected = generate(model, prompt, DynamicCache(config=model.config), num_beams=3)
     assert torch.equal(generate(model, prompt, TurboQuantCache(model.config, **EXACT), num_beams=3), expected)
+
+
+def test_layers_that_read_the_cache_of_another(attention):
+    config = Gemma3nTextConfig(
+        **COMMON,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16,
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        laurel_rank=8,
+        activation_sparsity_pattern=None,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(3)
+    model = Gemma3nForCausalLM(config).eval()
+    prompt = ids(2, 100)
+    mask = torch.ones(2, 134, dtype=torch.int64)
+    mask[0, :30] = 0
+    cache = TurboQuantCache(config, **EXACT)
+    expected = step_logits(model, prompt, DynamicCache(config=config), mask=mask)
+    actual = step_logits(model, prompt, cache, mask=mask)
+    assert [type(layer) for layer in cache.layers[:4]] == [TurboQuantSlidingLayer, TurboQuantLayer] * 2
+    assert not any(isinstance(layer, TurboQuantLayer) for layer in cache.layers[4:])
+    # This model's random weights magnify a difference; one that read anything else would be far away.
+    errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert 0 < errors.median() < 0.05
 
 
 def test_images_in_the_prompt(attention):

@@ -165,9 +165,10 @@ def test_copies_are_independent(duplicate):
     [
         (random_states(batch_size=3), r"key_states are \[3, 2, 10, 64\].*\[2, 2, 10, 64\].*reset"),
         (random_states(dtype=torch.bfloat16), r"key_states are torch.bfloat16 on cpu.*torch.float32 on cpu"),
+        ([x.to("meta") for x in random_states()], r"key_states are torch.float32 on meta.*torch.float32 on cpu"),
         ([random_states()[0], random_states(num_tokens=4)[0]], r"value_states are \[2, 2, 4, 64\]"),
     ],
-    ids=["batch", "dtype", "length"],
+    ids=["batch", "dtype", "device", "length"],
 )
 def test_states_that_do_not_fit_are_refused_and_change_nothing(states, message):
     layer = filled()

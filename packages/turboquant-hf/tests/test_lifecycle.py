@@ -227,6 +227,20 @@ def test_offloading(model):
     assert torch.equal(generate(model, prompts(2), OffloadedByHand(model.config, **KEPT)), expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the streams of a GPU")
+@pytest.mark.parametrize("padded", [0, 6])
+def test_offloading_from_a_gpu(model, padded):
+    model, ids = copy.deepcopy(model).cuda(), prompts(2).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    texts = []
+    for offloading in (False, True):
+        cache = TurboQuantCache(model.config, offloading=offloading, **KEPT)
+        texts.append(generate(model, ids, cache, attention_mask=mask))
+    assert torch.equal(*texts)
+    assert cache.layers[-1].states.pages.device.type == "cpu"
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_compile(model, backend):
     ids, first = prompts(2), prompts(2, 1, seed=2)
