@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3NextConfig,
     T5Config,
 )
 
@@ -206,10 +207,23 @@ def test_single_layers_may_keep_full_precision_or_have_bits_of_their_own(tiny_mo
         TurboQuantCache(config, skip_layers=[0, -1])
     with pytest.raises(ValueError, match="skip_layers names layer 2; this model has 2 layers"):
         TurboQuantCache(config, skip_layers=[2])
+    with pytest.raises(ValueError, match="skip_layers names layer '0'"):
+        TurboQuantCache(config, skip_layers="0")
     with pytest.raises(ValueError, match="layer_bits names layer -3"):
         TurboQuantCache(config, layer_bits={-3: (4, 4)})
+    with pytest.raises(ValueError, match=r"layer_bits of layer 0 are 8; write \(key_bits, value_bits\)"):
+        TurboQuantCache(config, layer_bits={0: 8})
+    with pytest.raises(ValueError, match="layer -2 is in layer_bits and in skip_layers"):
+        TurboQuantCache(config, layer_bits={-2: (8, 4)}, skip_layers=[0])
     with pytest.raises(ValueError, match="value_bits is 9"):
         TurboQuantCache(config, layer_bits={0: (4, 9)})
+
+
+def test_bits_of_a_layer_that_is_not_compressed_are_refused():
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    TurboQuantCache(config, layer_bits={1: (8, 4)})
+    with pytest.raises(ValueError, match="layer_bits names layer 0, a LinearAttentionLayer, which is not compressed"):
+        TurboQuantCache(config, layer_bits={0: (8, 4)})
 
 
 def test_fractional_bits_refuse_a_head_dim_they_cannot_split(tiny_config):

@@ -253,6 +253,18 @@ def test_a_prompt_in_chunks_may_begin_with_padding_alone(model, ids, chunk):
     assert (actual - expected).norm() < 0.03 * expected.norm()
 
 
+def test_sinks_of_a_padded_row_that_come_in_several_calls_take_no_part_in_the_mean():
+    sinks, generator = 3, torch.Generator().manual_seed(0)
+    kept = KeptTokens.empty(sinks, 0, (2, 2, 64), torch.float32, DEVICE)
+    states = PagedStates(TurboQuantConfig(64, 2, 2), 2, 2, DEVICE, kept)
+    keys = torch.randn(2, 2, 20, 64, generator=generator).to(DEVICE)
+    starts = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)
+    states.append(keys[:, :, :3], keys[:, :, :3], starts)
+    states.append(keys[:, :, 3:], keys[:, :, 3:])
+    expected = torch.stack([keys[row, :, start + sinks :].mean(1) for row, start in enumerate(starts.tolist())])
+    torch.testing.assert_close(states.codec.key_mean.view(2, 2, 64), expected)
+
+
 @pytest.mark.parametrize("max_length", [None, 64])
 def test_a_crop_into_padding_lets_the_row_begin_with_what_comes(max_length):
     sinks, padded, remaining = 3, 12, 10

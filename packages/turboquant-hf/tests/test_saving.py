@@ -167,6 +167,8 @@ def test_no_file_is_an_os_error(tiny_model, tmp_path):
 def test_another_model_is_refused(tiny_config, saved):
     with pytest.raises(ValueError, match="whose vocab_size is 1500; this model's is 1501"):
         TurboQuantCache.load(saved, tiny_config(vocab_size=1501))
+    with pytest.raises(ValueError, match="whose num_key_value_heads is 2; this model's is 4"):
+        TurboQuantCache.load(saved, tiny_config(num_key_value_heads=4))
 
 
 def test_an_empty_cache_is_not_saved(tiny_model, tmp_path):

@@ -43,9 +43,9 @@ class TurboQuantCache(Cache):
             `value_scale`, `center_keys`.
 
     Raises:
-        ValueError: If preset, bits or a layer do not exist, a number of tokens is none, the model has no layer that
-            this cache can hold or that can keep tokens as they are, a file of bits is damaged or of another model, or
-            max_length comes with offloading.
+        ValueError: If preset, bits or a layer do not exist, bits are for a layer that is not compressed, a number of
+            tokens is none, the model has no layer that this cache can hold or that can keep tokens as they are, a file
+            of bits is damaged or of another model, or max_length comes with offloading.
         FileNotFoundError: If there is no file of bits.
     """
 

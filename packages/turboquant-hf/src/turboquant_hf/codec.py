@@ -46,7 +46,7 @@ class LayerCodec:
         return cls(
             config,
             mean,
-            _channel_order(_centred(keys, mean), config.key_bits, counts),
+            _channel_order(keys, config.key_bits, counts, mean),
             _channel_order(values, config.value_bits, counts),
         )
 
@@ -107,10 +107,12 @@ def _counted(states: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
     return states if counts is None else torch.where(counts[:, :, None], states, 0.0)
 
 
-def _channel_order(states: torch.Tensor, bits: float, counts: torch.Tensor | None) -> torch.Tensor | None:
+def _channel_order(
+    states: torch.Tensor, bits: float, counts: torch.Tensor | None, mean: torch.Tensor | None = None
+) -> torch.Tensor | None:
     if bits not in OUTLIER_BITS:
         return None
-    states = _counted(states, counts)
+    states = _counted(_centred(states, mean), counts)
     return OutlierQuantizer.calibrate(states, bits, dim=0).channel_order[0]
 
 

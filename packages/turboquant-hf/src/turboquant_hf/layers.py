@@ -1,6 +1,6 @@
 """Which layers a cache for a model has, and how each stores its tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -42,7 +42,7 @@ def build_layers(
     layers = held_layers(config, max_length)
     skipped = {_index(index, len(layers), "skip_layers") for index in skip_layers}
     if isinstance(layer_bits, Mapping):
-        bits = {_index(index, len(layers), "layer_bits"): pair for index, pair in layer_bits.items()}
+        bits = _bits_of_layers(layer_bits, layers, skipped)
     else:
         bits = _bits_of_file(layer_bits, config, layers, skipped)
     text_config, head_dim = config.get_text_config(decoder=True), text_head_dim(config)
@@ -114,6 +114,24 @@ def compressed_layer(layer: Any, preset: str, kept: Mapping[str, int], options: 
     return layer
 
 
+def _bits_of_layers(
+    layer_bits: Mapping[int, tuple[float, float]], layers: list[object], skipped: set[int]
+) -> dict[int, tuple[float, float]]:
+    """Bits by a layer's index from zero; each has to be one that is compressed."""
+    bits = {}
+    for given, pair in layer_bits.items():
+        index = _index(given, len(layers), "layer_bits")
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"layer_bits of layer {given} are {pair!r}; write (key_bits, value_bits)")
+        if index in skipped:
+            raise ValueError(f"layer {given} is in layer_bits and in skip_layers; leave it out of one of them")
+        if type(layers[index]) not in COMPRESSED_KINDS:
+            kind = type(layers[index]).__name__
+            raise ValueError(f"layer_bits names layer {given}, a {kind}, which is not compressed; leave it out")
+        bits[index] = pair
+    return bits
+
+
 def _bits_of_file(
     path: str | PathLike[str], config: PreTrainedConfig, layers: list[object], skipped: set[int]
 ) -> dict[int, tuple[float, float]]:
@@ -129,6 +147,6 @@ def _bits_of_file(
 
 def _index(index: int, num_layers: int, option: str) -> int:
     """A layer's index from zero; negative ones count from the last."""
-    if not -num_layers <= index < num_layers:
-        raise ValueError(f"{option} names layer {index}; this model has {num_layers} layers with a cache")
+    if not isinstance(index, int) or not -num_layers <= index < num_layers:
+        raise ValueError(f"{option} names layer {index!r}; this model has {num_layers} layers with a cache")
     return index % num_layers

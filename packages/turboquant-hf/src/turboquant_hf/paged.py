@@ -115,7 +115,6 @@ def attend(
         window: Tokens that a token sees, itself included; None for all.
         softcap: Logits become softcap * tanh(logits / softcap).
         sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
-
         return_lse: Whether the log-sum-exp is needed.
 
     Returns:

@@ -23,7 +23,15 @@ from turboquant_hf.states import PagedStates
 HEADER = "turboquant-hf cache"
 FORMAT_VERSION = 3
 # What must be the same for keys and values of one model to mean anything to another.
-MODEL_FIELDS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+MODEL_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 CODEC_TENSORS = ("key_mean", "key_order", "value_order")
 KEPT_TENSORS = ("kept_keys", "kept_values")
 KEPT_FIELDS = ("sink_tokens", "recent_tokens", "num_kept", "is_padded")

@@ -112,6 +112,8 @@ class PagedStates:
             if self.is_empty:
                 self.kept.row_starts = row_starts if self._num_sinks else None
             self.kept.write(keys, values, self._num_tokens)
+            # Sinks may come in several calls, and where rows start with the first.
+            row_starts = row_starts if self.kept.row_starts is None else self.kept.row_starts
         keys, values = tokens_first(keys), tokens_first(values)
         stop = self._num_tokens + num_new
         self._reserve(stop)
