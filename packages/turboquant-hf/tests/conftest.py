@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from turboquant_hf import TurboQuantCache
 from turboquant_hf.demo.run import CHAT_PROMPT, QUESTION, long_text
 from turboquant_hf.models import default_model, load_model
 
@@ -45,6 +46,20 @@ def tiny_model():
 @pytest.fixture
 def prompt():
     return torch.randint(1500, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="session")
+def offloaded_cache():
+    """What `offloading=True` does around every update, for which it needs the streams of a GPU."""
+
+    class OffloadedByHand(TurboQuantCache):
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            self.layers[layer_idx].prefetch()
+            states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            self.layers[layer_idx].offload()
+            return states
+
+    return OffloadedByHand
 
 
 @pytest.fixture(scope="session")

@@ -212,19 +212,9 @@ def test_a_copy_looks_at_the_model_too(tiny_model):
     assert torch.equal(greedy(model, twin, first), greedy(model, prefill(model, ids), first))
 
 
-class OffloadedByHand(TurboQuantCache):
-    """What `offloading=True` does around every update, which needs a GPU's streams."""
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.layers[layer_idx].prefetch()
-        states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self.layers[layer_idx].offload()
-        return states
-
-
-def test_offloading(model):
+def test_offloading(model, offloaded_cache):
     expected = generate(model, prompts(2), TurboQuantCache(model.config, **KEPT))
-    assert torch.equal(generate(model, prompts(2), OffloadedByHand(model.config, **KEPT)), expected)
+    assert torch.equal(generate(model, prompts(2), offloaded_cache(model.config, **KEPT)), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the streams of a GPU")

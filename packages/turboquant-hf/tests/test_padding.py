@@ -127,18 +127,9 @@ def test_operations_keep_where_rows_start(model, ids, operation, tmp_path):
         torch.testing.assert_close(logits[index], expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
-def test_a_layer_on_the_cpu_meanwhile(model, ids):
-    """What offloading does around every update; attention comes after it."""
-
-    class Offloaded(TurboQuantCache):
-        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-            self.layers[layer_idx].prefetch()
-            read = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            self.layers[layer_idx].offload()
-            return read
-
+def test_a_layer_that_is_offloaded_before_attention(model, ids, offloaded_cache):
     logits = []
-    for kind in (TurboQuantCache, Offloaded):
+    for kind in (TurboQuantCache, offloaded_cache):
         cache = kind(model.config, "tq2")
         feed(model, cache, ids, padding_mask(), 0, PADDED + PROMPT)
         assert cache.layers[0].states.kept.row_starts.tolist() == [0, PADDED, PADDED // 2]

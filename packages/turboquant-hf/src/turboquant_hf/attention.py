@@ -25,7 +25,7 @@ ATTENTION = "turboquant"
 _STATES = "turboquant_states"
 _RECENT = "turboquant_recent"
 _ROWS = "turboquant_rows"
-_SHOWN = "turboquant_shown"
+_PADDING_MASK = "turboquant_padding_mask"
 _STORE_AGAIN = "turboquant_store_again"
 
 
@@ -154,17 +154,17 @@ def turboquant_mask(
         return None
     if q_length <= MAX_QUERY_LEN and q_length < kv_length:
         setattr(mask, _ROWS, _rows_of_mask(mask, q_offset, kv_offset, kwargs.get("local_size")))
-    shown = kwargs.get("attention_mask")
-    if shown is not None and shown.ndim == 2:
-        setattr(mask, _SHOWN, shown)
+    padding_mask = kwargs.get("attention_mask")
+    if padding_mask is not None and padding_mask.ndim == 2:
+        setattr(mask, _PADDING_MASK, padding_mask)
     return mask
 
 
 def _leave_out_padding(key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor) -> None:
     """Have a prompt whose rows begin with padding stored again, with where they start."""
-    store_again, shown = getattr(key, _STORE_AGAIN, None), getattr(attention_mask, _SHOWN, None)
-    if store_again is not None and shown is not None:
-        row_starts = padded_starts(key.shape[2], shown)
+    store_again, padding_mask = getattr(key, _STORE_AGAIN, None), getattr(attention_mask, _PADDING_MASK, None)
+    if store_again is not None and padding_mask is not None:
+        row_starts = padded_starts(key.shape[2], padding_mask)
         if row_starts is not None:
             store_again(key, value, row_starts)
 

@@ -110,7 +110,7 @@ class KeptTokens:
         """The first position after the sinks, an int or int32 [batch_size]."""
         return self.sink_tokens if self.row_starts is None else self.row_starts + self.sink_tokens
 
-    def over(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_sinks(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all positions, [batch_size, num_kv_heads, num_tokens, head_dim], with sinks as they are.
 
         Written in place where rows begin with their first token.

@@ -357,7 +357,7 @@ class PagedStates:
         first = self._first_recent(self._num_tokens, self._num_new) if with_recent else self._num_tokens
         for states, newest in zip((keys, values), kept.recent(first, self._num_tokens), strict=True):
             states[:, :, first:] = newest
-        return kept.over(keys, values)
+        return kept.with_sinks(keys, values)
 
     def _first_recent(self, num_tokens: int, num_new: int) -> int:
         """The first position that is read as it is, of the window of the token that the last `num_new` begin with."""

@@ -196,7 +196,7 @@ class StaticPagedStates(PagedStates):
                 torch.where(is_recent[:, None], held.index_select(2, slots), states)
                 for states, held in ((keys, kept.keys), (values, kept.values))
             )
-        return kept.over(keys, values)
+        return kept.with_sinks(keys, values)
 
     def _refill(self, num_tokens: int) -> None:
         kept = self.kept
