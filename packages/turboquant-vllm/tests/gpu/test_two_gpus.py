@@ -15,6 +15,7 @@ COMMON = {
     "max_num_batched_tokens": 64,
     "max_num_seqs": 8,
     "kv_cache_memory_bytes": 2**30,
+    "gpu_memory_utilization": 0.05,
     "enforce_eager": False,
     "attention_backend": "CUSTOM",
     "additional_config": {"turboquant": {"key_bits": 8, "value_bits": 8}},

@@ -1,0 +1,112 @@
+"""One server prefills, another decodes, each on a GPU of its own: pages of codes go through vLLM's NIXL connector."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.real_weights,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.skipif(find_spec("nixl") is None, reason="needs nixl"),
+]
+START_UP_S = 240
+PREFILLS, DECODES = 8100, 8200
+TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail"}
+# Pages that leave their server need the same mean on both sides, or none.
+TURBOQUANT = {"key_bits": 8, "value_bits": 8, "center_keys": False}
+REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
+TIE = 0.1
+
+
+def start(model, port, gpu, output):
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
+            "--served-model-name", "model", "--dtype", "float16", "--max-model-len", "2048", "--max-num-seqs", "4",
+            "--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(2**28), "--attention-backend", "CUSTOM",
+            "--additional-config", json.dumps({"turboquant": TURBOQUANT}),
+            "--kv-transfer-config", json.dumps(TRANSFER),
+        ],
+        env=os.environ
+        | {
+            "CUDA_VISIBLE_DEVICES": str(gpu),
+            "UCX_NET_DEVICES": "all",
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + gpu),
+        },
+        stdout=output,
+        stderr=output,
+    )  # fmt: skip
+
+
+def get(port, path):
+    return urllib.request.urlopen(f"http://localhost:{port}/{path}", timeout=5).read().decode()
+
+
+def is_healthy(port):
+    try:
+        get(port, "health")
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def servers(model_folder, tmp_path_factory, keep):
+    """Both servers, until the tests are over."""
+    logs = {port: tmp_path_factory.mktemp("servers") / f"{port}.log" for port in (PREFILLS, DECODES)}
+    with ExitStack() as stack:
+        running = {}
+        for gpu, (port, log) in enumerate(logs.items()):
+            running[port] = start(model_folder, port, gpu, stack.enter_context(log.open("w")))
+            stack.callback(lambda port=port, log=log: keep(f"disaggregated_{port}.log", log.read_text()))
+            stack.callback(running[port].kill)
+        deadline = time.monotonic() + START_UP_S
+        while not all(map(is_healthy, running)):
+            for port, server in running.items():
+                if server.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(
+                        f"the server at {port} does not serve:\n{logs[port].read_text()[-3000:]}", pytrace=False
+                    )
+            time.sleep(1)
+        yield
+
+
+def complete(port, prompt, **options):
+    asked = {"model": "model", "prompt": prompt, "temperature": 0, "ignore_eos": True, "logprobs": 3, **options}
+    request = urllib.request.Request(
+        f"http://localhost:{port}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request, timeout=120))
+
+
+def tokens_from_elsewhere(port):
+    (found,) = re.findall(r"^vllm:external_prefix_cache_hits_total\S* (\S+)$", get(port, "metrics"), re.MULTILINE)
+    return float(found)
+
+
+def test_what_one_server_prefilled_another_decodes(servers, story, figures):
+    to_come = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(REMOTE)}
+    prefilled = complete(PREFILLS, story, max_tokens=1, kv_transfer_params=to_come)
+    before = tokens_from_elsewhere(DECODES)
+    found = complete(DECODES, story, max_tokens=60, kv_transfer_params=prefilled["kv_transfer_params"])
+    expected = complete(PREFILLS, story, max_tokens=60)
+    moved = tokens_from_elsewhere(DECODES) - before
+    same = found["choices"][0]["text"] == expected["choices"][0]["text"]
+    figures(disaggregated_tokens_moved=moved, disaggregated_same_text=same)
+    assert moved >= 256
+    assert moved >= found["usage"]["prompt_tokens"] - 16
+    mine, theirs = (answer["choices"][0]["logprobs"] for answer in (found, expected))
+    for token, other, likely in zip(mine["tokens"], theirs["tokens"], theirs["top_logprobs"], strict=True):
+        if token != other:
+            assert likely[other] - likely.get(token, -99) < TIE, (token, likely)
+            break
