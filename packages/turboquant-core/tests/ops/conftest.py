@@ -15,3 +15,13 @@ if find_spec("triton") is None:
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def looks_for_gluon():
+    """Has the operations look for Gluon in this test, and again after it."""
+    from turboquant_core.ops._dispatch import has_gluon
+
+    has_gluon.cache_clear()
+    yield
+    has_gluon.cache_clear()

@@ -489,6 +489,7 @@ def test_auto_is_portable_on_amd(card):
     assert paths.choose_path("auto", LAYOUT, GPU) == "portable"
 
 
+@pytest.mark.usefixtures("looks_for_gluon")
 def test_auto_does_without_gluon(card, monkeypatch):
     card((9, 0))
     monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)
@@ -496,6 +497,7 @@ def test_auto_does_without_gluon(card, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["triton.experimental", "triton.experimental.gluon"])
+@pytest.mark.usefixtures("looks_for_gluon")
 def test_auto_does_without_the_package_that_gluon_would_be_in(card, monkeypatch, missing):
     """Triton before 3.4, which torch 2.6 brings, has neither: find_spec raises when a parent is missing."""
     card((9, 0))
@@ -542,6 +544,7 @@ def test_what_cannot_run_is_refused(card, path, capability, layout, hip, message
         paths.choose_path(path, layout, GPU)
 
 
+@pytest.mark.usefixtures("looks_for_gluon")
 def test_fragments_without_gluon_are_refused(card, monkeypatch):
     card((9, 0))
     monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)

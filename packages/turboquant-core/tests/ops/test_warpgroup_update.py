@@ -163,6 +163,7 @@ def test_other_cards_take_triton(hopper, capability, hip, reason):
         choose("warpgroup")
 
 
+@pytest.mark.usefixtures("looks_for_gluon")
 def test_a_triton_without_gluon_is_told(hopper, monkeypatch):
     hopper()
     monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)
