@@ -111,17 +111,7 @@ class Prefill:
         rotated = self._rotated(query)
         context: Attended | None = None
         for part in rows.context_parts:
-            key, value = self._gather(pages, rows, part, query.dtype, added_mean)
-            attended = self.attention(
-                rotated,
-                key,
-                value,
-                rows.query_start_loc,
-                part.start_loc,
-                rows.max_query_len,
-                part.max_len,
-                causal=False,
-            )
+            attended = self._stored(rotated, pages, rows, part, added_mean, causal=False)
             context = attended if context is None else merge(context, attended)
         assert context is not None
         out, lse = context
@@ -138,29 +128,22 @@ class Prefill:
         """Attention on what the windows reach, the rows' own tokens as stored too: one call, aligned at its end."""
         assert self.attention.window is not None
         part = rows.window_part(self.attention.window)
-        key, value = self._gather(pages, rows, part, query.dtype, added_mean)
-        attended, _ = self.attention(
-            self._rotated(query),
-            key,
-            value,
-            rows.query_start_loc,
-            part.start_loc,
-            rows.max_query_len,
-            part.max_len,
-            causal=True,
-            sinks=self.sinks,
-        )
+        attended, _ = self._stored(self._rotated(query), pages, rows, part, added_mean, causal=True, sinks=self.sinks)
         out.copy_(self._unrotated(attended))
 
-    def _gather(
+    def _stored(
         self,
+        rotated: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
         part: ContextPart,
-        dtype: torch.dtype,
         added_mean: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value, _ = cache_gather(
+        *,
+        causal: bool,
+        sinks: torch.Tensor | None = None,
+    ) -> Attended:
+        """Attention of rotated queries on a part of what is stored; the output is rotated too."""
+        key, value, start_loc = cache_gather(
             pages,
             rows.block_table,
             part.ends,
@@ -168,10 +151,20 @@ class Prefill:
             starts=part.starts,
             cu_seqlens=part.start_loc,
             key_mean=added_mean,
-            dtype=dtype,
+            dtype=rotated.dtype,
             max_tokens=part.num_tokens,
         )
-        return key, value
+        return self.attention(
+            rotated,
+            key,
+            value,
+            rows.query_start_loc,
+            start_loc,
+            rows.max_query_len,
+            part.max_len,
+            causal=causal,
+            sinks=sinks,
+        )
 
     @property
     def _rotation(self) -> Rotation:
