@@ -78,10 +78,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def notebooks(session: nox.Session) -> None:
-    """Run the notebook for CPUs from the first cell to the last; `-- --inplace` keeps what it shows."""
+    """Run the notebook for CPUs, and with a GPU the one for vLLM too; `-- --inplace` keeps what they show."""
     install(session, "core", "hf", groups=("notebooks",))
     install_demo_model(session)
     session.run("jupyter", "execute", "docs/notebooks/transformers.ipynb", *session.posargs)
+    if has_nvidia_gpu():
+        # It installs itself what it needs.
+        session.install("pip")
+        session.run("jupyter", "execute", "docs/notebooks/vllm.ipynb", *session.posargs)
 
 
 @nox.session
