@@ -127,6 +127,19 @@ def test_pages_that_come_back_to_their_process_need_no_file(config, monkeypatch,
         assert TurboQuantBackend.supports_kv_connector() is served
 
 
+INNER = {"connectors": [{"kv_connector": "ExampleConnector"}, {"kv_connector": "LMCacheConnectorV1"}]}
+
+
+@pytest.mark.parametrize("transfer", [offloading("LMCacheConnectorV1"), offloading("MultiConnector", **INNER)])
+def test_a_connector_that_takes_slots_for_uncompressed_is_refused(config, monkeypatch, transfer):
+    settings = Settings(center_keys=False)
+    monkeypatch.setattr(config, "kv_transfer_config", transfer)
+    (problem,) = engine_problems(config, settings)
+    assert re.search("kv_connector is LMCacheConnectorV1, which copies slots.*LMCacheMPConnector instead", problem)
+    monkeypatch.setattr(config, "kv_transfer_config", offloading("LMCacheMPConnector"))
+    assert engine_problems(config, settings) == []
+
+
 def test_offloading_by_its_own_flag_needs_no_file(configure, tiny_model):
     config = configure(tiny_model("Llama"), kv_offloading_size=1)
     assert config.kv_transfer_config.kv_connector == "OffloadingConnector"

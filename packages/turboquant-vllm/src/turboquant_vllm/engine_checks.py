@@ -15,6 +15,8 @@ OFFLOADING = {
     "OffloadingConnector": ("spec_name", "CPUOffloadingSpec"),
     "SimpleCPUOffloadConnector": ("kv_offload_backend", "cpu"),
 }
+# It takes the type and the size of a slot from the configuration of the model (LMCache 0.5.6), not from the pages.
+LMCACHE_IN_PROCESS = "LMCacheConnectorV1"
 OWN_DRAFT_BACKEND = "Leave attention_backend out of --speculative-config: vLLM's own backend then serves the draft."
 
 
@@ -25,6 +27,7 @@ def engine_problems(config: Any, settings: Settings) -> list[str]:
     return [
         *_cache_problems(config.cache_config),
         *_attention_problems(config),
+        *_connector_problems(config.kv_transfer_config),
         *_mean_problems(config, settings),
         *_layer_problems(config, settings),
     ]
@@ -72,6 +75,18 @@ def _attention_problems(config: Any) -> Iterator[str]:
     # For these vLLM lengthens the rows and leaves the lengths on the CPU, which prefill is planned with, as they were.
     if _compresses_draft(speculative) and (speculative.method == "draft_model" or speculative.parallel_drafting):
         yield f"a draft of method {speculative.method} is not served by TurboQuant. {OWN_DRAFT_BACKEND}"
+
+
+def _connector_problems(transfer: Any) -> Iterator[str]:
+    if transfer is None:
+        return
+    inner = transfer.get_from_extra_config("connectors", [])
+    for name in (transfer.kv_connector, *(connector.get("kv_connector") for connector in inner)):
+        if name is not None and name.startswith(LMCACHE_IN_PROCESS):
+            yield (
+                f"kv_connector is {name}, which copies slots of the size that the model's uncompressed keys and values "
+                "have, and the pages hold smaller ones. Start LMCache as a server and give LMCacheMPConnector instead."
+            )
 
 
 def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
