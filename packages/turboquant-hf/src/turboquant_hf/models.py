@@ -1,10 +1,12 @@
 """Load a causal language model from a hub id, a folder, a GGUF file, or the package that carries one."""
 
+import struct
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,6 +55,19 @@ def model_source(name: str) -> tuple[str, dict[str, str]]:
     return str(path.parent), {"gguf_file": path.name}
 
 
+def read_gguf(name: str) -> GGUFReader:
+    """The names and values of a GGUF file, and its tensors, mapped and not read.
+
+    Raises:
+        OSError: If the file is cut off or no GGUF file.
+    """
+    try:
+        return GGUFReader(name)
+    # What reading past the end raises depends on the field that is cut.
+    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+        raise OSError(f"{name} is cut off, damaged or no GGUF file ({error}). Download it again.") from error
+
+
 def load_model(name: str, device: str) -> LoadedModel:
     """Load a model that `TurboQuantCache` can serve; the configuration is checked before any weight is read.
 
@@ -64,11 +79,14 @@ def load_model(name: str, device: str) -> LoadedModel:
 
     Raises:
         ValueError: If the cache cannot hold the model.
-        OSError: If there is no such model.
+        OSError: If there is no such model, or its GGUF file is damaged.
     """
     path = Path(name)
     source, kwargs = model_source(name)
-    quantization = gguf_weights_in_full() if kwargs else {}
+    quantization = {}
+    if kwargs:
+        read_gguf(name)
+        quantization = gguf_weights_in_full()
     TurboQuantCache(AutoConfig.from_pretrained(source, **kwargs))
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs, **quantization)

@@ -29,6 +29,7 @@ from turboquant_hf.doctor.checkpoint import open_checkpoint
 from turboquant_hf.doctor.command import doctor
 from turboquant_hf.doctor.engines import by_transformers, by_vllm
 from turboquant_hf.doctor.key_bias import key_biases as read_key_biases
+from turboquant_hf.models import load_model
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 16}
 
@@ -228,6 +229,16 @@ def test_a_gguf_file(gguf_file):
     assert 'gguf_file="tiny.gguf"' in code
     # Otherwise every forward would dequantise the weights again.
     assert code.count("GgufConfig") == (2 if gguf_weights_in_full() else 0)
+
+
+@pytest.mark.parametrize("kept", [3, 30, 100, 200, -10])
+def test_a_gguf_file_that_is_cut_off(gguf_file, kept):
+    gguf_file.write_bytes(gguf_file.read_bytes()[:kept])
+    outcome = run(gguf_file)
+    assert outcome.exit_code == 2
+    assert "tiny.gguf is cut off" in said(outcome)
+    with pytest.raises(OSError, match="is cut off"):
+        load_model(str(gguf_file), "cpu")
 
 
 def test_the_code_for_transformers_runs(tmp_path):

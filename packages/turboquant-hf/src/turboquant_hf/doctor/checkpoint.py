@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.doctor.safetensors_header import read_floats, read_header
-from turboquant_hf.models import model_source
+from turboquant_hf.models import model_source, read_gguf
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -73,16 +73,19 @@ def open_checkpoint(name: str) -> Checkpoint:
         name: A hub id, a folder, or a GGUF file.
 
     Raises:
-        OSError: If there is no such model, or its files cannot be reached.
-        ValueError: If the configuration or a file is damaged or of an unknown model.
+        OSError: If there is no such model, its files cannot be reached, or its GGUF file is damaged.
+        ValueError: If the configuration or another file is damaged or of an unknown model.
     """
     source, kwargs = model_source(name)
-    if Path(source).is_dir() and not kwargs and not (Path(source) / "config.json").is_file():
+    if kwargs:
+        # First, because transformers reads past the end of a file that is cut off.
+        tensors = _gguf_tensors(name)
+        return Checkpoint(name, AutoConfig.from_pretrained(source, **kwargs), tensors)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise OSError(f"the folder {name} has no config.json")
-    config = AutoConfig.from_pretrained(source, **kwargs)
+    config = AutoConfig.from_pretrained(source)
     with _hub_is_named():
-        tensors = _gguf_tensors(name) if kwargs else _safetensors_tensors(source)
-    return Checkpoint(name, config, tensors)
+        return Checkpoint(name, config, _safetensors_tensors(source))
 
 
 def _safetensors_tensors(source: str) -> dict[str, StoredTensor] | None:
@@ -157,12 +160,12 @@ def _hub_is_named() -> Iterator[None]:
 
 
 def _gguf_tensors(name: str) -> dict[str, StoredTensor]:
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
 
     def load(tensor: Any) -> torch.Tensor:
         return torch.tensor(dequantize(tensor.data, tensor.tensor_type)).float().flatten()
 
     return {
         tensor.name: StoredTensor(LOADED_ITEMSIZE * int(tensor.n_elements), partial(load, tensor))
-        for tensor in GGUFReader(name).tensors
+        for tensor in read_gguf(name).tensors
     }
