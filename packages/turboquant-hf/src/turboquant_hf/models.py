@@ -45,10 +45,12 @@ def model_source(name: str) -> tuple[str, dict[str, str]]:
     """The source of a hub id, folder or GGUF file for `from_pretrained`, and for a GGUF file its name as keyword.
 
     Raises:
-        OSError: If there is no such GGUF file.
+        OSError: If there is no such GGUF file, or a folder has no config.json.
     """
     path = Path(name)
     if path.suffix != ".gguf":
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise OSError(f"the folder {name} has no config.json")
         return name, {}
     if not path.is_file():
         raise OSError(f"there is no file {name}")

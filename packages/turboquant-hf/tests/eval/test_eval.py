@@ -248,8 +248,7 @@ def test_caches_of_others(run_eval, tiny_model_folder, tmp_path, name):
 def test_a_folder_without_config(run_eval, tmp_path, said):
     outcome = run_eval(tmp_path, "--out", tmp_path / "run.json")
     assert outcome.exit_code == 2
-    assert f"cannot serve {tmp_path}" in said(outcome)
-    assert "config.json" in said(outcome)
+    assert f"cannot load {tmp_path}: the folder {tmp_path} has no config.json" in said(outcome)
 
 
 def test_an_encoder(run_eval, tmp_path, said):

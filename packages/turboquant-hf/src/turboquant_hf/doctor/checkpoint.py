@@ -81,8 +81,6 @@ def open_checkpoint(name: str) -> Checkpoint:
         # First, because transformers reads past the end of a file that is cut off.
         tensors = _gguf_tensors(name)
         return Checkpoint(name, AutoConfig.from_pretrained(source, **kwargs), tensors)
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise OSError(f"the folder {name} has no config.json")
     config = AutoConfig.from_pretrained(source)
     with _hub_is_named():
         return Checkpoint(name, config, _safetensors_tensors(source))
