@@ -10,7 +10,9 @@ import pytest
 import torch
 import typer
 from huggingface_hub import constants
-from transformers import GenerationMixin
+from safetensors.torch import save_file
+from transformers import GenerationMixin, LlamaConfig, Qwen2Config
+from typer.testing import CliRunner
 
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import DEFAULT_HUB_ID
@@ -52,6 +54,14 @@ def commands(word):
     return found
 
 
+def app_of(name):
+    """A command of `turboquant` alone."""
+    (entry_point,) = entry_points(group="turboquant.commands", name=name)
+    app = typer.Typer()
+    app.command()(entry_point.load())
+    return app
+
+
 @pytest.fixture
 def run_page(capsys):
     """Runs the Python of a page from top to bottom in one namespace, and gives what it printed."""
@@ -65,15 +75,27 @@ def run_page(capsys):
 
 
 @pytest.fixture
-def hub_model(smollm2, tmp_path, monkeypatch):
+def hub(tmp_path, monkeypatch):
+    """Makes the folder where the Hub's files of a model would be."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def make(name):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        snapshot.mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
+        return snapshot
+
+    return make
+
+
+@pytest.fixture
+def hub_model(smollm2, hub, tmp_path, monkeypatch):
     """Puts SmolLM2 where the Hub would have put it, and works in an empty folder."""
-    repository = tmp_path / "hub" / f"models--{DEFAULT_HUB_ID.replace('/', '--')}"
-    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot = hub(DEFAULT_HUB_ID)
     smollm2.model.save_pretrained(snapshot)
     smollm2.tokenizer.save_pretrained(snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
     generate = GenerationMixin.generate
 
@@ -95,6 +117,38 @@ def test_the_quick_start_runs_as_written(run_page, hub_model, smollm2):
     assert [line.split()[0] for line in printed.splitlines()] == ["reference", "tq4", "k6v4", "k8v4"]
 
 
+def test_doctor_and_plan_print_what_is_shown_of_them(hub):
+    llama = LlamaConfig(
+        num_hidden_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=131_072,
+    )
+    llama.save_pretrained(hub("meta-llama/Llama-3.1-8B"))
+    qwen = hub("Qwen/Qwen2.5-Coder-1.5B")
+    Qwen2Config(num_hidden_layers=28, hidden_size=1536, num_attention_heads=12, num_key_value_heads=2).save_pretrained(
+        qwen
+    )
+    biases = {
+        f"model.layers.{layer}.self_attn.k_proj.bias": torch.full((256,), 200.0 if layer in (0, 1, 7, 15) else 0.1)
+        for layer in range(28)
+    }
+    save_file(biases, qwen / "model.safetensors")
+
+    def without_sizes_of_biases(text):
+        return re.sub(r"up to [\d.]+, they alone put an error of [\d.]+ nats", "", " ".join(text.split()))
+
+    shown = blocks(DOCS / "before-you-deploy.md", "text")
+    assert len(shown) == 2
+    for block in shown:
+        command, said = block.split("\n", 1)
+        name, *arguments = command.removeprefix("$ turboquant ").split()
+        outcome = CliRunner().invoke(app_of(name), arguments, env={"COLUMNS": "100"})
+        assert outcome.exit_code == 0, outcome.output
+        assert without_sizes_of_biases(outcome.stdout) == without_sizes_of_biases(said)
+
+
 def test_the_quick_start_of_core_prints_what_it_says(run_page):
     page = "docs/quickstart-core.md"
     said = [
@@ -112,10 +166,7 @@ def test_the_quick_start_of_core_prints_what_it_says(run_page):
 @pytest.mark.parametrize("arguments", commands("turboquant"))
 def test_commands_of_turboquant_have_the_options_that_are_named(arguments):
     name, *rest = arguments.split()
-    (entry_point,) = entry_points(group="turboquant.commands", name=name)
-    app = typer.Typer()
-    app.command()(entry_point.load())
-    known = {option for parameter in typer.main.get_command(app).params for option in parameter.opts}
+    known = {option for parameter in typer.main.get_command(app_of(name)).params for option in parameter.opts}
     options = {word.strip("[],.") for word in rest if word.strip("[").startswith("--")}
     assert options <= known
 
