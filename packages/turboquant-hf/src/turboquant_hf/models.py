@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -81,7 +82,7 @@ def load_model(name: str, device: str) -> LoadedModel:
 
     Raises:
         ValueError: If the cache cannot hold the model.
-        OSError: If there is no such model, or its GGUF file is damaged.
+        OSError: If there is no such model, or a file of it is damaged.
     """
     path = Path(name)
     source, kwargs = model_source(name)
@@ -91,7 +92,10 @@ def load_model(name: str, device: str) -> LoadedModel:
         quantization = gguf_weights_in_full()
     TurboQuantCache(AutoConfig.from_pretrained(source, **kwargs))
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs, **quantization)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs, **quantization)
+    except SafetensorError as error:
+        raise OSError(f"a safetensors file of it is cut off or damaged ({error}). Download it again.") from error
     return LoadedModel(
         name=path.stem if path.suffix == ".gguf" else name,
         model=model.to(device).eval(),

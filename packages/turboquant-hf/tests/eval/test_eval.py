@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from importlib.metadata import entry_points
 
@@ -249,6 +250,15 @@ def test_a_folder_without_config(run_eval, tmp_path, said):
     outcome = run_eval(tmp_path, "--out", tmp_path / "run.json")
     assert outcome.exit_code == 2
     assert f"cannot load {tmp_path}: the folder {tmp_path} has no config.json" in said(outcome)
+
+
+def test_weights_that_are_cut_off(run_eval, tiny_model_folder, tmp_path, said):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    outcome = run_eval(folder, "--out", tmp_path / "run.json")
+    assert outcome.exit_code == 2
+    assert f"cannot load {folder}: a safetensors file of it is cut off or damaged" in said(outcome)
 
 
 def test_an_encoder(run_eval, tmp_path, said):
