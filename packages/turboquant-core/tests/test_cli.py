@@ -92,6 +92,13 @@ def test_an_unknown_subcommand_is_refused(run):
     assert "No such command 'sing'" in errors
 
 
+def test_without_any_command_installed_the_package_that_brings_them_is_named(run):
+    status, _, errors = run("doctor", "MODEL", "--json", "-")
+    assert status == 2
+    assert "they come with turboquant-hf" in errors
+    assert run("--version")[2] == ""
+
+
 def test_a_command_that_cannot_be_imported_is_named_and_does_not_stop_the_others(run):
     missing = ImportError("No module named 'gguf'")
     status, output, errors = run("greet", "you", demo=missing, greet=greet)

@@ -1,5 +1,6 @@
 """The `turboquant` command; its subcommands come from the installed packages."""
 
+import sys
 from importlib.metadata import entry_points
 from typing import Annotated
 
@@ -34,7 +35,10 @@ def turboquant(
 
 def main() -> None:
     """Run the command line with the subcommands of every installed package."""
-    for entry_point in entry_points(group=COMMANDS_GROUP):
+    installed = entry_points(group=COMMANDS_GROUP)
+    if not installed and sys.argv[1:2] not in (["--help"], ["--version"]):
+        typer.echo("No subcommand is installed: they come with turboquant-hf.", err=True)
+    for entry_point in installed:
         try:
             command = entry_point.load()
         except ImportError as error:
