@@ -180,6 +180,17 @@ def test_the_size_of_the_workspace_does_not_matter(device, workspace):
     assert_accurate(inputs)
 
 
+@pytest.mark.parametrize(("workspace", "calls"), [(1, 3), (80, 2), (1000, 1)])
+def test_windows_of_many_rows_are_dequantised_a_few_rows_at_a_time(device, workspace, calls):
+    inputs = Inputs(Case(context_lens=(100, 0, 64), window=24), device)
+    inputs.rows.workspace_tokens = workspace
+    parts = inputs.rows.window_parts(24)
+    assert len(parts) == calls
+    assert sum(part.reached.num_tokens for part in parts) == 23 + 20 + 33 + 23 + 1
+    assert all(part.reached.num_tokens <= workspace or len(part.rows.query_lens_cpu) == 1 for part in parts)
+    assert_accurate(inputs)
+
+
 def test_the_workspace_is_bounded_in_bytes():
     llama, one_head_each = ((2048, heads, 128, torch.bfloat16) for heads in (8, 32))
     assert workspace_tokens(*llama) == 16 * 2048

@@ -172,9 +172,15 @@ class TurboQuantImpl(AttentionImpl[Any]):
         """Take what prefill takes at most, for vLLM to leave that much free."""
         most = self._engine_config.scheduler_config.max_num_batched_tokens
         num_tokens = workspace_tokens(most, self.num_kv_heads, self.head_size, query.dtype)
+        if self.sliding_window is not None:
+            # A row's window is dequantised whole.
+            longest = self._engine_config.model_config.max_model_len
+            num_tokens = max(num_tokens, min(self.sliding_window - 1 + most, longest))
         shape = (num_tokens, self.num_kv_heads, self.head_size)
         workspace = [query.new_empty(shape) for _ in range(2)]
         workspace += [torch.empty_like(query) for _ in range(4)]
+        # Keys less their mean.
+        workspace.append(query.new_empty((len(query), self.num_kv_heads, self.head_size)))
         del workspace
         return output.zero_()
 

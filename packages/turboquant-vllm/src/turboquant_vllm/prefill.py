@@ -125,11 +125,14 @@ class Prefill:
         added_mean: torch.Tensor | None,
         out: torch.Tensor,
     ) -> None:
-        """Attention on what the windows reach, the rows' own tokens as stored too: one call, aligned at its end."""
+        """Attention on what the windows reach, the rows' own tokens as stored too: calls aligned at their ends."""
         assert self.attention.window is not None
-        part = rows.window_part(self.attention.window)
-        attended, _ = self._stored(self._rotated(query), pages, rows, part, added_mean, causal=True, sinks=self.sinks)
-        out.copy_(self._unrotated(attended))
+        rotated = self._rotated(query)
+        for part in rows.window_parts(self.attention.window):
+            attended, _ = self._stored(
+                rotated[part.tokens], pages, part.rows, part.reached, added_mean, causal=True, sinks=self.sinks
+            )
+            out[part.tokens] = self._unrotated(attended)
 
     def _stored(
         self,

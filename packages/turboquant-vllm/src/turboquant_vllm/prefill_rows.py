@@ -1,7 +1,8 @@
 """Rows that prefill, and what is planned for them once a batch, for all layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import pad
@@ -150,25 +151,56 @@ class PrefillRows:
             self.block_table[row_of_group],
         )
 
-    def window_part(self, window: int) -> ContextPart:
-        """What the windows of the rows' tokens reach, those tokens included."""
+    def window_parts(self, window: int) -> "list[WindowPart]":
+        """What the windows of the rows' tokens reach, those tokens included, as many rows at a time as may be."""
         if window not in self._window_parts:
-            self._window_parts[window] = self._window_part(window)
+            self._window_parts[window] = self._plan_windows(window)
         return self._window_parts[window]
 
     @cached_property
-    def _window_parts(self) -> dict[int, ContextPart]:
+    def _window_parts(self) -> "dict[int, list[WindowPart]]":
         """Those that a layer asked for."""
         return {}
 
-    def _window_part(self, window: int) -> ContextPart:
-        before = window - 1
+    def _plan_windows(self, window: int) -> "list[WindowPart]":
         lens = [
-            min(context, before) + own for context, own in zip(self.context_lens_cpu, self.query_lens_cpu, strict=True)
+            min(context, window - 1) + own
+            for context, own in zip(self.context_lens_cpu, self.query_lens_cpu, strict=True)
         ]
-        starts = (self.context_lens - before).clamp(min=0)
-        ends = self.context_lens + self.query_start_loc.diff()
-        return ContextPart(starts, ends, cumulative_lengths(ends, starts), sum(lens), max(lens))
+        bounds, filled = [0], 0
+        for row, length in enumerate(lens):
+            if filled and filled + length > self.workspace_tokens:
+                bounds.append(row)
+                filled = 0
+            filled += length
+        bounds.append(len(lens))
+        first_token = 0
+        parts = []
+        for first, end in pairwise(bounds):
+            rows = self._between(first, end)
+            starts = (rows.context_lens - (window - 1)).clamp(min=0)
+            ends = rows.context_lens + rows.query_start_loc.diff()
+            reached = lens[first:end]
+            context = ContextPart(starts, ends, cumulative_lengths(ends, starts), sum(reached), max(reached))
+            parts.append(WindowPart(slice(first_token, first_token + rows.num_tokens), rows, context))
+            first_token += rows.num_tokens
+        return parts
+
+    def _between(self, first: int, end: int) -> "PrefillRows":
+        """Rows first to end - 1."""
+        if (first, end) == (0, len(self.query_lens_cpu)):
+            return self
+        query_lens_cpu = self.query_lens_cpu[first:end]
+        return replace(
+            self,
+            num_tokens=sum(query_lens_cpu),
+            max_query_len=max(query_lens_cpu),
+            query_start_loc=self.query_start_loc[first : end + 1] - self.query_start_loc[first],
+            context_lens=self.context_lens[first:end],
+            context_lens_cpu=self.context_lens_cpu[first:end],
+            query_lens_cpu=query_lens_cpu,
+            block_table=self.block_table[first:end],
+        )
 
     @cached_property
     def _grouped(self) -> list[bool]:
@@ -177,6 +209,21 @@ class PrefillRows:
         grouped = [context > 0 and own <= self.most_grouped_tokens for context, own in lens]
         num_groups = sum(-(-own // GROUP_LEN) for own, few in zip(self.query_lens_cpu, grouped, strict=True) if few)
         return grouped if num_groups < GROUP_COUNTS[-1] else [False] * len(grouped)
+
+
+@dataclass(frozen=True)
+class WindowPart:
+    """Rows whose windows are dequantised at a time.
+
+    Attributes:
+        tokens: Where their query tokens lie among those of all rows.
+        rows: Those rows.
+        reached: What their windows reach.
+    """
+
+    tokens: slice
+    rows: PrefillRows
+    reached: ContextPart
 
 
 def _to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
