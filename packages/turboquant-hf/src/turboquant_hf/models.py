@@ -86,11 +86,15 @@ def load_model(name: str, device: str) -> LoadedModel:
     """
     path = Path(name)
     source, kwargs = model_source(name)
-    quantization = {}
-    if kwargs:
-        read_gguf(name)
-        quantization = gguf_weights_in_full()
-    TurboQuantCache(AutoConfig.from_pretrained(source, **kwargs))
+    quantization = gguf_weights_in_full() if kwargs else {}
+    try:
+        config = AutoConfig.from_pretrained(source, **kwargs)
+    except Exception:
+        if kwargs:
+            # Says so if the file is damaged, which transformers does not.
+            read_gguf(name)
+        raise
+    TurboQuantCache(config)
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs, **quantization)
