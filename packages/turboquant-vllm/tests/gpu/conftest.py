@@ -1,4 +1,8 @@
 import json
+import shlex
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -26,3 +30,32 @@ def figures(keep):
         keep("figures.json", taken)
 
     return take
+
+
+@pytest.fixture(scope="session")
+def is_healthy():
+    """Whether a server answers at a URL."""
+
+    def ask(url):
+        try:
+            return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """Waits until servers are up; fails with the log of one that ended or took too long."""
+
+    def wait(are_up, servers, limit_s):
+        deadline = time.monotonic() + limit_s
+        while not are_up():
+            for process, log in servers:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    said = log.read_text(errors="replace")[-3000:]
+                    pytest.fail(f"{shlex.join(process.args)} does not serve:\n{said}", pytrace=False)
+            time.sleep(1)
+
+    return wait

@@ -3,7 +3,6 @@
 import socket
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 
 import pytest
@@ -46,7 +45,7 @@ def bits(request):
 
 
 @pytest.fixture
-def server(bits, tmp_path, keep):
+def server(bits, tmp_path, keep, wait_until):
     """The port of a server for one way to store pages: it does not tell several apart."""
     port, http_port = free_port(), free_port()
     command = [
@@ -57,11 +56,7 @@ def server(bits, tmp_path, keep):
     log = tmp_path / "lmcache.log"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
-            deadline = time.monotonic() + START_UP_S
-            while not is_open(http_port):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"LMCache does not serve:\n{log.read_text(errors='replace')[-3000:]}", pytrace=False)
-                time.sleep(1)
+            wait_until(lambda: is_open(http_port), [(process, log)], START_UP_S)
             yield port
         finally:
             process.kill()

@@ -5,9 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -32,16 +29,12 @@ def command(model_folder):
 
 
 @pytest.fixture(scope="module")
-def log(command, tmp_path_factory, keep):
+def log(command, tmp_path_factory, keep, wait_until, is_healthy):
     """What the server printed until it answered; it runs while this is in use."""
     path = tmp_path_factory.mktemp("serve") / "log.txt"
     with path.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
-            deadline = time.monotonic() + START_UP_S
-            while not is_healthy():
-                if server.poll() is not None or time.monotonic() > deadline:
-                    pytest.fail(f"{shlex.join(command)} does not serve:\n{path.read_text()[-1500:]}", pytrace=False)
-                time.sleep(1)
+            wait_until(lambda: is_healthy(URL), [(server, path)], START_UP_S)
             yield path.read_text()
         finally:
             server.terminate()
@@ -50,13 +43,6 @@ def log(command, tmp_path_factory, keep):
             except subprocess.TimeoutExpired:
                 server.kill()
             keep("serve.log", path.read_text())
-
-
-def is_healthy():
-    try:
-        return urllib.request.urlopen(f"{URL}/health", timeout=5).status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def test_the_log_says_how_many_tokens_fit(log, command, figures):
