@@ -26,7 +26,7 @@ NEWEST_VLLM = "0.33.0"
 TORCHVISION = "0.28.0"
 # They run vLLM or its kernels, and the first of them runs tests before.
 VLLM_BENCHMARKS = ("bench_engine.py", "bench_decode_attention.py", "eval_engine.py")
-# The oldest that turboquant-hf allows, and the newest that vLLM 0.32 allows; plain `tests` takes the newest of all.
+# The oldest that turboquant-hf allows, and the newest of vLLM 0.32 and of 0.33; plain `tests` takes the newest of all.
 TRANSFORMERS = ("5.16.0", "5.19.0", "5.20.2")
 
 each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)

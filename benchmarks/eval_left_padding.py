@@ -4,13 +4,13 @@ import argparse
 from itertools import pairwise
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
-from turboquant_hf._compat import Cache, with_cache
+from turboquant_hf._compat import Cache, DynamicCache, with_cache
 from turboquant_hf.attention import ATTENTION
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.eval.attention import attending
