@@ -23,6 +23,7 @@ from turboquant_core.calibration import write_key_means
 from turboquant_hf.calibrate.run import mean_keys
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import load_model
+from turboquant_hf.scoring import kl_divergence
 
 CALIBRATION_TOKENS = 2048
 
@@ -100,7 +101,7 @@ def main() -> None:
             expected = found if expected is None else expected
             scores[name] = {
                 "perplexity": (-found.gather(1, next_tokens).mean()).exp().item(),
-                "mean_kl": (expected.exp() * (expected - found)).sum(-1).mean().item(),
+                "mean_kl": kl_divergence(expected, found).mean().item(),
                 "top_1_agreement": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
             }
             print(f"{name:28s}", {key: round(value, 4) for key, value in scores[name].items()}, flush=True)

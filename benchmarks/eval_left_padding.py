@@ -15,6 +15,7 @@ from turboquant_hf.attention import ATTENTION
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.eval.attention import attending
 from turboquant_hf.models import load_model
+from turboquant_hf.scoring import kl_divergence
 
 PADDED = (0, 1, 16, 64, 256)
 ATTENTIONS = (ATTENTION, "sdpa")
@@ -68,7 +69,7 @@ def main() -> None:
             cache = TurboQuantCache(config, arguments.preset)
             with attending(model, attention):
                 candidate = log_probabilities(model, cache, row, arguments.prompt_tokens, padded)
-            kl[attention][padded] = float((reference.exp() * (reference - candidate)).sum(-1).mean())
+            kl[attention][padded] = float(kl_divergence(reference, candidate).mean())
             print(f"{padded:4d} padded tokens, {attention}: KL {kl[attention][padded]:.4f}", flush=True)
     path = write_result(f"left_padding_{file_stem(arguments.model)}", {**vars(arguments), "mean_kl": kl})
     print(path)

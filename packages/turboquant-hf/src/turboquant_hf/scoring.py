@@ -67,13 +67,17 @@ class _Parts:
     nll: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> None:
-        divergence = (reference.exp() * (reference - candidate)).sum(-1)
-        self.kl.append(divergence.double().cpu())
+        self.kl.append(kl_divergence(reference, candidate).double().cpu())
         self.agrees.append((reference.argmax(-1) == candidate.argmax(-1)).cpu())
         self.nll.append(-candidate.gather(-1, targets[:, None]).squeeze(-1).double().cpu())
 
     def score(self) -> CacheScore:
         return CacheScore(torch.cat(self.kl), torch.cat(self.agrees), torch.cat(self.nll))
+
+
+def kl_divergence(reference: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
+    """KL(reference ‖ candidate) in nats of log probabilities [..., vocab_size], as [...]."""
+    return (reference.exp() * (reference - candidate)).sum(-1)
 
 
 # Not inference mode: its tensors cannot be written outside it, and the caches may be continued.
