@@ -73,4 +73,5 @@ def load_or_fail(name: str | None, device: str, errors: Console) -> LoadedModel:
 def progress_bar(errors: Console) -> Progress:
     """A bar of what is done, gone when all is."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=errors, transient=True)
+    # As often as its clock moves: a notebook's `!` is a terminal too, and keeps every drawing.
+    return Progress(*columns, console=errors, transient=True, refresh_per_second=1)
