@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from turboquant_core._checks import check_head_dim
-from turboquant_core.files import replace_file
+from turboquant_core.files import check_format, replace_file
 from turboquant_core.model_identity import ModelIdentity
 
 FORMAT = "turboquant-key-means"
@@ -98,7 +98,7 @@ def read_key_means(path: str | os.PathLike[str], model: ModelIdentity | None = N
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            _check_format(metadata)
+            check_format(metadata, FORMAT, str(FORMAT_VERSION))
             # Shapes come first: a tensor that cannot be a mean is not loaded.
             for name in file.keys():  # noqa: SIM118 (no mapping)
                 _check_stored(name, file.get_slice(name))
@@ -116,15 +116,6 @@ def read_key_means(path: str | os.PathLike[str], model: ModelIdentity | None = N
         raise ValueError(f"{path} holds no key means that can be used: {error}. {_REMEDY}") from error
     key_means.model.check_is(model, f"{path} holds the key means of {key_means.source}", _REMEDY)
     return key_means
-
-
-def _check_format(metadata: Mapping[str, str]) -> None:
-    found = metadata.get("format")
-    if found != FORMAT:
-        raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
-    version = metadata["format_version"]
-    if version != str(FORMAT_VERSION):
-        raise ValueError(f"its format version is {version}, and this version of turboquant-core reads {FORMAT_VERSION}")
 
 
 def _check_stored(name: str, stored: Any) -> None:

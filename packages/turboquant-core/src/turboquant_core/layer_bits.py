@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turboquant_core.config import check_cache_bits
-from turboquant_core.files import replace_file
+from turboquant_core.files import check_format, replace_file
 from turboquant_core.model_identity import ModelIdentity
 
 FORMAT = "turboquant-layer-bits"
@@ -94,14 +94,8 @@ def read_layer_bits(path: str | os.PathLike[str], model: ModelIdentity | None = 
 
 
 def _parse(data: object) -> LayerBits:
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
-    if data.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"its format version is {data.get('format_version')}, and this version of turboquant-core reads "
-            f"{FORMAT_VERSION}"
-        )
+    data = data if isinstance(data, dict) else {}
+    check_format(data, FORMAT, FORMAT_VERSION)
     if data.keys() != set(_KEYS):
         different = ", ".join(sorted(data.keys() ^ set(_KEYS)))
         raise ValueError(f"its keys must be {', '.join(_KEYS)}; what is missing or too many: {different}")

@@ -7,7 +7,6 @@ import torch
 
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.scale import SCALE_DTYPE
-from turboquant_core.vector_format import VectorFormat
 
 
 @dataclass(frozen=True)
@@ -121,22 +120,24 @@ class KVCacheLayout:
                 f"{expected[0]}, {expected[1]}]"
             )
         keys, values = self.config.key_format, self.config.value_format
+        as_scales = pages.view(SCALE_DTYPE)
         return PageViews(
-            self._codes(pages, self.key_codes, keys),
-            self._codes(pages, self.value_codes, values),
-            self._scales(pages, self.key_scales, keys),
-            self._scales(pages, self.value_scales, values),
+            self._field(pages, self.key_codes, keys.code_bytes),
+            self._field(pages, self.value_codes, values.code_bytes),
+            self._field(as_scales, self.key_scales, keys.num_scales),
+            self._field(as_scales, self.value_scales, values.num_scales),
         )
 
     def _end(self, plane: Plane) -> int:
         return plane.offset + self.block_size * plane.slot_stride
 
-    def _plane(self, pages: torch.Tensor, plane: Plane) -> torch.Tensor:
-        return pages[..., plane.offset : self._end(plane)]
-
-    def _codes(self, pages: torch.Tensor, plane: Plane, fmt: VectorFormat) -> torch.Tensor:
-        return torch.unflatten(self._plane(pages, plane), -1, (self.block_size, fmt.code_bytes))
-
-    def _scales(self, pages: torch.Tensor, plane: Plane, fmt: VectorFormat) -> torch.Tensor:
-        stored = self._plane(pages, plane).view(SCALE_DTYPE)
-        return torch.unflatten(stored, -1, (self.block_size, fmt.num_scales))
+    def _field(self, pages: torch.Tensor, plane: Plane, size: int) -> torch.Tensor:
+        """Entries of `size` elements of every slot, [num_blocks, num_kv_heads, block_size, size]."""
+        # In elements of the pages' type, whichever they are read as. One operation: every call of a kernel does this.
+        width = pages.element_size()
+        block_stride, head_stride, _ = pages.stride()
+        return pages.as_strided(
+            (pages.shape[0], self.num_kv_heads, self.block_size, size),
+            (block_stride, head_stride, plane.slot_stride // width, 1),
+            pages.storage_offset() + plane.offset // width,
+        )

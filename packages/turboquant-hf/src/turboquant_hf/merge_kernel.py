@@ -50,7 +50,7 @@ def attend_kept(
             has_softcap=bool(softcap),
             group=num_heads // kept.keys.shape[1],
             head_dim=head_dim,
-            block_dim=triton.next_power_of_2(head_dim),
+            block_dim=1 << (head_dim - 1).bit_length(),
             block_tokens=BLOCK_TOKENS,
             num_warps=NUM_WARPS,
         )

@@ -1,10 +1,10 @@
 """Which implementation runs, and the arguments that every cache operation checks alike."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 
@@ -13,6 +13,36 @@ from turboquant_core.scale import SCALE_DTYPE
 
 Path = Literal["auto", "triton", "reference"]
 VECTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Lengths of prompts differ without end.
+MAX_KNOWN_CALLS = 1024
+
+T = TypeVar("T")
+
+
+class KnownCalls(Generic[T]):
+    """What follows from types, shapes, strides and devices of an operation's arguments, found once for each of them.
+
+    Checking arguments and choosing a kernel takes the host longer than to launch it, and the layers of a model ask the
+    same at every step.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Hashable, T] = {}
+
+    def look_up(self, call: Hashable, find: Callable[[], T]) -> T:
+        """What `find` returned for that call; what it raises is raised every time."""
+        key = (interpreting(), call)
+        found = self._found.get(key)
+        if found is None:
+            if len(self._found) >= MAX_KNOWN_CALLS:
+                self._found.clear()
+            found = self._found[key] = find()
+        return found
+
+
+def described(x: torch.Tensor | None) -> Hashable:
+    """All that checks look at but where the memory is."""
+    return None if x is None else (x.dtype, x.shape, x.stride(), x.device)
 
 
 def runs_triton(path: Path, device: torch.device) -> bool:
@@ -44,7 +74,7 @@ def check_pages(pages: torch.Tensor, layout: KVCacheLayout) -> None:
     shape = (layout.num_kv_heads, layout.head_bytes)
     check_tensor("pages", pages, torch.uint8, (-1, *shape))
     width = SCALE_DTYPE.itemsize
-    if pages.stride(2) != 1 or any(at % width for at in (*pages.stride()[:2], pages.storage_offset())):
+    if pages.stride(2) != 1 or any(at % width for at in (*pages.stride()[:2], pages.data_ptr())):
         raise ValueError(
             f"pages have strides {list(pages.stride())} and start at byte {pages.storage_offset()}; the last stride "
             "must be 1, and the others and the start even, where float16 scales lie."

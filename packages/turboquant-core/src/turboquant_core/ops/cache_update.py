@@ -4,15 +4,22 @@ import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import (
+    KnownCalls,
     check_one_device,
     check_pages,
     check_rows,
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
+    described,
 )
 from turboquant_core.ops.reference.cache_update import cache_update as reference_cache_update
-from turboquant_core.ops.update_paths import UpdatePath, choose_update_path
+from turboquant_core.ops.update_paths import (
+    WARPGROUP_ALIGNMENT,
+    UpdateImplementation,
+    UpdatePath,
+    choose_update_path,
+)
 
 
 def cache_update(
@@ -47,14 +54,12 @@ def cache_update(
     Raises:
         ValueError: If a type, shape, stride or device does not fit, bits are fractional, or the path cannot run.
     """
-    check_whole_bits(layout)
-    _check_input(key, value, layout)
-    check_pages(pages, layout)
-    check_tensor("slot_mapping", slot_mapping, torch.int64, (key.shape[0],))
-    if key_mean is not None:
-        check_tensor("key_mean", key_mean, torch.float32, (layout.num_kv_heads, layout.config.head_dim))
-    check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, "key_mean": key_mean})
-    chosen = choose_update_path(path, layout, key, value, pages)
+    tensors = (key, value, pages, slot_mapping, key_mean)
+    alignment = tuple(x.data_ptr() % WARPGROUP_ALIGNMENT for x in (key, value, pages))
+    chosen = _paths.look_up(
+        (layout, path, alignment, *map(described, tensors)),
+        lambda: _check(key, value, pages, slot_mapping, layout, key_mean, path),
+    )
     if chosen == "reference":
         reference_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
     elif chosen == "warpgroup":
@@ -67,9 +72,28 @@ def cache_update(
         triton_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
 
 
-def _check_input(key: torch.Tensor, value: torch.Tensor, layout: KVCacheLayout) -> None:
+_paths: KnownCalls[UpdateImplementation] = KnownCalls()
+
+
+def _check(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: KVCacheLayout,
+    key_mean: torch.Tensor | None,
+    path: UpdatePath,
+) -> UpdateImplementation:
+    """Check the arguments of a call, and choose what runs."""
+    check_whole_bits(layout)
     check_vector_dtype("key", key.dtype)
     check_tensor("key", key, key.dtype, (-1, layout.num_kv_heads, layout.config.head_dim))
     check_tensor("value", value, key.dtype, tuple(key.shape))
     for name, x in (("key", key), ("value", value)):
         check_rows(name, x)
+    check_pages(pages, layout)
+    check_tensor("slot_mapping", slot_mapping, torch.int64, (key.shape[0],))
+    if key_mean is not None:
+        check_tensor("key_mean", key_mean, torch.float32, (layout.num_kv_heads, layout.config.head_dim))
+    check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, "key_mean": key_mean})
+    return choose_update_path(path, layout, key, value, pages)

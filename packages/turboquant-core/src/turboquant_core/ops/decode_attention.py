@@ -1,20 +1,27 @@
 """Attend with a few query tokens a row on the codes of a paged cache."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import (
+    KnownCalls,
     check_one_device,
     check_pages,
     check_rows,
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
+    described,
 )
-from turboquant_core.ops.paths import DecodePath, choose_path
+from turboquant_core.ops.paths import FRAGMENT_ALIGNMENT, DecodePath, KernelPath, choose_path
 from turboquant_core.ops.reference.decode_attention import decode_attention as reference_decode_attention
+
+if TYPE_CHECKING:
+    from turboquant_core.ops.kernels.decode.launch import DecodeLaunch
 
 MAX_QUERY_LEN = 8
 
@@ -76,43 +83,30 @@ def decode_attention(
     Raises:
         ValueError: If a type, shape, stride, device or value does not fit, bits are fractional, or the path cannot run.
     """
-    check_whole_bits(layout)
-    check_pages(pages, layout)
-    batch = len(seq_lens)
-    _check_query("query", query, layout)
-    num_tokens, num_heads, head_dim = query.shape
-    check_tensor("seq_lens", seq_lens, torch.int32, (-1,))
-    arrays = {
-        "seq_lens": (seq_lens, torch.int32, (batch,)),
-        "block_table": (block_table, torch.int32, (batch, -1)),
-        "query_start_loc": (query_start_loc, torch.int32, (batch + 1,)),
-        "seq_starts": (seq_starts, torch.int32, (batch,)),
-        "sinks": (sinks, torch.float32, (num_heads,)),
-        "key_mean": (key_mean, torch.float32, _mean_shape(key_mean, batch, layout)),
-    }
-    for name, (tensor, dtype, shape) in arrays.items():
-        if tensor is None:
-            continue
-        check_tensor(name, tensor, dtype, shape)
-        # A block table is often a view of a wider one.
-        if tensor.stride(-1) != 1 or (name != "block_table" and not tensor.is_contiguous()):
-            raise ValueError(f"{name} has strides {list(tensor.stride())} for {list(tensor.shape)}. Call contiguous().")
-    if block_table is None and len(pages) < batch:
-        raise ValueError(f"pages hold {len(pages)} rows and seq_lens {batch}; without a block_table row b is page b")
-    query_len = _query_len(num_tokens, batch, query_start_loc, max_query_len)
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; a token sees at least itself. Use None for no window.")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}; it must be positive. Use None for none.")
+    arrays = {
+        "seq_lens": seq_lens,
+        "block_table": block_table,
+        "query_start_loc": query_start_loc,
+        "seq_starts": seq_starts,
+        "sinks": sinks,
+        "key_mean": key_mean,
+    }
+    tensors = (query, pages, out, *arrays.values())
+    plan = _plans.look_up(
+        (layout, path, max_query_len, pages.data_ptr() % FRAGMENT_ALIGNMENT, *map(described, tensors)),
+        lambda: _plan(query, pages, out, arrays, layout, max_query_len, path),
+    )
+    num_tokens, num_heads, head_dim = query.shape
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    else:
-        _check_query("out", out, layout)
-        check_tensor("out", out, query.dtype, tuple(query.shape))
-    check_one_device({"query": query, "pages": pages, "out": out, **{name: array[0] for name, array in arrays.items()}})
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query.device) if return_lse else None
     options: dict[str, Any] = {
         "scale": head_dim**-0.5 if scale is None else scale,
+        "query_len": plan.query_len,
         "query_start_loc": query_start_loc,
         "seq_starts": seq_starts,
         "window": window or 0,
@@ -120,33 +114,98 @@ def decode_attention(
         "sinks": sinks,
         "key_mean": key_mean,
     }
-    chosen = choose_path(path, layout, query.device, pages)
     views = layout.views(pages)
-    if chosen == "reference":
-        result, result_lse = reference_decode_attention(
-            query, views, block_table, seq_lens, layout.config, query_len=query_len, **options
-        )
+    if plan.path == "reference":
+        result, result_lse = reference_decode_attention(query, views, block_table, seq_lens, layout.config, **options)
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)
-    elif query.numel() and batch:
+    elif plan.launch is not None:
         from turboquant_core.ops.kernels.decode.run import run_decode_attention
 
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             run_decode_attention(
-                query,
-                views,
-                block_table,
-                seq_lens,
-                layout.config,
-                chosen,
-                query_len=query_len,
-                out=out,
-                lse=lse,
-                **options,
+                query, views, block_table, seq_lens, layout.config, plan.path, plan.launch, out=out, lse=lse, **options
             )
     return out if lse is None else (out, lse)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known of a call before its data.
+
+    Attributes:
+        query_len: The most query tokens of a row.
+        path: What attends.
+        launch: What its kernels are launched with; None for the reference, and where there is nothing to do.
+    """
+
+    query_len: int
+    path: KernelPath | Literal["reference"]
+    launch: "DecodeLaunch | None"
+
+
+_plans: KnownCalls[_Plan] = KnownCalls()
+
+
+def _plan(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    out: torch.Tensor | None,
+    arrays: Mapping[str, torch.Tensor | None],
+    layout: KVCacheLayout,
+    max_query_len: int | None,
+    path: DecodePath,
+) -> _Plan:
+    """Check the arguments of a call, and plan it."""
+    check_whole_bits(layout)
+    check_pages(pages, layout)
+    _check_query("query", query, layout)
+    num_tokens, num_heads, _ = query.shape
+    batch = _check_arrays(arrays, num_heads, layout)
+    block_table = arrays["block_table"]
+    if block_table is None and len(pages) < batch:
+        raise ValueError(f"pages hold {len(pages)} rows and seq_lens {batch}; without a block_table row b is page b")
+    query_len = _query_len(num_tokens, batch, arrays["query_start_loc"], max_query_len)
+    if out is not None:
+        _check_query("out", out, layout)
+        check_tensor("out", out, query.dtype, tuple(query.shape))
+    check_one_device({"query": query, "pages": pages, "out": out, **arrays})
+    chosen = choose_path(path, layout, query.device, pages)
+    if chosen == "reference" or not query.numel() or not batch:
+        return _Plan(query_len, chosen, None)
+    from turboquant_core.ops.kernels.decode.run import choose_launch
+
+    num_columns = num_heads // layout.num_kv_heads * query_len
+    max_row_tokens = layout.block_size * (1 if block_table is None else block_table.shape[1])
+    launch = choose_launch(chosen, layout.config, batch, layout.num_kv_heads, num_columns, max_row_tokens, query.device)
+    return _Plan(query_len, chosen, launch)
+
+
+def _check_arrays(arrays: Mapping[str, torch.Tensor | None], num_heads: int, layout: KVCacheLayout) -> int:
+    """Check what a call has beside query and pages; the number of rows."""
+    seq_lens, key_mean = arrays["seq_lens"], arrays["key_mean"]
+    assert seq_lens is not None
+    check_tensor("seq_lens", seq_lens, torch.int32, (-1,))
+    batch = len(seq_lens)
+    expected = {
+        "seq_lens": (torch.int32, (batch,)),
+        "block_table": (torch.int32, (batch, -1)),
+        "query_start_loc": (torch.int32, (batch + 1,)),
+        "seq_starts": (torch.int32, (batch,)),
+        "sinks": (torch.float32, (num_heads,)),
+        "key_mean": (torch.float32, _mean_shape(key_mean, batch, layout)),
+    }
+    for name, (dtype, shape) in expected.items():
+        tensor = arrays[name]
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, dtype, shape)
+        # A block table is often a view of a wider one.
+        if tensor.stride(-1) != 1 or (name != "block_table" and not tensor.is_contiguous()):
+            raise ValueError(f"{name} has strides {list(tensor.stride())} for {list(tensor.shape)}. Call contiguous().")
+    return batch
 
 
 def _check_query(name: str, x: torch.Tensor, layout: KVCacheLayout) -> None:

@@ -7,6 +7,7 @@ import torch
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import has_gluon, interpreting, runs_triton
 
+UpdateImplementation = Literal["warpgroup", "triton", "reference"]
 UpdatePath = Literal["auto", "warpgroup", "triton", "reference"]
 """How new keys and values are quantised.
 
@@ -29,7 +30,7 @@ WARPGROUP_MIN_TOKENS = 17
 
 def choose_update_path(
     path: UpdatePath, layout: KVCacheLayout, key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor
-) -> Literal["warpgroup", "triton", "reference"]:
+) -> UpdateImplementation:
     """The path that a name means: itself, or for "auto" the fastest for these tensors.
 
     Raises:

@@ -1,6 +1,8 @@
 """`cache_update` as one persistent Triton kernel."""
 
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -41,23 +43,7 @@ def cache_update(
     num_tokens = key.shape[0]
     if num_tokens == 0:
         return
-    config, device = layout.config, pages.device
-    key_bits, value_bits = int(config.key_bits), int(config.value_bits)
-    octet = padded_octet(config.head_dim)
-    part_dtype = torch.float16 if key.dtype == torch.float32 else key.dtype
-    rotation = split_rotation(config.head_dim, part_dtype, device)
-    input_parts = 2 if key.dtype == torch.float32 else 1
-    launch = update_launch(
-        num_tokens,
-        layout.num_kv_heads,
-        8 * octet,
-        rotation.num_parts,
-        input_parts,
-        _processor(device),
-        one_path=key_bits == value_bits,
-    )
-    key_grid = grid_table(config.head_dim, key_bits, device)
-    value_grid = grid_table(config.head_dim, value_bits, device)
+    launch = _launch(layout, key.dtype, num_tokens, pages.device, key_mean is not None)
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(pages):
         _update_kernel[(launch.num_programs,)](
@@ -66,11 +52,7 @@ def cache_update(
             key if key_mean is None else key_mean.contiguous(),
             pages,
             slot_mapping,
-            _multipliable(rotation.parts),
-            key_grid.entries,
-            value_grid.entries,
-            codebook_tables(config.head_dim, key_bits, device, torch.float32)[0],
-            codebook_tables(config.head_dim, value_bits, device, torch.float32)[0],
+            *launch.tables,
             num_tokens,
             key.stride(0),
             key.stride(1),
@@ -79,34 +61,80 @@ def cache_update(
             pages.stride(0),
             pages.stride(1),
             slot_mapping.stride(0),
-            num_kv_heads=layout.num_kv_heads,
-            block_size=layout.block_size,
-            head_dim=config.head_dim,
-            padded_octet=octet,
-            key_bits=key_bits,
-            value_bits=value_bits,
-            key_cells=len(key_grid.entries),
-            key_shift=key_grid.shift,
-            value_cells=len(value_grid.entries),
-            value_shift=value_grid.shift,
-            key_rule=config.key_scale,
-            value_rule=config.value_scale,
-            key_codes=layout.key_codes.offset,
-            value_codes=layout.value_codes.offset,
-            key_code_stride=layout.key_codes.slot_stride,
-            value_code_stride=layout.value_codes.slot_stride,
-            key_scales=layout.key_scales.offset,
-            value_scales=layout.value_scales.offset,
-            scale_stride=layout.key_scales.slot_stride,
-            centred=key_mean is not None,
-            num_parts=rotation.num_parts,
-            block_rows=launch.block_rows,
-            block_k=launch.block_k,
-            depth=launch.depth,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            **launch.compiler_options,
+            **launch.constants,
         )
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What a call is launched with beside its tensors.
+
+    Attributes:
+        num_programs: The grid.
+        tables: The rotation, and grids and centroids for keys and values, in the kernel's order.
+        constants: What is compiled in, by name, and options of the compiler.
+    """
+
+    num_programs: int
+    tables: tuple[torch.Tensor, ...]
+    constants: dict[str, Any]
+
+
+# Lengths of prompts differ without end.
+@lru_cache(maxsize=256)
+def _launch(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, centred: bool) -> _Launch:
+    config = layout.config
+    key_bits, value_bits = int(config.key_bits), int(config.value_bits)
+    octet = padded_octet(config.head_dim)
+    rotation = split_rotation(config.head_dim, torch.float16 if dtype == torch.float32 else dtype, device)
+    launch = update_launch(
+        num_tokens,
+        layout.num_kv_heads,
+        8 * octet,
+        rotation.num_parts,
+        2 if dtype == torch.float32 else 1,
+        _processor(device),
+        one_path=key_bits == value_bits,
+    )
+    key_grid = grid_table(config.head_dim, key_bits, device)
+    value_grid = grid_table(config.head_dim, value_bits, device)
+    tables = (
+        _multipliable(rotation.parts),
+        key_grid.entries,
+        value_grid.entries,
+        codebook_tables(config.head_dim, key_bits, device, torch.float32)[0],
+        codebook_tables(config.head_dim, value_bits, device, torch.float32)[0],
+    )
+    constants = {
+        "num_kv_heads": layout.num_kv_heads,
+        "block_size": layout.block_size,
+        "head_dim": config.head_dim,
+        "padded_octet": octet,
+        "key_bits": key_bits,
+        "value_bits": value_bits,
+        "key_cells": len(key_grid.entries),
+        "key_shift": key_grid.shift,
+        "value_cells": len(value_grid.entries),
+        "value_shift": value_grid.shift,
+        "key_rule": config.key_scale,
+        "value_rule": config.value_scale,
+        "key_codes": layout.key_codes.offset,
+        "value_codes": layout.value_codes.offset,
+        "key_code_stride": layout.key_codes.slot_stride,
+        "value_code_stride": layout.value_codes.slot_stride,
+        "key_scales": layout.key_scales.offset,
+        "value_scales": layout.value_scales.offset,
+        "scale_stride": layout.key_scales.slot_stride,
+        "centred": centred,
+        "num_parts": rotation.num_parts,
+        "block_rows": launch.block_rows,
+        "block_k": launch.block_k,
+        "depth": launch.depth,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **launch.compiler_options,
+    }
+    return _Launch(launch.num_programs, tables, constants)
 
 
 def _multipliable(parts: torch.Tensor) -> torch.Tensor:

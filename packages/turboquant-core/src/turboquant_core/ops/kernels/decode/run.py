@@ -3,7 +3,6 @@
 from functools import cache
 
 import torch
-import triton
 
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import PageViews
@@ -34,6 +33,7 @@ def run_decode_attention(
     seq_lens: torch.Tensor,
     config: TurboQuantConfig,
     path: KernelPath,
+    launch: DecodeLaunch,
     *,
     scale: float,
     query_len: int,
@@ -45,17 +45,13 @@ def run_decode_attention(
     key_mean: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    launch: DecodeLaunch | None = None,
 ) -> None:
     """Attend and write `out` [num_tokens, num_heads, head_dim] and `lse` [num_tokens, num_heads] where it is given."""
     batch, (_, num_heads, head_dim) = len(seq_lens), query.shape
-    num_kv_heads, block_size = views.key_codes.shape[1:3]
+    num_kv_heads = views.key_codes.shape[1]
     group = num_heads // num_kv_heads
     key_bits, value_bits = int(config.key_bits), int(config.value_bits)
     device = query.device
-    if launch is None:
-        max_row_tokens = block_size * (1 if block_table is None else block_table.shape[1])
-        launch = choose_launch(path, config, batch, num_kv_heads, group * query_len, max_row_tokens, device)
     slots, padded = launch.num_workers + batch, launch.padded_columns
     query_rotation, output_rotation = _rotations(head_dim, key_bits, value_bits, path == "fragment", device)
     num_positions = query_rotation.shape[0]
@@ -65,11 +61,11 @@ def run_decode_attention(
     cu_tiles = torch.empty(batch + 1, dtype=torch.int32, device=device)
     partial = torch.empty(slots, num_kv_heads, padded, num_positions, dtype=torch.float32, device=device)
     stats = torch.empty(slots, num_kv_heads, 2, padded, dtype=torch.float32, device=device)
-    block_dim = triton.next_power_of_2(head_dim)
+    block_dim = 1 << (head_dim - 1).bit_length()
     precision = "tf32x3" if device.type == "cuda" and card_of(device).capability >= (8, 0) else "ieee"
     heads = batch * query_len * num_heads
     block_positions = min(launch.prepare_positions, num_positions)
-    prepare_kernel[(triton.cdiv(heads, launch.prepare_heads), num_positions // block_positions)](
+    prepare_kernel[(-(-heads // launch.prepare_heads), num_positions // block_positions)](
         query, query_start_loc, seq_lens, seq_starts, query_rotation, key_mean, operand, factor, bias, cu_tiles,
         scale, scale / head_dim**0.5, batch, num_heads, query.stride(0), query.stride(1),
         key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0, query_len,
@@ -87,7 +83,7 @@ def run_decode_attention(
         run_fragment(call)
     else:
         run_portable(call, path)
-    combine_kernel[(triton.cdiv(heads, launch.merge_heads),)](
+    combine_kernel[(-(-heads // launch.merge_heads),)](
         partial, stats, cu_tiles, query_start_loc, output_rotation, bias, sinks, out, lse,
         batch, num_heads, launch.num_workers, out.stride(0), out.stride(1), query_len,
         centred_scores=bias is not None and softcap == 0, group=group, num_columns=padded, head_dim=head_dim,
