@@ -109,6 +109,20 @@ def test_one_graph_serves_every_length(model, backend, padding):
     torch.compiler.reset()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Inductor's code for a GPU, in CUDA graphs")
+@pytest.mark.parametrize("padding", [0, 5])
+def test_generate_compiles_it_on_a_gpu(model, padding):
+    model, prompt = copy.deepcopy(model).cuda(), ids().cuda()
+    mask = torch.ones_like(prompt)
+    mask[0, :padding] = 0
+    expected = generate(model, prompt, TurboQuantCache(model.config), attention_mask=mask)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    assert torch.equal(generate(model, prompt, new_cache(model), attention_mask=mask), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.compiler.reset()
+
+
 def test_a_mask_with_holes_is_nan_in_a_fused_graph(tiny_model):
     model = copy.deepcopy(tiny_model)
     model.set_attn_implementation("turboquant")
