@@ -1,8 +1,10 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +25,20 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def free_ports():
+    """Finds so many ports that nobody uses, each another."""
+
+    def find(count):
+        with ExitStack() as stack:
+            held = [stack.enter_context(socket.socket()) for _ in range(count)]
+            for each in held:
+                each.bind(("", 0))
+            return [each.getsockname()[1] for each in held]
+
+    return find
 
 
 @pytest.fixture(scope="session")

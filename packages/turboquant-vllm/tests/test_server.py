@@ -1,7 +1,6 @@
 """The OpenAI-compatible server as a process, asked by OpenAI's client."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,15 +20,13 @@ def log(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def serve(model_folder, log):
+def serve(model_folder, log, free_ports):
     """Starts a server in a process of its own, and waits until it serves or ends."""
     openai = pytest.importorskip("openai")
 
     @contextmanager
     def start(*options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports(1)
         command = [
             # `vllm serve`, but for a look at the metadata of a package called vllm, which the build for CPUs is not.
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder),

@@ -18,14 +18,13 @@ pytestmark = [
     pytest.mark.skipif(find_spec("nixl") is None, reason="needs nixl"),
 ]
 START_UP_S = 240
-PREFILLS, DECODES = 8100, 8200
 TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_load_failure_policy": "fail"}
 # Pages that leave their server need the same mean on both sides, or none.
 TURBOQUANT = {"key_bits": 8, "value_bits": 8, "center_keys": False}
 REMOTE = ("remote_engine_id", "remote_block_ids", "remote_host", "remote_port")
 
 
-def start(model, port, gpu, output):
+def start(model, gpu, port, side_channel_port, output):
     return subprocess.Popen(
         [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port),
@@ -38,7 +37,7 @@ def start(model, port, gpu, output):
         | {
             "CUDA_VISIBLE_DEVICES": str(gpu),
             "UCX_NET_DEVICES": "all",
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(5600 + gpu),
+            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel_port),
         },
         stdout=output,
         stderr=output,
@@ -46,17 +45,20 @@ def start(model, port, gpu, output):
 
 
 @pytest.fixture(scope="module")
-def servers(model_folder, tmp_path_factory, keep, wait_until, is_healthy):
-    """Both servers, until the tests are over."""
-    logs = {port: tmp_path_factory.mktemp("servers") / f"{port}.log" for port in (PREFILLS, DECODES)}
+def servers(model_folder, tmp_path_factory, keep, wait_until, is_healthy, free_ports):
+    """The port of the server that prefills and of the one that decodes; they run until the tests are over."""
+    logs = [tmp_path_factory.mktemp("servers") / f"{does}.log" for does in ("prefills", "decodes")]
+    found = free_ports(4)
+    ports, side_channel_ports = found[:2], found[2:]
     with ExitStack() as stack:
         running = []
-        for gpu, (port, log) in enumerate(logs.items()):
-            running.append((start(model_folder, port, gpu, stack.enter_context(log.open("w"))), log))
-            stack.callback(lambda port=port, log=log: keep(f"disaggregated_{port}.log", log.read_text()))
+        for gpu, log in enumerate(logs):
+            output = stack.enter_context(log.open("w"))
+            running.append((start(model_folder, gpu, ports[gpu], side_channel_ports[gpu], output), log))
+            stack.callback(lambda log=log: keep(f"disaggregated_{log.name}", log.read_text()))
             stack.callback(running[-1][0].kill)
-        wait_until(lambda: all(is_healthy(f"http://localhost:{port}") for port in logs), running, START_UP_S)
-        yield
+        wait_until(lambda: all(is_healthy(f"http://localhost:{port}") for port in ports), running, START_UP_S)
+        yield ports
 
 
 def complete(port, prompt, **options):
@@ -81,11 +83,12 @@ def as_of_an_engine(answer):
 
 def test_what_one_server_prefilled_another_decodes(servers, story, figures, assert_same_but_for_ties):
     to_come = {"do_remote_decode": True, "do_remote_prefill": False, **dict.fromkeys(REMOTE)}
-    prefilled = complete(PREFILLS, story, max_tokens=1, kv_transfer_params=to_come)
-    before = tokens_from_elsewhere(DECODES)
-    found = complete(DECODES, story, max_tokens=60, kv_transfer_params=prefilled["kv_transfer_params"])
-    expected = complete(PREFILLS, story, max_tokens=60)
-    moved = tokens_from_elsewhere(DECODES) - before
+    prefills, decodes = servers
+    prefilled = complete(prefills, story, max_tokens=1, kv_transfer_params=to_come)
+    before = tokens_from_elsewhere(decodes)
+    found = complete(decodes, story, max_tokens=60, kv_transfer_params=prefilled["kv_transfer_params"])
+    expected = complete(prefills, story, max_tokens=60)
+    moved = tokens_from_elsewhere(decodes) - before
     same = found["choices"][0]["text"] == expected["choices"][0]["text"]
     figures(disaggregated_tokens_moved=moved, disaggregated_same_text=same)
     assert moved >= 256

@@ -25,12 +25,6 @@ COMMON = {
 BITS = {"eight_bits": {"key_bits": 8, "value_bits": 8}, "four_bits": {"preset": "tq4"}}
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def is_open(port):
     try:
         socket.create_connection(("localhost", port), timeout=5).close()
@@ -45,9 +39,9 @@ def bits(request):
 
 
 @pytest.fixture
-def server(bits, tmp_path, keep, wait_until):
+def server(bits, tmp_path, keep, wait_until, free_ports):
     """The port of a server for one way to store pages: it does not tell several apart."""
-    port, http_port = free_port(), free_port()
+    port, http_port = free_ports(2)
     command = [
         sys.executable, "-m", "lmcache.cli.main", "server", "--host", "localhost", "--port", str(port),
         "--http-port", str(http_port), "--chunk-size", str(BLOCK_SIZE), "--l1-size-gb", "1",
