@@ -14,8 +14,8 @@ from turboquant_hf.demo.run import CHAT_PROMPT, QUESTION, long_text
 from turboquant_hf.models import default_model, load_model
 
 
-def tiny_llama_config(**overrides):
-    return LlamaConfig(
+def make_tiny_config(kind=LlamaConfig, **overrides):
+    return kind(
         **{
             "vocab_size": 1500,
             "hidden_size": 64,
@@ -34,13 +34,14 @@ def tiny_llama_config(**overrides):
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    return tiny_llama_config
+    """Makes the configuration of a small model, of Llama's kind or another."""
+    return make_tiny_config
 
 
 @pytest.fixture(scope="session")
 def tiny_model():
     torch.manual_seed(20260101)
-    return LlamaForCausalLM(tiny_llama_config()).eval()
+    return LlamaForCausalLM(make_tiny_config()).eval()
 
 
 @pytest.fixture

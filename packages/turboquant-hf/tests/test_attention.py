@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -76,8 +77,8 @@ def assert_same_logits(model, fused, prompt, chunks, **kwargs):
     assert expected.std() > 0.05
 
 
-def tokens(*shape, vocab_size=1500):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+def tokens(*shape):
+    return torch.randint(1500, shape, generator=torch.Generator().manual_seed(9)).to(DEVICE)
 
 
 @pytest.mark.parametrize("preset", ["tq4", "tq3", "k8v4"])
@@ -169,15 +170,9 @@ def test_the_placeholder_takes_no_memory(fused_model):
     assert keys.untyped_storage().nbytes() == 4
 
 
-def gpt_oss(attention):
-    config = GptOssConfig(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+def gpt_oss(tiny_config, attention):
+    config = tiny_config(
+        GptOssConfig,
         num_local_experts=2,
         num_experts_per_tok=1,
         sliding_window=16,
@@ -191,15 +186,9 @@ def gpt_oss(attention):
     return model
 
 
-def gemma2(attention):
-    config = Gemma2Config(
-        vocab_size=200,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+def gemma2(tiny_config, attention):
+    config = tiny_config(
+        Gemma2Config,
         sliding_window=16,
         attn_logit_softcapping=2.0,
         query_pre_attn_scalar=4,
@@ -209,21 +198,23 @@ def gemma2(attention):
     return Gemma2ForCausalLM(config).eval().to(DEVICE)
 
 
-@pytest.mark.parametrize("build", [gpt_oss, gemma2])
+@pytest.fixture(params=[gpt_oss, gemma2])
+def build(request, tiny_config):
+    return partial(request.param, tiny_config)
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("center_keys", [True, False])
 def test_sinks_and_softcap(build, padding, center_keys):
-    prompt, chunks = tokens(2, 30, vocab_size=200), [tokens(2, n, vocab_size=200) for n in (1, 4, 1, 12)]
+    prompt, chunks = tokens(2, 30), [tokens(2, n) for n in (1, 4, 1, 12)]
     mask = torch.ones(2, 60, dtype=torch.int64, device=DEVICE)
     mask[0, :padding] = 0
     options = {"mask": mask if padding else None, "center_keys": center_keys}
     assert_same_logits(build("eager"), build("turboquant"), prompt, chunks, **options)
 
 
-@pytest.mark.parametrize("build", [gpt_oss, gemma2])
 def test_sinks_and_softcap_stay_on_codes(build, no_dequantizing):
-    chunks = [tokens(2, n, vocab_size=200) for n in (1, 4, 1)]
-    step_logits(build("turboquant"), tokens(2, 30, vocab_size=200), chunks)
+    step_logits(build("turboquant"), tokens(2, 30), [tokens(2, n) for n in (1, 4, 1)])
 
 
 def test_a_position_bias_with_softcap_is_refused(tiny_model):

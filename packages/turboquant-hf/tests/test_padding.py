@@ -202,18 +202,8 @@ def test_a_prompt_in_inference_mode_goes_on_outside_of_it(model, ids):
     assert not any(tensor.is_inference() for layer in cache.layers for tensor in layer.tensors())
 
 
-def test_a_window_with_padding_that_has_left_it(ids):
-    config = MistralConfig(
-        vocab_size=1500,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        sliding_window=16,
-        attn_implementation="turboquant",
-    )
+def test_a_window_with_padding_that_has_left_it(tiny_config, ids):
+    config = tiny_config(MistralConfig, sliding_window=16, attn_implementation="turboquant")
     torch.manual_seed(3)
     model = MistralForCausalLM(config).eval().to(DEVICE)
     ids, padded = ids.repeat(1, 3), 30
