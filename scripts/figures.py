@@ -27,6 +27,8 @@ DRAWN_FROM = re.compile(r"<dc:source>(.*?)</dc:source>", re.DOTALL)
 # The names that benchmarks/eval_side_by_side.py gives the presets.
 PRESETS = {"k8v4": "k8v4", "k6v4": "k6v4", "tq4": "4", "tq3": "3", "tq2": "2"}
 CODES_ONLY = "turboquant, codes only"
+# The end of the names that benchmarks/bench_hf_decode.py gives what is compiled.
+COMPILED = ", compiled"
 ENGINE_CACHES = {"bf16": "bf16, FlashAttention 3", "fp8": "fp8, FlashAttention 3", "tq4": "`tq4`"}
 
 
@@ -337,19 +339,39 @@ def engine_serving(name: str, caches: Iterable[str]) -> Callable[[], str]:
     return figure
 
 
-def hf_decode() -> str:
-    """Decoding with transformers beside DynamicCache."""
-    rows = [
-        [
-            _shape((row["batch_size"], row["context"])),
-            row["cache"].replace("tq4", "`tq4`").replace(", fused", ""),
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['kv_nbytes'] / 2**30:.2f} GiB",
-            f"{row['step_peak_nbytes'] / 2**30:.2f} GiB",
+def hf_decode(*, compiled: bool) -> Callable[[], str]:
+    """Decoding with transformers, the caches that are compiled or those that are not."""
+
+    def figure() -> str:
+        rows = [
+            [
+                _shape((row["batch_size"], row["context"])),
+                row["cache"].removesuffix(COMPILED).replace("tq4", "`tq4`").replace(", fused", ""),
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['fastest_step_milliseconds']:.1f} ms",
+                f"{row['kv_nbytes'] / 2**30:.2f} GiB",
+                f"{row['step_peak_nbytes'] / 2**30:.2f} GiB",
+            ]
+            for row in result("hf_decode")["rows"]
+            if row["cache"].endswith(COMPILED) == compiled
         ]
-        for row in result("hf_decode")["rows"]
-    ]
-    return table(("batch × context", "cache", "tokens/s", "KV", "peak of a step, less weights"), rows)
+        columns = ("batch × context", "cache", "tokens/s", "fastest step", "KV", "peak of a step, less weights")
+        return table(columns, rows)
+
+    return figure
+
+
+def hf_ratio(cache: str, peer: str) -> Callable[[], str]:
+    """How many times as fast as another a cache decodes, over all sizes."""
+
+    def figure() -> str:
+        rates: dict[str, list[float]] = {}
+        for row in result("hf_decode")["rows"]:
+            rates.setdefault(row["cache"], []).append(row["tokens_per_second"])
+        ratios = [ours / theirs for ours, theirs in zip(rates[cache], rates[peer], strict=True)]
+        return f"{min(ratios):.1f} to {max(ratios):.1f}"
+
+    return figure
 
 
 def decode_attention() -> str:
@@ -529,7 +551,12 @@ FIGURES: dict[str, Callable[[], str]] = {
     "cache-update": cache_update,
     "engine-serving": engine_serving("engine_serving", ENGINE_CACHES),
     "engine-serving-tq4": engine_serving("engine_serving_tq4", ["tq4"]),
-    "hf-decode": hf_decode,
+    "hf-decode": hf_decode(compiled=False),
+    "hf-decode-compiled": hf_decode(compiled=True),
+    "hf-compiled-static": hf_ratio("tq4, static, compiled", "StaticCache, sdpa, compiled"),
+    "hf-compiled-flash": hf_ratio("tq4, static, compiled", "DynamicCache, sdpa's flash"),
+    "hf-eager-sdpa": hf_ratio("TurboQuantCache tq4, fused", "DynamicCache, sdpa"),
+    "hf-eager-flash": hf_ratio("TurboQuantCache tq4, fused", "DynamicCache, sdpa's flash"),
 }
 
 
