@@ -101,6 +101,7 @@ def main() -> None:
             "chunk_size": arguments.chunk_size,
             "scores": rows,
         },
+        device="cpu",
     )
     print(path)
 

@@ -40,7 +40,9 @@ def main() -> None:
         change = score.perplexity / expected - 1
         print(f"{name:12s} perplexity {score.perplexity:.4f} ({change:+.2%})  KL {score.mean_kl:.4f}")
     name = "centring_" + file_stem(arguments.model)
-    write_result(name, {**vars(arguments), "scores": {name: score.to_dict() for name, score in scores.items()}})
+    write_result(
+        name, {**vars(arguments), "scores": {name: score.to_dict() for name, score in scores.items()}}, device="cpu"
+    )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def main() -> None:
     for name, score in scores.items():
         print(f"{name:24s} KL {score.mean_kl:.4f}  top-1 {score.top1_agreement:.3f}")
     found = {name: score.to_dict() for name, score in scores.items()}
-    print(write_result(f"left_out_{file_stem(arguments.model)}", {**vars(arguments), "scores": found}))
+    print(write_result(f"left_out_{file_stem(arguments.model)}", {**vars(arguments), "scores": found}, device="cpu"))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def main() -> None:
                 candidate = log_probabilities(model, cache, row, arguments.prompt_tokens, padded)
             kl[attention][padded] = float(kl_divergence(reference, candidate).mean())
             print(f"{padded:4d} padded tokens, {attention}: KL {kl[attention][padded]:.4f}", flush=True)
-    path = write_result(f"left_padding_{file_stem(arguments.model)}", {**vars(arguments), "mean_kl": kl})
+    path = write_result(f"left_padding_{file_stem(arguments.model)}", {**vars(arguments), "mean_kl": kl}, device="cpu")
     print(path)
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     }
     for row in rows:
         print(f"{row['target_bits']:g} bits: KL {row['mean_kl']:.4f}, uniform {row['uniform_mean_kl']:.4f}")
-    print(write_result(f"output_error_{file_stem(arguments.model)}", data))
+    print(write_result(f"output_error_{file_stem(arguments.model)}", data, device="cpu"))
 
 
 if __name__ == "__main__":
