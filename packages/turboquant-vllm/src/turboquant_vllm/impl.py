@@ -16,7 +16,7 @@ from turboquant_vllm.centring import GivenKeyMean, KeyMean
 from turboquant_vllm.engine_checks import engine_problems
 from turboquant_vllm.layer_pages import LayerPages, leave_to
 from turboquant_vllm.metadata import TurboQuantMetadata
-from turboquant_vllm.prefill import Prefill
+from turboquant_vllm.prefill import Prefill, take_workspace
 from turboquant_vllm.prefill_rows import workspace_tokens
 from turboquant_vllm.support import INSTEAD, check_layer
 from turboquant_vllm.varlen import VarlenAttention
@@ -176,12 +176,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
             # A row's window is dequantised whole.
             longest = self._engine_config.model_config.max_model_len
             num_tokens = max(num_tokens, min(self.sliding_window - 1 + most, longest))
-        shape = (num_tokens, self.num_kv_heads, self.head_size)
-        workspace = [query.new_empty(shape) for _ in range(2)]
-        workspace += [torch.empty_like(query) for _ in range(4)]
-        # Keys less their mean.
-        workspace.append(query.new_empty((len(query), self.num_kv_heads, self.head_size)))
-        del workspace
+        take_workspace(query, self.num_kv_heads, num_tokens)
         return output.zero_()
 
 

@@ -111,8 +111,11 @@ class Prefill:
         rotated = self._rotated(query)
         context: Attended | None = None
         for part in rows.context_parts:
-            attended = self._stored(rotated, pages, rows, part, added_mean, causal=False)
-            context = attended if context is None else merge(context, attended)
+            # Without a name of its own: a part's output would be held until the next part's is there.
+            if context is None:
+                context = self._stored(rotated, pages, rows, part, added_mean, causal=False)
+            else:
+                context = merge(context, self._stored(rotated, pages, rows, part, added_mean, causal=False))
         assert context is not None
         out, lse = context
         return self._unrotated(out), lse
@@ -181,6 +184,23 @@ class Prefill:
     def _unrotated(self, vectors: torch.Tensor) -> torch.Tensor:
         matrix = _exact_matrix(self._rotation, vectors.dtype, vectors.device)
         return self._rotation.unrotate(vectors).to(vectors.dtype) if matrix is None else vectors @ matrix
+
+
+def take_workspace(query: torch.Tensor, num_kv_heads: int, num_stored: int) -> None:
+    """Allocate what prefill takes at most, and let go of it, for a profile run to see.
+
+    Args:
+        query: [num_tokens, num_heads, head_dim] of the largest batch.
+        num_kv_heads: KV heads.
+        num_stored: Stored tokens that are dequantised at a time.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    # Keys and values of a part, and keys less their mean.
+    workspace = [query.new_empty(length, num_kv_heads, head_dim) for length in (num_stored, num_stored, num_tokens)]
+    # The rotated query, and outputs: on own tokens, on the parts so far, and on another part.
+    workspace += [torch.empty_like(query) for _ in range(4)]
+    workspace += [query.new_empty(num_heads, num_tokens, dtype=torch.float32) for _ in range(3)]
+    del workspace
 
 
 @cache
