@@ -45,7 +45,7 @@ def decode_attention(
         The output like `query` and its log-sum-exp [num_tokens, num_heads], both in the type of the arithmetic.
     """
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    num_tokens, num_heads, _ = query.shape
+    num_tokens, num_heads, head_dim = query.shape
     batch = len(seq_lens)
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=dtype, device=query.device)
@@ -62,9 +62,10 @@ def decode_attention(
         if key_mean is not None:
             mean = key_mean[row] if key_mean.ndim == 3 else key_mean
             keys = keys + mean.to(dtype)[:, None]
-        group = num_heads // keys.shape[0]
-        keys, values = (x.repeat_interleave(group, dim=0) for x in (keys, values))
-        logits = query[tokens].to(dtype).transpose(0, 1) @ keys.transpose(1, 2) * scale
+        # The heads of a KV head are rows of one product.
+        num_kv_heads, num_rows = keys.shape[0], num_heads // keys.shape[0] * row_len
+        grouped = query[tokens].to(dtype).transpose(0, 1).reshape(num_kv_heads, num_rows, head_dim)
+        logits = (grouped @ keys.transpose(1, 2)).view(num_heads, row_len, length) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
         position = torch.arange(length, device=query.device)
@@ -80,7 +81,8 @@ def decode_attention(
             logits = torch.cat([logits, sink], dim=-1)
         row_lse = logits.logsumexp(-1)
         weights = torch.exp(logits - row_lse.nan_to_num(neginf=0.0)[..., None])[..., :length]
-        out[tokens] = (weights @ values).transpose(0, 1)
+        attended = weights.reshape(num_kv_heads, num_rows, length) @ values
+        out[tokens] = attended.view(num_heads, row_len, head_dim).transpose(0, 1)
         lse[tokens] = row_lse.transpose(0, 1)
     return out, lse
 
