@@ -50,6 +50,7 @@ def attend_kept(
             has_softcap=bool(softcap),
             group=num_heads // kept.keys.shape[1],
             head_dim=head_dim,
+            # The next power of two; Triton's own function, one of its compiler, takes the host many times as long.
             block_dim=1 << (head_dim - 1).bit_length(),
             block_tokens=BLOCK_TOKENS,
             num_warps=NUM_WARPS,

@@ -111,11 +111,10 @@ class Prefill:
         rotated = self._rotated(query)
         context: Attended | None = None
         for part in rows.context_parts:
-            # Without a name of its own: a part's output would be held until the next part's is there.
-            if context is None:
-                context = self._stored(rotated, pages, rows, part, added_mean, causal=False)
-            else:
-                context = merge(context, self._stored(rotated, pages, rows, part, added_mean, causal=False))
+            attended = self._stored(rotated, pages, rows, part, added_mean, causal=False)
+            context = attended if context is None else merge(context, attended)
+            # It would be held until the next part's is there.
+            del attended
         assert context is not None
         out, lse = context
         return self._unrotated(out), lse

@@ -61,6 +61,7 @@ def run_decode_attention(
     cu_tiles = torch.empty(batch + 1, dtype=torch.int32, device=device)
     partial = torch.empty(slots, num_kv_heads, padded, num_positions, dtype=torch.float32, device=device)
     stats = torch.empty(slots, num_kv_heads, 2, padded, dtype=torch.float32, device=device)
+    # Triton's own next_power_of_2 and cdiv take the host many times as long: they are functions of its compiler.
     block_dim = 1 << (head_dim - 1).bit_length()
     precision = "tf32x3" if device.type == "cuda" and card_of(device).capability >= (8, 0) else "ieee"
     heads = batch * query_len * num_heads
