@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from turboquant_core._checks import check_head_dim
-from turboquant_core.files import check_format, replace_file
+from turboquant_core.files import check_format, write_atomically
 from turboquant_core.model_identity import ModelIdentity
 
 FORMAT = "turboquant-key-means"
@@ -78,7 +78,7 @@ def write_key_means(path: str | os.PathLike[str], key_means: KeyMeans) -> None:
         "source": key_means.source,
         "num_tokens": str(key_means.num_tokens),
     }
-    replace_file(path, save(tensors, metadata))
+    write_atomically(path, save(tensors, metadata))
 
 
 def read_key_means(path: str | os.PathLike[str], model: ModelIdentity | None = None) -> KeyMeans:

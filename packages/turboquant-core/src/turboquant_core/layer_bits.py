@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turboquant_core.config import check_cache_bits
-from turboquant_core.files import check_format, replace_file
+from turboquant_core.files import check_format, write_atomically
 from turboquant_core.model_identity import ModelIdentity
 
 FORMAT = "turboquant-layer-bits"
@@ -66,7 +66,7 @@ def write_layer_bits(path: str | os.PathLike[str], bits: LayerBits) -> None:
         "measured": dict(bits.measured),
         "layer_bits": {str(index): list(pair) for index, pair in sorted(bits.layer_bits.items())},
     }
-    replace_file(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def read_layer_bits(path: str | os.PathLike[str], model: ModelIdentity | None = None) -> LayerBits:

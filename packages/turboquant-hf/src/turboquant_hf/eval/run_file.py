@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from turboquant_core.files import replace_file
+from turboquant_core.files import write_atomically
 
 EVAL = "turboquant eval"
 VERSION = 1
@@ -34,7 +34,7 @@ class RunFile:
         """Keep a result, in the file too."""
         self.results[unit] = dict(result)
         data = {"format": self.command, "version": VERSION, **self.header, "results": self.results}
-        replace_file(self.path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
+        write_atomically(self.path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
     def differences(self, section: str, expected: Mapping[str, Any]) -> Iterator[str]:
         """What a section of the file says otherwise, one sentence each."""
