@@ -57,13 +57,14 @@ def tests(session: nox.Session, package: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting and the import contracts."""
+    """Check style, formatting, the import contracts and the workflows."""
     # The import contracts are read from the sources; what the packages depend on is not needed.
     session.install("--no-deps", *editable(*PACKAGES))
     session.install("--group", "lint")
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("lint-imports")
+    session.run("zizmor", "--offline", "--no-progress", "--min-severity", "medium", ".github")
 
 
 @nox.session

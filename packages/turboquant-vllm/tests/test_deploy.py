@@ -1,5 +1,6 @@
 """The files in deploy/ as far as they can be tried without a container engine."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,20 @@ def test_what_is_copied_is_there(service):
 
 
 def test_the_image_has_a_vllm_that_was_tested():
-    (version,) = [line.partition("=")[2] for line in containerfile() if line.startswith("ARG VLLM_VERSION=")]
-    assert version.rpartition(".")[0] in _compat.TESTED
+    bases = [line.split()[1] for line in containerfile() if line.startswith("FROM ")]
+    assert set(bases) == {"${VLLM_IMAGE}"}
+    (image,) = [line.partition("=")[2] for line in containerfile() if line.startswith("ARG VLLM_IMAGE=")]
+    found = re.fullmatch(r"vllm/vllm-openai:v(\d+\.\d+)\.\d+@sha256:[0-9a-f]{64}", image)
+    assert found is not None
+    assert found[1] in _compat.TESTED
+
+
+def test_the_container_does_not_run_as_root(service):
+    (user,) = [line.split()[1] for line in containerfile() if line.startswith("USER ")]
+    assert user not in ("root", "0")
+    mounted = [volume.split(":")[1] for volume in service["volumes"]]
+    assert mounted
+    assert all(path.startswith(f"/home/{user}/") for path in mounted)
 
 
 def containerfile():

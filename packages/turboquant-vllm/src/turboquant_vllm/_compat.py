@@ -10,7 +10,7 @@ import vllm
 from packaging.version import Version
 
 OLDEST = Version("0.29.0")
-TESTED = ("0.29", "0.32", "0.33")
+TESTED = ("0.29", "0.31", "0.32", "0.33")
 
 
 def check_version() -> None:
