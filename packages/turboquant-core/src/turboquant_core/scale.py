@@ -14,6 +14,7 @@ ScaleRule = Literal["norm", "unbiased", "least_squares"]
 SCALE_RULES: tuple[ScaleRule, ...] = get_args(ScaleRule)
 SCALE_DTYPE = torch.float16
 SCALE_BYTES = SCALE_DTYPE.itemsize
+MAX_SCALE = torch.finfo(SCALE_DTYPE).max ** 2
 
 
 def check_scale_rule(rule: str) -> None:
@@ -45,6 +46,13 @@ def corrected_scale(norm: torch.Tensor, unit: torch.Tensor, decoded: torch.Tenso
     ratio = 1 / inner if rule == "unbiased" else inner / decoded.square().sum(-1, keepdim=True)
     corrected = norm * ratio
     return torch.where(norm == 0, norm, corrected)
+
+
+def is_storable(x: torch.Tensor) -> torch.Tensor:
+    """Which vectors x [..., head_dim] come back finite, bool [...]: those without NaN or inf, up to 4.29e9 long."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=wide)
+    return norm <= MAX_SCALE
 
 
 def encode_scale(scale: torch.Tensor) -> torch.Tensor:

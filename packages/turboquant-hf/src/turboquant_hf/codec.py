@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_core import MSEQuantizer, OutlierQuantizer, QuantizedTensor, TurboQuantConfig
-from turboquant_core.scale import ScaleRule
+from turboquant_core.centring import mean_key
+from turboquant_core.scale import ScaleRule, is_storable
 from turboquant_core.vector_format import OUTLIER_BITS
 
 Quantizer = MSEQuantizer | OutlierQuantizer
@@ -40,9 +41,10 @@ class LayerCodec:
             config: What is stored for one head.
             keys: [num_tokens, heads, head_dim].
             values: The same for values.
-            counts: bool [num_tokens, heads], which of them to take it from, some of each head; None for all.
+            counts: bool [num_tokens, heads], which of them to take it from, some of each head; None for all. Vectors
+                that do not come back finite never count.
         """
-        mean = _mean(keys, counts) if config.center_keys else None
+        mean = mean_key(keys, counts) if config.center_keys else None
         return cls(
             config,
             mean,
@@ -96,23 +98,13 @@ def _centred(keys: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
     return keys if mean is None else keys.float() - mean
 
 
-def _mean(keys: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    if counts is None:
-        return keys.float().mean(0)
-    return _counted(keys.float(), counts).sum(0) / counts.sum(0)[:, None]
-
-
-def _counted(states: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
-    """States with zeros in place of what does not count."""
-    return states if counts is None else torch.where(counts[:, :, None], states, 0.0)
-
-
 def _channel_order(
     states: torch.Tensor, bits: float, counts: torch.Tensor | None, mean: torch.Tensor | None = None
 ) -> torch.Tensor | None:
     if bits not in OUTLIER_BITS:
         return None
-    states = _counted(_centred(states, mean), counts)
+    counted = is_storable(states) if counts is None else counts & is_storable(states)
+    states = torch.where(counted[..., None], _centred(states, mean), 0.0)
     return OutlierQuantizer.calibrate(states, bits, dim=0).channel_order[0]
 
 

@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from turboquant_core import TurboQuantConfig
+from turboquant_core.testing import gaussian
+from turboquant_hf.codec import LayerCodec
+
+NUM_TOKENS, HEADS, HEAD_DIM = 41, 2, 64
+
+
+@pytest.mark.parametrize("bits", [4, 2.5])
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_vector_that_cannot_be_stored_harms_no_other(bits, counted, bad):
+    keys, values = (gaussian(NUM_TOKENS * HEADS, HEAD_DIM, s).view(NUM_TOKENS, HEADS, HEAD_DIM) for s in (1, 2))
+    counts = torch.ones(NUM_TOKENS, HEADS, dtype=torch.bool) if counted else None
+    config = TurboQuantConfig(HEAD_DIM, bits, bits)
+    keys[7, 1, 3] = values[9, 0, 5] = bad
+    codec = LayerCodec.calibrate(config, keys, values, counts)
+    stored_keys, stored_values = codec.quantize(keys, values)
+    broken = torch.zeros(HEADS, NUM_TOKENS, dtype=torch.bool)
+    broken[1, 7] = True
+    assert torch.equal(~codec.dequantize_keys(heads_first(stored_keys)).isfinite().any(-1), broken)
+    broken = torch.zeros(HEADS, NUM_TOKENS, dtype=torch.bool)
+    broken[0, 9] = True
+    assert torch.equal(~codec.dequantize_values(heads_first(stored_values)).isfinite().any(-1), broken)
+    without = torch.arange(NUM_TOKENS) != 7
+    torch.testing.assert_close(codec.key_mean[1], keys[without, 1].mean(0))
+    clean_values = values.clone()
+    clean_values[9, 0] = 0
+    clean = LayerCodec.calibrate(config, keys, clean_values, counts)
+    assert codec.value_order is None or torch.equal(codec.value_order, clean.value_order)
+
+
+def heads_first(stored):
+    return stored.map(lambda x: x.transpose(0, 1))
