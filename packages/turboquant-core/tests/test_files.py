@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from turboquant_core.files import replacing, write_atomically
+from turboquant_core.files import (
+    MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    open_safetensors,
+    parse_json,
+    read_json,
+    reading,
+    replacing,
+    write_atomically,
+)
 
 
 def names(folder):
@@ -97,3 +106,81 @@ def test_what_is_no_file_is_written_to():
 def test_a_device_that_is_full():
     with pytest.raises(OSError, match="cannot write /dev/full: No space left on device"):
         write_atomically("/dev/full", "new")
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": [1, 2.5, null, true, "\\u00e9"]}', {"a": [1, 2.5, None, True, "é"]}),
+        ("9223372036854775807", 2**63 - 1),
+        ("-9223372036854775807", 1 - 2**63),
+        ('"\\ud83d\\ude00"', "\N{GRINNING FACE}"),
+        (nested(2), [[]]),
+    ],
+)
+def test_json_is_read(text, value):
+    assert parse_json(text) == value
+    assert parse_json(text.encode()) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no JSON, or is truncated"),
+        ('{"a": 1', "no JSON, or is truncated"),
+        (b"\xff", "no JSON, or is truncated"),
+        ("[NaN]", "NaN, which is not finite"),
+        ("-Infinity", "-Infinity, which is not finite"),
+        ("1e999", "1e999, which is not finite"),
+        ("9223372036854775808", "more than 64 bits"),
+        ("1" * 100_000, "more than 64 bits"),
+        ('{"a": {"b": 1, "b": 1}}', "the key 'b' twice"),
+        (r'["\ud800"]', "no Unicode"),
+        (r'{"\ud800": 1}', "no Unicode"),
+        (nested(MAX_JSON_DEPTH + 2), "nested more than 64 deep"),
+        (nested(200_000), "nested more than 64 deep"),
+        ('{"a":' * 200_000, "nested more than 64 deep"),
+        ("1" + " " * MAX_JSON_BYTES, "more than 16,777,216 bytes"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_json_that_is_refused(text, said):
+    with pytest.raises(ValueError, match=said) as error:
+        parse_json(text)
+    assert len(str(error.value)) < 200
+
+
+def test_json_as_deep_as_it_may_be():
+    value = parse_json(nested(MAX_JSON_DEPTH))
+    for _ in range(MAX_JSON_DEPTH - 1):
+        (value,) = value
+    assert value == []
+
+
+def test_a_large_file_is_not_read_to_its_end(tmp_path):
+    with (tmp_path / "file").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="more than 16,777,216 bytes"):
+        read_json(tmp_path / "file")
+
+
+def test_what_is_refused_is_named(tmp_path):
+    (tmp_path / "file").write_text("{")
+    with pytest.raises(ValueError, match=r"file holds no bits that can be used: it is no JSON.*\. Write it again\."):  # noqa: SIM117
+        with reading(tmp_path / "file", "bits", "Write it again."):
+            read_json(tmp_path / "file")
+    for missing in (tmp_path / "none", tmp_path, Path("/dev/zero")):
+        with pytest.raises(FileNotFoundError, match=r"there is no file .* with bits\. Write it again\."):  # noqa: SIM117
+            with reading(missing, "bits", "Write it again."):
+                pass
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100, (2**63).to_bytes(8, "little") + b"{}", b"\0" * 100])
+def test_what_is_no_safetensors_file(tmp_path, content):
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match="no safetensors file, or is truncated"), open_safetensors(tmp_path / "file"):
+        pass

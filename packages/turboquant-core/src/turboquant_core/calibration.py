@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from turboquant_core._checks import check_head_dim
-from turboquant_core.files import check_format, write_atomically
+from turboquant_core.files import check_format, open_safetensors, parse_json, reading, write_atomically
 from turboquant_core.model_identity import ModelIdentity
 
 FORMAT = "turboquant-key-means"
@@ -93,28 +92,21 @@ def read_key_means(path: str | os.PathLike[str], model: ModelIdentity | None = N
         ValueError: If the file is damaged, something else, or belongs to another model.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} with key means. {_REMEDY}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            check_format(metadata, FORMAT, str(FORMAT_VERSION))
-            # Shapes come first: a tensor that cannot be a mean is not loaded.
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                _check_stored(name, file.get_slice(name))
-            key_means = KeyMeans(
-                means={_layer_index(name): file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
-                model=ModelIdentity.from_json(metadata["model"]),
-                source=metadata["source"],
-                num_tokens=int(metadata["num_tokens"]),
-            )
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or is truncated: {error}. {_REMEDY}") from error
-    except KeyError as error:
-        raise ValueError(f"{path} lacks {error} in its metadata. {_REMEDY}") from error
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no key means that can be used: {error}. {_REMEDY}") from error
-    key_means.model.check_is(model, f"{path} holds the key means of {key_means.source}", _REMEDY)
+    with reading(path, "key means", _REMEDY), open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        check_format(metadata, FORMAT, str(FORMAT_VERSION))
+        if missing := [name for name in ("model", "source", "num_tokens") if name not in metadata]:
+            raise ValueError(f"it lacks {', '.join(map(repr, missing))} in its metadata")
+        # Shapes come first: a tensor that cannot be a mean is not loaded.
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            _check_stored(name, file.get_slice(name))
+        key_means = KeyMeans(
+            means={_layer_index(name): file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
+            model=ModelIdentity.from_json(metadata["model"]),
+            source=metadata["source"],
+            num_tokens=_number(metadata["num_tokens"]),
+        )
+    key_means.model.check_is(model, f"{path} holds the key means of {key_means.source:.200}", _REMEDY)
     return key_means
 
 
@@ -122,6 +114,13 @@ def _check_stored(name: str, stored: Any) -> None:
     if _TENSOR_NAME.fullmatch(name) is None:
         raise ValueError(f"it holds a tensor {name!r}; tensors are named layers.N.key_mean")
     _check_shape(name, stored.get_dtype(), "F32", stored.get_shape())
+
+
+def _number(text: str) -> int:
+    number = parse_json(text)
+    if type(number) is not int:
+        raise ValueError(f"num_tokens is {text!r}, no whole number")
+    return number
 
 
 def _layer_index(name: str) -> int:

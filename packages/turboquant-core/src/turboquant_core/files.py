@@ -1,11 +1,21 @@
-"""Files that are written whole, so that a reader finds the old one or the new one, and that name their format."""
+"""Files are written whole, so that a reader finds the old one or the new one, and nothing in them is trusted."""
 
+import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+MAX_JSON_BYTES = 1 << 24
+MAX_JSON_DEPTH = 64
+MAX_REASON = 500
+_MAX_JSON_INTEGER = 2**63 - 1
 
 
 @contextmanager
@@ -59,6 +69,91 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+@contextmanager
+def reading(path: Path, content: str, remedy: str) -> Iterator[None]:
+    """Name a file in all that is refused of it.
+
+    Args:
+        path: The file, which has to be there.
+        content: What it is to hold, such as "key means".
+        remedy: What to do about a file that is missing or refused, a sentence.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: For every ValueError in the block.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with {content}. {remedy}")
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        # What a message quotes of a file may be as long as the file.
+        said = said if len(said) <= MAX_REASON else f"{said[:MAX_REASON]}..."
+        raise ValueError(f"{path} holds no {content} that can be used: {said}. {remedy}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; see `parse_json`.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is refused.
+    """
+    with path.open("rb") as file:
+        # Not all of a file that is too large.
+        return parse_json(file.read(MAX_JSON_BYTES + 1))
+
+
+def parse_json(data: bytes | str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+    """What JSON from elsewhere says.
+
+    Refused is what JSON has not, or says in two ways: numbers that are not finite or do not fit into 64 bits, keys that
+    are there twice, text that is no Unicode; and what is larger or deeper than anything that is written here.
+
+    Args:
+        data: JSON, in UTF-8.
+        max_bytes: Bytes that it may have.
+
+    Raises:
+        ValueError: If it is refused.
+    """
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes of JSON")
+    try:
+        text = data.decode() if isinstance(data, bytes) else data
+        parsed = json.loads(
+            text,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_no_number,
+            object_pairs_hook=_object,
+        )
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"it is no JSON, or is truncated: {error}") from None
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_parsed(parsed)
+    return parsed
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, as `safe_open` opens it on the CPU.
+
+    No tensor of it has more bytes than the file: the library compares the header with the file's size.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is something else, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"it is no safetensors file, or is truncated: {error}") from None
+
+
 def check_format(header: Mapping[str, object], name: str, version: object) -> None:
     """Refuse a file of another format.
 
@@ -82,3 +177,60 @@ def _flush_to_disk(path: Path) -> None:
     """Wait until a file is on the disk, or it may be empty after a power failure although it was renamed."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+_TOO_DEEP = f"its JSON is nested more than {MAX_JSON_DEPTH} deep"
+
+
+def _integer(text: str) -> int:
+    # Python refuses to read thousands of digits, and few of more than 19 are of use to anyone.
+    number = int(text) if len(text) <= len(str(-_MAX_JSON_INTEGER)) else None
+    if number is None or abs(number) > _MAX_JSON_INTEGER:
+        raise ValueError(f"it has the number {text[:24]}{'...' if len(text) > 24 else ''}, which has more than 64 bits")
+    return number
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        _no_number(text)
+    return number
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"it has the number {text[:24]}, which is not finite")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"it has the key {twice!r} twice in one object")
+    return parsed
+
+
+def _check_parsed(parsed: Any) -> None:
+    """Refuse what is nested too deep, and halves of surrogate pairs, which no output can print."""
+    level = [parsed]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                _check_text(value)
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, dict):
+                inner += value
+                inner += value.values()
+        if not inner:
+            return
+        level = inner
+    raise ValueError(_TOO_DEEP)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"its text {text[:40]!r} is no Unicode") from None

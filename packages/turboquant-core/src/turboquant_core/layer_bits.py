@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turboquant_core.config import check_cache_bits
-from turboquant_core.files import check_format, write_atomically
+from turboquant_core.files import check_format, read_json, reading, write_atomically
 from turboquant_core.model_identity import ModelIdentity
 
 FORMAT = "turboquant-layer-bits"
@@ -81,15 +81,9 @@ def read_layer_bits(path: str | os.PathLike[str], model: ModelIdentity | None = 
         ValueError: If the file is damaged, something else, or belongs to another model.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} with the bits of layers. {_REMEDY}")
-    try:
-        bits = _parse(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file, or is truncated: {error}. {_REMEDY}") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no bits of layers that can be used: {error}. {_REMEDY}") from error
-    bits.model.check_is(model, f"{path} holds the bits of {bits.source}", _REMEDY)
+    with reading(path, "bits of layers", _REMEDY):
+        bits = _parse(read_json(path))
+    bits.model.check_is(model, f"{path} holds the bits of {bits.source:.200}", _REMEDY)
     return bits
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from turboquant_core.files import parse_json
+
 
 @dataclass(frozen=True)
 class ModelIdentity:
@@ -70,8 +72,8 @@ class ModelIdentity:
         values = dict(data)
         for name, expected in known.items():
             if expected == tuple[float, ...]:
-                values[name] = tuple(float(number) for number in data[name])
-            elif type(data[name]) is not expected:
+                values[name] = _numbers(name, data[name])
+            elif type(data[name]) is not expected or (expected is int and data[name] < 0):
                 raise ValueError(f"{name} of the model is {data[name]!r}")
         return cls(**values)
 
@@ -86,7 +88,7 @@ class ModelIdentity:
         Raises:
             ValueError: If the text is no identity.
         """
-        return cls.from_dict(json.loads(text))
+        return cls.from_dict(parse_json(text))
 
     def to_json(self) -> str:
         """This identity as JSON."""
@@ -131,6 +133,12 @@ def _rotary_parameters(config: object) -> list[Mapping[str, Any]]:
         return [parameters]
     nested = [parameters[kind] for kind in sorted(parameters)]
     return [each for each in nested if isinstance(each, Mapping) and "rope_theta" in each]
+
+
+def _numbers(name: str, data: object) -> tuple[float, ...]:
+    if not isinstance(data, list) or not all(type(number) in (int, float) for number in data):
+        raise ValueError(f"{name} of the model is {data!r}, no list of numbers")
+    return tuple(map(float, data))
 
 
 def _shown(value: object) -> str:
