@@ -1,53 +1,111 @@
+"""The command line itself, with commands of a package that is made for it."""
+
+import json
+import os
+import signal
+import subprocess
 import sys
-from importlib.metadata import distribution
-from typing import Annotated
+from importlib.metadata import EntryPoint, distribution
+from pathlib import Path
+from textwrap import dedent
 
 import pytest
+
+from turboquant_core import __version__, cli, command_output, commands, interrupts
+
+SOURCES = {
+    "greet": """
+        def greet(name: str, times: Annotated[int, typer.Option(help="How often.")] = 1) -> None:
+            '''Say hello.'''
+            for _ in range(times):
+                typer.echo(f"hello {name}")
+        """,
+    "part": """
+        def part(name: str) -> None:
+            '''Say goodbye.'''
+            typer.echo(f"goodbye {name}")
+        """,
+    "refuse": """
+        def refuse(json_target: Annotated[str | None, typer.Option("--json")] = None) -> None:
+            print("a library says something")
+            raise CommandError("no\\nfor [/x] reasons", 1, "refused")
+        """,
+    "find": """
+        def find(
+            json_target: Annotated[str, typer.Option("--json")], number: Annotated[float, typer.Option()] = 1
+        ) -> None:
+            print("a library says something")
+            write_json("find", {"number": number}, json_target)
+        """,
+    "crash": """
+        def crash(how: str, json_target: Annotated[str | None, typer.Option("--json")] = None) -> None:
+            if how == "pipe":
+                raise BrokenPipeError(32, "Broken pipe")
+            try:
+                raise {"bug": KeyError("x"), "ctrl-c": KeyboardInterrupt(), "memory": MemoryError(),
+                       "disk": OSError(28, "No space left on device")}.get(how, KeyboardInterrupt())
+            except KeyboardInterrupt:
+                if how == "ctrl-c":
+                    raise
+                # As packages do while they are imported.
+                raise RuntimeError("cannot import it")
+        """,
+    "lacking": "import no_such_package",
+    "slow": """
+        if __import__("os").environ.get("WAIT") == "import":
+            print("waiting", flush=True)
+            try:
+                __import__("time").sleep(60)
+            except BaseException:
+                raise ImportError("interrupted") from None
+
+        def slow(json_target: Annotated[str | None, typer.Option("--json")] = None) -> None:
+            sys.__stdout__.write("waiting\\n")
+            sys.__stdout__.flush()
+            __import__("time").sleep(60)
+        """,
+}
+HEADER = """
+import sys
+from typing import Annotated
 import typer
+from turboquant_core.command_output import CommandError, write_json
+"""
 
-from turboquant_core import __version__, cli
 
-
-class FakeEntryPoint:
-    def __init__(self, name, command):
-        self.name = name
-        self.value = f"a_package.{name}"
-        self._command = command
-
-    def load(self):
-        if isinstance(self._command, Exception):
-            raise self._command
-        return self._command
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A folder with a package of commands whose import is noticed."""
+    folder = tmp_path_factory.mktemp("installed")
+    (folder / "some_commands").mkdir()
+    (folder / "some_commands" / "__init__.py").write_text("")
+    for name, source in SOURCES.items():
+        (folder / "some_commands" / f"{name}.py").write_text(HEADER + dedent(source))
+    return folder
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line with the given installed commands: exit status, output, errors."""
+def run(monkeypatch, capsys, package):
+    """Runs the command line with the given installed commands, by default all: exit status, output, errors."""
+    monkeypatch.syspath_prepend(package)
 
-    def run(*args, **commands):
+    def run(*args, installed=tuple(SOURCES)):
         def entry_points(group):
             assert group == "turboquant.commands"
-            return [FakeEntryPoint(name, command) for name, command in commands.items()]
+            return [EntryPoint(name, f"some_commands.{name}:{name}", group) for name in installed]
 
-        monkeypatch.setattr(cli, "entry_points", entry_points)
-        monkeypatch.setattr(cli.app, "registered_commands", [])
-        monkeypatch.setattr(sys, "argv", ["turboquant", *args])
+        monkeypatch.setattr(commands, "entry_points", entry_points)
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            commands.app(list(args), prog_name="turboquant")
         return exit_.value.code or 0, *capsys.readouterr()
 
-    return run
+    yield run
+    for name in [name for name in sys.modules if name.startswith("some_commands")]:
+        del sys.modules[name]
 
 
-def greet(name: str, times: Annotated[int, typer.Option(help="How often.")] = 1) -> None:
-    """Say hello."""
-    for _ in range(times):
-        typer.echo(f"hello {name}")
-
-
-def part(name: str) -> None:
-    """Say goodbye."""
-    typer.echo(f"goodbye {name}")
+def imported():
+    return {name.partition(".")[2] for name in sys.modules if name.startswith("some_commands.")}
 
 
 def test_version(run):
@@ -55,55 +113,253 @@ def test_version(run):
 
 
 def test_version_needs_no_command_and_runs_none(run):
-    assert run("--version", "greet", "you", greet=greet)[1] == f"turboquant-core {__version__}\n"
+    assert run("--version", "greet", "you")[1] == f"turboquant-core {__version__}\n"
+    assert imported() == set()
 
 
 def test_no_arguments_show_the_help(run):
-    _, output, errors = run(greet=greet, part=part)
+    _, output, errors = run()
     text = output + errors
     assert "turboquant [OPTIONS] COMMAND [ARGS]..." in text
     assert "--version" in text
     assert "greet" in text
-    assert "Say goodbye." in text
+
+
+def test_the_help_has_a_line_for_each_command_and_imports_none(run):
+    lines = run("--help")[1].splitlines()
+    for name, said in {"greet": "Say hello.", "part": "Say goodbye.", "lacking": ""}.items():
+        assert [line.split() for line in lines if line.strip().startswith(name)] == [[name, *said.split()]]
+    assert imported() == set()
+
+
+def test_a_command_whose_package_is_gone_has_a_line_without_help(monkeypatch, capsys):
+    gone = EntryPoint("gone", "no_such_package.module:function", "turboquant.commands")
+    monkeypatch.setattr(commands, "entry_points", lambda group: [gone])
+    for arguments, status in ((["--help"], 0), (["gone"], 2)):
+        with pytest.raises(SystemExit) as exit_:
+            commands.app(arguments)
+        assert (exit_.value.code or 0) == status
+    assert "gone is not available: no_such_package.module:function" in capsys.readouterr().err
 
 
 def test_help_without_any_command_installed(run):
-    status, output, _ = run("--help")
+    status, output, _ = run("--help", installed=())
     assert status == 0
     assert "turboquant-hf" in output
 
 
 def test_subcommands_are_those_of_the_installed_packages(run):
-    assert run("greet", "you", "--times", "2", greet=greet, part=part) == (
-        0,
-        "hello you\nhello you\n",
-        "",
-    )
-    assert run("part", "you", greet=greet, part=part)[1] == "goodbye you\n"
+    assert run("greet", "you", "--times", "2") == (0, "hello you\nhello you\n", "")
+    assert imported() == {"greet"}
+    assert run("part", "you")[1] == "goodbye you\n"
+
+
+def test_the_help_of_a_subcommand(run):
+    status, output, _ = run("greet", "--help")
+    assert status == 0
+    assert "Usage: turboquant greet [OPTIONS]" in output
+    assert "How often." in output
 
 
 def test_a_single_subcommand_keeps_its_name(run):
-    assert run("greet", "you", greet=greet)[1] == "hello you\n"
+    assert run("greet", "you", installed=["greet"])[1] == "hello you\n"
 
 
 def test_an_unknown_subcommand_is_refused(run):
-    status, _, errors = run("sing", greet=greet)
+    status, _, errors = run("sing")
     assert status == 2
     assert "No such command 'sing'" in errors
+    assert "Did you mean 'greet'" in run("gret")[2]
+    assert imported() == set()
 
 
 def test_without_any_command_installed_the_package_that_brings_them_is_named(run):
-    status, _, errors = run("doctor", "MODEL", "--json", "-")
+    status, output, errors = run("doctor", "MODEL", "--json", "-", installed=())
     assert status == 2
     assert "they come with turboquant-hf" in errors
-    assert run("--version")[2] == ""
+    assert "they come with turboquant-hf" in json.loads(output)["error"]
+    assert run("--version", installed=())[2] == ""
 
 
 def test_a_command_that_cannot_be_imported_is_named_and_does_not_stop_the_others(run):
-    missing = ImportError("No module named 'gguf'")
-    status, output, errors = run("greet", "you", demo=missing, greet=greet)
-    assert (status, output) == (0, "hello you\n")
-    assert "demo is not available: a_package.demo: No module named 'gguf'" in errors
+    assert run("greet", "you")[:2] == (0, "hello you\n")
+    status, _, errors = run("lacking")
+    assert status == 2
+    assert "lacking is not available: some_commands.lacking:lacking: No module named 'no_such_package'" in errors
+
+
+def test_an_error_is_one_line_in_words_and_in_json(run):
+    assert run("refuse") == (1, "a library says something\n", "refused: no for [/x] reasons\n")
+    status, output, errors = run("refuse", "--json", "-")
+    assert (status, errors) == (1, "a library says something\nrefused: no for [/x] reasons\n")
+    assert json.loads(output) == {"format": "turboquant refuse --json", "error": "no for [/x] reasons"}
+
+
+@pytest.mark.parametrize("arguments", [("greet", "--json=-"), ("refuse", "--json", "-", "--times", "x")])
+def test_wrong_arguments_are_said_in_json_too(run, arguments):
+    status, output, errors = run(*arguments)
+    assert status == 2
+    assert json.loads(output)["error"] in " ".join(errors.split())
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "said"),
+    [
+        ("bug", 1, "bug: KeyError: 'x'. This is an error in turboquant itself"),
+        ("disk", 2, "error: [Errno 28] No space left on device"),
+        ("memory", 1, "error: there is not enough memory"),
+        ("ctrl-c", 130, "interrupted"),
+        ("ctrl-c made another error", 130, "interrupted"),
+    ],
+)
+def test_whatever_is_raised_ends_in_one_line_and_a_status(run, monkeypatch, how, status, said):
+    monkeypatch.delenv("TURBOQUANT_TRACEBACK", raising=False)
+    found, output, errors = run("crash", how, "--json", "-")
+    assert found == status
+    assert errors.startswith(said)
+    assert errors.count("\n") == 1
+    assert errors.strip().endswith(json.loads(output)["error"])
+
+
+def test_a_bug_shows_its_traceback_when_asked(run, monkeypatch):
+    monkeypatch.setenv("TURBOQUANT_TRACEBACK", "1")
+    status, _, errors = run("crash", "bug")
+    assert status == 1
+    assert "Traceback" in errors
+    assert 'some_commands/crash.py", line' in errors
+
+
+def test_a_reader_that_is_gone_is_no_error(run):
+    assert run("crash", "pipe") == (1, "", "")
+
+
+def test_json_is_alone_on_the_output_and_strict(run):
+    status, output, errors = run("find", "--json", "-", "--number", "2")
+    assert (status, errors) == (0, "a library says something\n")
+    assert json.loads(output) == {"format": "turboquant find --json", "number": 2}
+    status, output, errors = run("find", "--json", "-", "--number", "inf")
+    assert status == 1
+    assert json.loads(output)["error"] == "number is inf, which is no result"
+
+
+def test_a_json_file_is_replaced_by_its_own_command_alone(run, tmp_path):
+    path = tmp_path / "found.json"
+    for number in ("1", "2"):
+        assert run("find", "--json", str(path), "--number", number)[0] == 0
+    assert json.loads(path.read_text())["number"] == 2
+    assert run("find", "--json", str(path), "--number", "nan")[0] == 1
+    assert json.loads(path.read_text())["error"] == "number is nan, which is no result"
+    assert run("refuse", "--json", str(path))[0] == 1
+    assert json.loads(path.read_text())["error"] == "number is nan, which is no result"
+
+
+def test_files_that_were_not_written_by_the_command_are_kept(tmp_path):
+    path, marker = tmp_path / "found.json", command_output.json_marker("find")
+    command_output.check_output(path, marker)
+    path.write_text("")
+    command_output.check_output(path, marker)
+    for content, said in (("notes", "did not write it"), ('{"format": "turboquant plan --json"}', "--force")):
+        path.write_text(content)
+        with pytest.raises(command_output.CommandError, match=said):
+            command_output.check_output(path, marker)
+        command_output.check_output(path, marker, force=True)
+    command_output.write_json("find", {"number": 1}, str(path))
+    command_output.check_output(path, marker)
+
+
+@pytest.mark.parametrize("name", ["none/x.json", ".", "x" * 300, "x\0y", "there/x"])
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, name):
+    (tmp_path / "there").write_text("")
+    with pytest.raises(command_output.CommandError) as refused:
+        command_output.check_output(tmp_path / name, "marker")
+    assert refused.value.status == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(command_output.CommandError, match="is read-only"):
+        command_output.check_output(tmp_path / "x", "marker")
+
+
+def test_outputs_are_no_inputs_and_not_each_other(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "text")
+    paths = {name: tmp_path / name for name in ("text", "out", "link")}
+    command_output.check_apart({"--out": paths["out"], "--json": "-"}, {"--text": paths["text"], "MODEL": None})
+    with pytest.raises(command_output.CommandError, match="--text and --out are the same file"):
+        command_output.check_apart({"--out": paths["link"]}, {"--text": paths["text"]})
+    with pytest.raises(command_output.CommandError, match="--out and --json are the same file"):
+        command_output.check_apart({"--out": paths["out"], "--json": str(tmp_path / "x" / ".." / "out")}, {})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["find", "--json", "-"]])
+def test_an_output_that_is_full(start, arguments):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        process = start(arguments, stdout=full)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.splitlines()[-1] == "error: [Errno 28] No space left on device"
+
+
+@pytest.fixture
+def start(package):
+    """Starts the command in a process of its own with the made package."""
+    info = package / "some_commands-1.dist-info"
+    info.mkdir(exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-commands\nVersion: 1\n")
+    lines = [f"{name} = some_commands.{name}:{name}" for name in SOURCES]
+    (info / "entry_points.txt").write_text("\n".join(["[turboquant.commands]", *lines]))
+
+    def start(arguments, folders=(), **options):
+        path = os.pathsep.join([*folders, str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-c", "from turboquant_core.cli import main; main()", *arguments]
+        environment = {**os.environ, "PYTHONPATH": path, **options.pop("env", {})}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        return subprocess.Popen(command, env=environment, **options)
+
+    return start
+
+
+@pytest.mark.parametrize("moment", ["typer", "import", "command"])
+def test_ctrl_c_ends_it_without_a_traceback(start, moment, tmp_path):
+    (tmp_path / "typer.py").write_text(dedent(SOURCES["slow"]).partition("def ")[0])
+    folders = [str(tmp_path)] if moment == "typer" else []
+    process = start(["slow"], folders, env={"WAIT": moment.replace("typer", "import")})
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors in ("", "interrupted\n")
+
+
+def test_interrupted_it_says_so_in_json(start):
+    process = start(["slow", "--json", "-"], env={"WAIT": "command"})
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.startswith("interrupted")
+    assert json.loads(output)["error"] in errors
+
+
+def test_a_script_that_imports_it_keeps_its_own_ctrl_c():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with interrupts.raised():
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["docter"]])
+def test_help_and_version_take_no_time(run_python, arguments):
+    said = run_python(
+        f"import sys, time; sys.argv[1:] = {arguments}; from turboquant_core.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(time.process_time(), *sys.modules)"
+    )
+    seconds, *modules = said.splitlines()[-1].split()
+    assert float(seconds) < 1
+    assert not {"torch", "transformers", "scipy", "numpy", "turboquant_hf"} & set(modules)
 
 
 def test_the_installed_script_is_this_command():

@@ -1,17 +1,8 @@
 """TurboQuant: vectors of a KV cache as a few bits per coordinate, after arXiv 2504.19874."""
 
+from importlib import import_module
 from importlib.metadata import version
-
-from turboquant_core.codebook import Codebook, lloyd_max_codebook
-from turboquant_core.config import PRESETS, TurboQuantConfig
-from turboquant_core.layout import KVCacheLayout
-from turboquant_core.mse import MSEQuantizer
-from turboquant_core.outlier import OutlierQuantizer
-from turboquant_core.packing import pack, unpack
-from turboquant_core.prod import ProdQuantizer
-from turboquant_core.quantized import QuantizedTensor
-from turboquant_core.rotation import Rotation
-from turboquant_core.vector_format import VectorFormat
+from typing import TYPE_CHECKING, Any
 
 __version__ = version("turboquant-core")
 
@@ -30,3 +21,33 @@ __all__ = [
     "pack",
     "unpack",
 ]
+
+if TYPE_CHECKING:
+    from turboquant_core._public import (
+        PRESETS,
+        Codebook,
+        KVCacheLayout,
+        MSEQuantizer,
+        OutlierQuantizer,
+        ProdQuantizer,
+        QuantizedTensor,
+        Rotation,
+        TurboQuantConfig,
+        VectorFormat,
+        lloyd_max_codebook,
+        pack,
+        unpack,
+    )
+else:
+
+    def __getattr__(name: str) -> Any:
+        # Not before one of them is asked for: torch takes seconds to import, and `turboquant --help` does without.
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        public = import_module("turboquant_core._public")
+        globals().update({each: getattr(public, each) for each in __all__})
+        return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,177 @@
+"""How a command ends: with an error in one line, and with JSON that is alone on the output."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TextIO
+
+from turboquant_core.files import write_atomically
+from turboquant_core.interrupts import INTERRUPTED
+
+REFUSED = 1
+"""Status of a command that says no."""
+
+FAILED = 2
+"""Status of a command that cannot read or write what it was given."""
+
+STDOUT = "-"
+"""What `--json` is given for the output instead of a file."""
+
+# Formats are named at the beginning of a file.
+_HEAD_BYTES = 1 << 16
+
+_json_stream: ContextVar[TextIO | None] = ContextVar("json_stream", default=None)
+
+
+class CommandError(Exception):
+    """What ends a command.
+
+    Args:
+        message: What is wrong, and the remedy.
+        status: Exit status of the process.
+        label: The word before the message, if any.
+    """
+
+    def __init__(self, message: str, status: int = FAILED, label: str = "error") -> None:
+        super().__init__(" ".join(message.split()))
+        self.status = status
+        self.label = label
+
+    @classmethod
+    def interrupted(cls, remedy: str = "") -> "CommandError":
+        """What Ctrl-C makes of a command, and how it goes on."""
+        return cls(f"interrupted{remedy and '; '}{remedy}", INTERRUPTED, label="")
+
+
+def json_target(arguments: Sequence[str]) -> str | None:
+    """What `--json` is given among arguments that may be wrong otherwise."""
+    target = None
+    for argument, following in zip_longest(arguments, arguments[1:]):
+        if argument == "--":
+            break
+        if argument == "--json":
+            target = following
+        elif argument.startswith("--json="):
+            target = argument.removeprefix("--json=")
+    return target
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Have what is printed meanwhile go to the errors, but for what `write_json` prints."""
+    token = _json_stream.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _json_stream.reset(token)
+
+
+def write_json(command: str, data: Mapping[str, Any], target: str) -> None:
+    """Write what a command found to a file, or to the output.
+
+    Args:
+        command: The command's name, by which `check_output` knows the file again.
+        data: What it found.
+        target: The file, or "-" for the output.
+
+    Raises:
+        CommandError: If a number is not finite, which JSON cannot say.
+        OSError: If it cannot be written.
+    """
+    if bad := next(not_finite(data), None):
+        raise CommandError(f"{bad}, which is no result", REFUSED)
+    text = json.dumps({"format": json_format(command), **data}, indent=2, allow_nan=False) + "\n"
+    if target == STDOUT:
+        stream = _json_stream.get() or sys.stdout
+        stream.write(text)
+        stream.flush()
+    else:
+        write_atomically(target, text)
+
+
+def json_format(command: str) -> str:
+    """The format that the JSON of a command names."""
+    return f"turboquant {command} --json"
+
+
+def json_marker(command: str) -> str:
+    """What a file of `write_json` is known by."""
+    return f'"format": "{json_format(command)}"'
+
+
+def not_finite(value: object, name: str = "result") -> Iterator[str]:
+    """Every number in plain data that is not finite, such as "mean_kl is nan"."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from not_finite(item, str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from not_finite(item, name)
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name} is {value}"
+
+
+def check_output(path: str | os.PathLike[str], marker: str | None, *, force: bool = False) -> None:
+    """Refuse a file that cannot be written, or that would be lost, before the work for it is done.
+
+    Args:
+        path: The file.
+        marker: What its beginning holds if the same command wrote it; None if whoever writes it looks for that.
+        force: Whether another file may be replaced.
+
+    Raises:
+        CommandError: If the file cannot be written, or was not written by the command and is not empty.
+    """
+    path = Path(path)
+    try:
+        if not path.parent.is_dir():
+            raise CommandError(f"there is no folder {path.parent} to write {path.name} to")
+        if path.is_dir():
+            raise CommandError(f"{path} is a folder; name a file to write")
+        try:
+            is_there = bool(path.stat())
+        except FileNotFoundError:
+            is_there = False
+        if not os.access(path if is_there else path.parent, os.W_OK):
+            raise CommandError(f"{path} cannot be written: {'it' if is_there else path.parent} is read-only")
+        if marker is None or force or not path.is_file() or has_marker(path, marker):
+            return
+        if path.stat().st_size:
+            raise CommandError(
+                f"{path} is there, and this command did not write it. Name another file, or replace it with --force."
+            )
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{path} cannot be written: {error}") from None
+
+
+def has_marker(path: Path, marker: str) -> bool:
+    """Whether a file's beginning holds some text."""
+    with path.open("rb") as file:
+        return marker.encode() in file.read(_HEAD_BYTES)
+
+
+def check_apart(outputs: Mapping[str, object], inputs: Mapping[str, object]) -> None:
+    """Refuse outputs that are the same file as an input or as each other.
+
+    Args:
+        outputs: Option to its file; None where there is none.
+        inputs: The same of files that are read.
+
+    Raises:
+        CommandError: If two are the same.
+    """
+    names: dict[str, str] = {}
+    for name, path in [*inputs.items(), *outputs.items()]:
+        if path is None or path == STDOUT:
+            continue
+        real = os.path.realpath(str(path))
+        if name in outputs and real in names:
+            raise CommandError(f"{names[real]} and {name} are the same file, {path}. Name another one.")
+        names.setdefault(real, name)

@@ -1,0 +1,215 @@
+"""The `turboquant` command line: subcommands that are imported when they run, and what becomes of their errors."""
+
+import ast
+import io
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from turboquant_core import __version__, interrupts
+from turboquant_core.command_output import (
+    FAILED,
+    REFUSED,
+    STDOUT,
+    CommandError,
+    check_output,
+    json_alone,
+    json_marker,
+    json_target,
+    write_json,
+)
+
+COMMANDS_GROUP = "turboquant.commands"
+TRACEBACK_VARIABLE = "TURBOQUANT_TRACEBACK"
+
+# Of click, which typer brings with it or, in older versions, installs.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class InstalledCommand(TyperCommand):
+    """A subcommand of an installed package, which is not imported before its arguments are read.
+
+    Args:
+        entry_point: Where it is; a function as typer takes it.
+    """
+
+    def __init__(self, entry_point: EntryPoint) -> None:
+        super().__init__(entry_point.name, rich_markup_mode=None)
+        self._entry_point = entry_point
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        """The line that `turboquant --help` shows."""
+        self.help = _docstring(self._entry_point)
+        return super().get_short_help_str(limit)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context of the command itself, in which Ctrl-C raises KeyboardInterrupt."""
+        context = self._load().make_context(info_name, args, parent, **extra)
+        context.with_resource(interrupts.raised())
+        return context
+
+    def _load(self) -> Any:
+        try:
+            command = self._entry_point.load()
+        except (ImportError, OSError) as error:
+            raise CommandError(f"{self.name} is not available: {self._entry_point.value}: {error}") from error
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(self.name)(command)
+        return typer.main.get_command(alone)
+
+
+class Commands(TyperGroup):
+    """The subcommands of every installed package; whatever they raise ends in one line and an exit status."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = {found.name: InstalledCommand(found) for found in entry_points(group=COMMANDS_GROUP)}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The subcommand of that name."""
+        if not self.commands:
+            ctx.fail("No subcommand is installed: they come with turboquant-hf.")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the subcommand."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            # Before typer sees it, which would leave without a word.
+            raise CommandError.interrupted() from None
+
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **options: Any
+    ) -> NoReturn:
+        """Run the command line and end the process: with 0, 1, 2, or 130 after Ctrl-C."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                # Names of files need not be text.
+                stream.reconfigure(errors="backslashreplace")
+        alone = json_alone() if json_target(arguments) == STDOUT else nullcontext()
+        try:
+            with alone:
+                status = super().main(arguments, prog_name, **options | {"standalone_mode": False}) or 0
+            sys.stdout.flush()
+        except Exception as error:
+            status = self._end(error, arguments)
+        sys.exit(status)
+
+    def _end(self, error: Exception, arguments: list[str]) -> int:
+        """Say what is wrong, in JSON too where that is asked for; returns the exit status."""
+        ended = _as_command_error(error)
+        # The disk that is full may be the one that errors are written to.
+        with suppress(OSError):
+            if isinstance(error, _UsageError):
+                error.show()
+            elif not isinstance(error, BrokenPipeError):
+                _print(ended)
+        if (target := json_target(arguments)) is not None:
+            name = next((argument for argument in arguments if argument in self.commands), "")
+            with suppress(OSError, CommandError):
+                if target != STDOUT:
+                    check_output(target, json_marker(name), force="--force" in arguments)
+                write_json(name, {"error": str(ended)}, target)
+        _discard_unwritten()
+        return ended.status
+
+
+def _as_command_error(error: Exception) -> CommandError:
+    if isinstance(error, CommandError) and error.status == interrupts.INTERRUPTED:
+        return error
+    if interrupts.is_interrupt(error):
+        return CommandError.interrupted()
+    if isinstance(error, CommandError):
+        return error
+    if isinstance(error, _UsageError):
+        return CommandError(error.format_message(), error.exit_code)
+    if isinstance(error, MemoryError):
+        return CommandError("there is not enough memory", REFUSED)
+    if isinstance(error, OSError):
+        return CommandError(str(error), REFUSED if isinstance(error, BrokenPipeError) else FAILED)
+    said = str(error).strip().partition("\n")[0]
+    if os.environ.get(TRACEBACK_VARIABLE):
+        traceback.print_exception(error)
+    return CommandError(
+        f"{type(error).__name__}: {said}. This is an error in turboquant itself; please report it, with the "
+        f"traceback that {TRACEBACK_VARIABLE}=1 shows.",
+        REFUSED,
+        "bug",
+    )
+
+
+def _print(error: CommandError) -> None:
+    # A tenth of a second that `--help` does without.
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(
+        Text.assemble((error.label and f"{error.label}: ", "bold red"), str(error)), soft_wrap=True
+    )
+
+
+def _discard_unwritten() -> None:
+    """Let go of what cannot be written, or Python tries again when it ends and complains."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _docstring(entry_point: EntryPoint) -> str:
+    """The docstring of a command, read from its source: to import it takes seconds."""
+    *_, spec = _specs(entry_point.module)
+    get_source = getattr(spec and spec.loader, "get_source", None)
+    source = get_source(spec.name) if spec and get_source else None
+    for node in ast.parse(source or "").body:
+        if isinstance(node, ast.FunctionDef) and node.name == entry_point.attr:
+            return ast.get_docstring(node) or ""
+    return ""
+
+
+def _specs(module: str) -> Iterator[ModuleSpec | None]:
+    """Where a module and the packages around it are, the outermost first; nothing is imported."""
+    package, *rest = module.split(".")
+    spec = find_spec(package)
+    yield spec
+    for name in rest:
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations) if spec else None
+        yield spec
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="KV-cache compression for LLM inference. Subcommands come with turboquant-hf.",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"turboquant-core {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def turboquant(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """KV-cache compression for LLM inference. Subcommands come with turboquant-hf."""
