@@ -135,21 +135,51 @@ def test_a_mask_with_holes_is_nan_in_a_fused_graph(tiny_model):
 
 
 @pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
-def test_tokens_that_do_not_fit_are_nan_and_break_nothing(model, preset):
+def test_tokens_that_do_not_fit_are_refused_and_break_nothing(model, preset):
     cache = TurboQuantCache(model.config, preset, max_length=64)
     with torch.no_grad():
         model(ids(num_tokens=63), past_key_values=cache)
         expected = model(ids(num_tokens=1), past_key_values=cache).logits
-        assert model(ids(num_tokens=1, seed=1), past_key_values=cache).logits.isnan().all()
+        before = [tensor.clone() for layer in cache.layers for tensor in layer.tensors()]
+        for num_new in (1, 12):
+            with pytest.raises(IndexError, match=rf"64 tokens and {num_new} more come, .* max_length=64\. .*crop"):
+                model(ids(num_tokens=num_new, seed=1), past_key_values=cache)
+        assert all(map(torch.equal, before, (tensor for layer in cache.layers for tensor in layer.tensors())))
+        cache.crop(-1)
+        assert torch.equal(model(ids(num_tokens=1), past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+def test_tokens_that_do_not_fit_are_nan_in_a_graph_and_break_nothing(model, preset):
+    cache = TurboQuantCache(model.config, preset, max_length=64)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        model(ids(num_tokens=63), past_key_values=cache)
+        expected = model(ids(num_tokens=1), past_key_values=cache).logits
+        assert compiled(ids(num_tokens=1, seed=1), past_key_values=cache).logits.isnan().all()
         before = [layer.states.pages.clone() for layer in cache.layers]
+        with pytest.raises(IndexError, match="holds 65 tokens"):
+            model(ids(num_tokens=1, seed=1), past_key_values=cache)
         cache.crop(-2)
         assert torch.equal(model(ids(num_tokens=1), past_key_values=cache).logits, expected)
         assert all(map(torch.equal, before, (layer.states.pages for layer in cache.layers)))
+    torch.compiler.reset()
 
 
 def test_a_prompt_that_does_not_fit_is_refused(model):
-    with pytest.raises(ValueError, match=r"prompt has 71 tokens and the cache was made for 70; .* larger max_length"):
-        model(ids(num_tokens=MAX_LENGTH + 1), past_key_values=new_cache(model))
+    cache = new_cache(model)
+    with pytest.raises(IndexError, match=r"holds 0 tokens and 71 more come, .* max_length=70\. .*larger max_length"):
+        model(ids(num_tokens=MAX_LENGTH + 1), past_key_values=cache)
+    layer = cache.layers[0]
+    states = torch.zeros(2, 2, MAX_LENGTH + 1, 64)
+    with pytest.raises(IndexError, match=r"prompt has 71 tokens and the cache was made for max_length=70"):
+        layer.update(states, states)
+
+
+def test_generate_stops_where_storage_ends(model):
+    with pytest.raises(IndexError, match="max_length=70"):
+        generate(model, ids(), new_cache(model), max_new_tokens=50, disable_compile=True)
 
 
 def test_warming_up_changes_nothing(tiny_model):

@@ -105,19 +105,22 @@ class PagedStates:
             row_starts: With the first tokens of all, which of them is the first of every row that is no padding, int32
                 [batch_size]; None where no row is padded.
         """
-        self._num_new = num_new = keys.shape[-2]
+        num_new = keys.shape[-2]
         if num_new == 0:
+            self._num_new = 0
             return
         if self.kept is not None:
             if self.is_empty:
                 self.kept.row_starts = row_starts if self._num_sinks else None
+            # A call that was interrupted here may have written over the window.
+            self._refill(self._num_tokens)
             self.kept.write(keys, values, self._num_tokens)
             # Sinks may come in several calls, and where rows start with the first.
             row_starts = row_starts if self.kept.row_starts is None else self.kept.row_starts
         keys, values = tokens_first(keys), tokens_first(values)
         stop = self._num_tokens + num_new
         self._reserve(stop)
-        if self.codec is None and stop > self._num_sinks:
+        if self._num_tokens <= self._num_sinks < stop:
             # Sinks are far from all others, and no codes of theirs are ever read.
             self.codec = self._calibrated(keys, values, self._num_sinks - self._num_tokens, row_starts)
         if self.codec is None:
@@ -126,7 +129,7 @@ class PagedStates:
         else:
             slots = slot_range(self._num_tokens, stop, self.pages.device)
             ops.write(self.pages, keys, values, slots, self.codec)
-        self._num_tokens = stop
+        self._num_tokens, self._num_new = stop, num_new
 
     @property
     def parts_calls(self) -> bool:
@@ -155,6 +158,7 @@ class PagedStates:
         if kept is None or not kept.recent_tokens or keys.shape[-2] <= MAX_QUERY_LEN:
             self.append(keys, values)
             return None
+        self._refill(before)
         window = kept.recent(self._first_recent(before, 0), before)
         self.append(keys, values)
         recent_keys, recent_values = (

@@ -48,6 +48,8 @@ class StaticPagedStates(PagedStates):
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self._table = block_table(len(self.pages), batch_size, device).clone()
         self._is_empty = True
+        # Whether a call that was interrupted may have written over the window.
+        self._is_torn = False
         _keep_addresses(self.pages, self.length, self._table, *(kept.tensors() if kept is not None else []))
 
     @property
@@ -75,13 +77,19 @@ class StaticPagedStates(PagedStates):
         if num_new == 0:
             return
         if self._is_empty and num_new > self.max_length:
-            raise ValueError(
-                f"the prompt has {num_new} tokens and the cache was made for {self.max_length}; make it with a "
-                "larger max_length"
+            raise IndexError(
+                f"the prompt has {num_new} tokens and the cache was made for max_length={self.max_length}; make it "
+                "with a larger max_length"
             )
+        if self._is_empty:
+            # A call that was interrupted here may have left a length.
+            self.length.zero_()
         if self.kept is not None:
             if self._is_empty:
                 self._begin_rows(self.kept, row_starts)
+            self._mend_window()
+            if not torch.compiler.is_compiling():
+                self._is_torn = num_new > MAX_QUERY_LEN and not self._is_empty
             self.kept.write(keys, values, self.length)
         keys, values = tokens_first(keys), tokens_first(values)
         if self._is_empty:
@@ -91,6 +99,7 @@ class StaticPagedStates(PagedStates):
         slots = torch.arange(num_new, device=self.pages.device) + self.length
         ops.write(self.pages, keys, values, torch.where(slots < self.max_length, slots, -1), self._codec())
         self.length.add_(num_new)
+        self._is_empty = self._is_torn = False
 
     @property
     def parts_calls(self) -> bool:
@@ -104,6 +113,7 @@ class StaticPagedStates(PagedStates):
             self.append(keys, values)
             return self.dequantize(dtype)
         self._num_new = 0
+        self._mend_window()
         read = super().dequantize(dtype)
         at = (torch.arange(num_new, device=self.pages.device) + self.length).clamp(max=self.max_length - 1)
         self.append(keys, values)
@@ -122,8 +132,8 @@ class StaticPagedStates(PagedStates):
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
-        if num_tokens < self.num_tokens:
-            self._refill(num_tokens)
+        if num_tokens < self.num_tokens or self._is_torn:
+            self._refill(min(num_tokens, self.num_tokens))
         self.length.clamp_(max=num_tokens)
         if self.kept is not None and self.kept.row_starts is not None:
             self.kept.row_starts.clamp_(max=num_tokens)
@@ -161,13 +171,17 @@ class StaticPagedStates(PagedStates):
             kept.row_starts = row_starts.clone()
             _keep_addresses(kept.row_starts)
 
+    def _mend_window(self) -> None:
+        """Fill the window from the codes if a call that was interrupted may have written over it."""
+        if self._is_torn and not torch.compiler.is_compiling():
+            self._refill(self.num_tokens)
+
     def _keep_codec(self, codec: LayerCodec) -> None:
         if self.codec is None:
             self.codec = codec.map(torch.clone)
             _keep_addresses(*self.codec.tensors())
         else:
             _copy(self.codec, codec)
-        self._is_empty = False
 
     def _overflow(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.where(self.length > self.max_length, torch.nan, 0.0).to(dtype)
@@ -204,9 +218,10 @@ class StaticPagedStates(PagedStates):
             return
         # What the slots of tokens that are taken back held before.
         start = max(kept.sink_tokens, num_tokens - kept.ring_size)
-        stop = min(num_tokens, self.num_tokens - kept.ring_size)
+        stop = num_tokens if self._is_torn else min(num_tokens, self.num_tokens - kept.ring_size)
         if start < stop:
             self._fill_from_codes(kept, start, stop)
+        self._is_torn = False
 
 
 class TurboQuantStaticLayer(TurboQuantLayer):
