@@ -253,25 +253,29 @@ def test_a_json_file_is_replaced_by_its_own_command_alone(run, tmp_path):
     assert json.loads(path.read_text())["error"] == "number is nan, which is no result"
 
 
+def check(path, marker="marker", inputs=None, **options):
+    command_output.check_outputs([command_output.Output("--out", path, marker)], inputs or {}, **options)
+
+
 def test_files_that_were_not_written_by_the_command_are_kept(tmp_path):
-    path, marker = tmp_path / "found.json", command_output.json_marker("find")
-    command_output.check_output(path, marker)
+    path, output = tmp_path / "found.json", command_output.json_output("find", str(tmp_path / "found.json"))
+    command_output.check_outputs([output], {})
     path.write_text("")
-    command_output.check_output(path, marker)
+    command_output.check_outputs([output], {})
     for content, said in (("notes", "did not write it"), ('{"format": "turboquant plan --json"}', "--force")):
         path.write_text(content)
         with pytest.raises(command_output.CommandError, match=said):
-            command_output.check_output(path, marker)
-        command_output.check_output(path, marker, force=True)
+            command_output.check_outputs([output], {})
+        command_output.check_outputs([output], {}, force=True)
     command_output.write_json("find", {"number": 1}, str(path))
-    command_output.check_output(path, marker)
+    command_output.check_outputs([output], {})
 
 
 @pytest.mark.parametrize("name", ["none/x.json", ".", "x" * 300, "x\0y", "there/x"])
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, name):
     (tmp_path / "there").write_text("")
     with pytest.raises(command_output.CommandError) as refused:
-        command_output.check_output(tmp_path / name, "marker")
+        check(tmp_path / name)
     assert refused.value.status == 2
 
 
@@ -279,17 +283,22 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, name):
 def test_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(command_output.CommandError, match="is read-only"):
-        command_output.check_output(tmp_path / "x", "marker")
+        check(tmp_path / "x")
 
 
 def test_outputs_are_no_inputs_and_not_each_other(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "text")
-    paths = {name: tmp_path / name for name in ("text", "out", "link")}
-    command_output.check_apart({"--out": paths["out"], "--json": "-"}, {"--text": paths["text"], "MODEL": None})
+    inputs = {"--text": tmp_path / "text", "MODEL": None}
+    check(tmp_path / "out", inputs=inputs)
     with pytest.raises(command_output.CommandError, match="--text and --out are the same file"):
-        command_output.check_apart({"--out": paths["link"]}, {"--text": paths["text"]})
+        check(tmp_path / "link", inputs=inputs, force=True)
+    outputs = [
+        command_output.Output("--out", tmp_path / "out", None),
+        command_output.json_output("find", str(tmp_path / "x" / ".." / "out")),
+    ]
+    (tmp_path / "x").mkdir()
     with pytest.raises(command_output.CommandError, match="--out and --json are the same file"):
-        command_output.check_apart({"--out": paths["out"], "--json": str(tmp_path / "x" / ".." / "out")}, {})
+        command_output.check_outputs(outputs, {})
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -3,7 +3,7 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-import typer
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     Gemma3ForCausalLM,
@@ -16,18 +16,16 @@ from transformers import (
 from typer.testing import CliRunner
 
 from turboquant_core.calibration import read_key_means
+from turboquant_core.commands import app
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.calibrate.command import calibrate
 from turboquant_hf.calibrate.run import CHUNK_SIZE, mean_keys
 from turboquant_hf.models import LoadedModel
 
-app = typer.Typer()
-app.command()(calibrate)
-
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
 def said(outcome):
@@ -72,10 +70,26 @@ def test_a_file_that_belongs_to_the_model(tiny_model, tiny_model_folder, tmp_pat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_only_its_own_file_is_replaced(tiny_model_folder, tmp_path):
+    path, options = tmp_path / "turboquant.safetensors", ("--tokens", 300, "--device", "cpu")
+    for _ in range(2):
+        assert run(tiny_model_folder, "--out", path, *options).exit_code == 0
+    weights = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(2)}, weights)
+    before = weights.read_bytes()
+    outcome = run(tiny_model_folder, "--out", weights, *options)
+    assert outcome.exit_code == 2
+    assert "this command did not write it" in " ".join(outcome.output.split())
+    assert weights.read_bytes() == before
+    assert run(tiny_model_folder, "--out", weights, *options, "--force").exit_code == 0
+    assert read_key_means(weights).num_tokens == 300
+
+
 def test_json_alone(tiny_model_folder, tmp_path):
     path = tmp_path / "turboquant.safetensors"
     outcome = run(tiny_model_folder, "--out", path, "--tokens", 300, "--json", "-", "--device", "cpu")
     assert json.loads(outcome.stdout) == {
+        "format": "turboquant calibrate --json",
         "file": str(path),
         "model": str(tiny_model_folder),
         "num_tokens": 300,

@@ -3,20 +3,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import typer
 from transformers import BertConfig
 from typer.testing import CliRunner
 
+from turboquant_core.commands import app
 from turboquant_hf.demo.command import demo
 from turboquant_hf.demo.run import PRESETS, UNCOMPRESSED, encode_long_prompt, num_steps, run_demo
 from turboquant_hf.models import load_model
 
-app = typer.Typer()
-app.command()(demo)
-
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["demo", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import GenerationMixin, LlamaConfig, Qwen2Config
 from typer.testing import CliRunner
 
+from turboquant_hf._compat import CACHE_ARGUMENT
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import DEFAULT_HUB_ID
 
@@ -146,6 +147,7 @@ def test_doctor_and_plan_print_what_is_shown_of_them(hub):
         name, *arguments = command.removeprefix("$ turboquant ").split()
         outcome = CliRunner().invoke(app_of(name), arguments, env={"COLUMNS": "100"})
         assert outcome.exit_code == 0, outcome.output
+        said = said.replace("past_key_values=", f"{CACHE_ARGUMENT}=")
         assert without_sizes_of_biases(outcome.stdout) == without_sizes_of_biases(said)
 
 

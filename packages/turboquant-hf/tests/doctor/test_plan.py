@@ -3,9 +3,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from turboquant_core.commands import app
 from turboquant_hf.doctor.attention import model_attention
 from turboquant_hf.doctor.capacity import cut_into_blocks
 from turboquant_hf.doctor.cards import GIB
@@ -16,12 +16,9 @@ from turboquant_hf.plan.run import plotted_lengths
 MEASURED = Path(__file__).parents[4] / "benchmarks" / "results" / "engine.json"
 LLAMA_8B_WEIGHTS_GIB = 8_030_261_248 * 2 / GIB
 
-app = typer.Typer()
-app.command()(plan)
-
 
 def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 def said(outcome):

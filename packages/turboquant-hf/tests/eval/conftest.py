@@ -2,10 +2,9 @@ import json
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
-from turboquant_hf.eval.command import evaluate
+from turboquant_core.commands import app
 
 SMALL = (
     *("--cache", "tq4", "--cache", "k8v4", "--tokens", "384", "--needle-length", "128", "--needle-depths", "2"),
@@ -25,12 +24,10 @@ def one_thread():
 @pytest.fixture(scope="session")
 def run_eval():
     """Runs the command, by default small."""
-    app = typer.Typer()
-    app.command()(evaluate)
 
     def run(*arguments, small=True):
         options = [str(argument) for argument in ((*SMALL, *arguments) if small else arguments)]
-        return CliRunner().invoke(app, options, env={"COLUMNS": "160"})
+        return CliRunner().invoke(app, ["eval", *options], env={"COLUMNS": "160"})
 
     return run
 

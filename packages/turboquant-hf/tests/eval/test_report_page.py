@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 from importlib.metadata import entry_points
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from turboquant_core.commands import app
 from turboquant_hf.eval.run_file import read_run_file
 from turboquant_hf.eval.summary import summarise
 from turboquant_hf.report_page.charts import pareto
@@ -22,9 +22,7 @@ WIDTHS = (1280, 360)
 
 
 def run(*arguments):
-    app = typer.Typer()
-    app.command()(report)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["report", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +99,23 @@ def test_several_runs_and_a_model_card_and_json(finished, tmp_path):
     row = next(line for line in card.read_text().splitlines() if line.startswith("| tq4 "))
     assert f"{figures['bytes_per_token']:,.0f} | {figures['compression']:.2f}x | {figures['mean_kl']:.4f}" in row
     assert 'TurboQuantCache(model.config, "' in card.read_text()
+
+
+def test_only_pages_of_its_own_are_replaced(finished, tmp_path):
+    page, card = tmp_path / "report.html", tmp_path / "card.md"
+    for _ in range(2):
+        assert run(finished[0], "--out", page, "--model-card", card).exit_code == 0
+    notes = tmp_path / "notes.md"
+    notes.write_text("notes")
+    for options in (("--out", notes), ("--out", card), ("--out", page, "--model-card", page)):
+        outcome = run(finished[0], *options)
+        assert outcome.exit_code == 2, options
+    assert notes.read_text() == "notes"
+    outcome = run(finished[0], "--out", finished[0], "--force")
+    assert outcome.exit_code == 2
+    assert "are the same file" in " ".join(outcome.output.split())
+    assert run(finished[0], "--out", notes, "--force").exit_code == 0
+    assert notes.read_text().startswith("<!doctype html>")
 
 
 def test_what_cannot_be_read(continued, tmp_path):

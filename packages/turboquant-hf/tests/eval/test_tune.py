@@ -6,23 +6,20 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from turboquant_core import lloyd_max_codebook
+from turboquant_core.commands import app
 from turboquant_core.layer_bits import read_layer_bits
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.tune.allocate import allocate
 from turboquant_hf.tune.command import tune
 from turboquant_hf.tune.sensitivity import PROBE_BITS, costs
 
-app = typer.Typer()
-app.command()(tune)
-
 
 def run(*arguments):
     options = [str(argument) for argument in (*arguments, "--device", "cpu", "--tokens", 512, "--held-out-tokens", 512)]
-    return CliRunner().invoke(app, options, env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["tune", *options], env={"COLUMNS": "160"})
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +115,24 @@ def test_where_uniform_bits_are_better_it_says_so(copied, tiny_model_folder, tmp
     assert json.loads((tmp_path / "out.json").read_text())["is_better"] is False
 
 
+def test_files_of_others_are_kept(tuned, tmp_path, said):
+    notes = tmp_path / "notes.json"
+    notes.write_text("{}")
+    for options, reason in (
+        (("--out", notes), "this command did not write it"),
+        (("--out", tmp_path / "new.json", "--run", notes), "is no run file"),
+        (("--out", tmp_path / "new.json", "--run", tmp_path / "new.json"), "--out and --run are the same file"),
+        (("--out", tuned[0].parent / "turboquant.json.run.json"), "this command did not write it"),
+        (("--out", tuned[0], "--json", tuned[0]), "this command did not write it"),
+        (("--out", tuned[0], "--json", tuned[0], "--force"), "--out and --json are the same file"),
+    ):
+        outcome = run("no/such-model", *options)
+        assert outcome.exit_code == 2, options
+        assert reason in said(outcome)
+    assert notes.read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
+
+
 def test_interrupted_it_goes_on_and_gives_the_same(tuned, tiny_model_folder, tmp_path, monkeypatch, said):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -189,7 +204,7 @@ def test_a_half_written_run_file(copied, tiny_model_folder, tmp_path, said):
     ],
 )
 def test_wrong_arguments(said, options, reason):
-    outcome = CliRunner().invoke(app, ["no/such-model", *map(str, options)], env={"COLUMNS": "160"})
+    outcome = CliRunner().invoke(app, ["tune", "no/such-model", *map(str, options)], env={"COLUMNS": "160"})
     assert outcome.exit_code == 2
     assert reason in said(outcome)
 

@@ -5,23 +5,26 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from turboquant_core.calibration import write_key_means
+from turboquant_core.calibration import FORMAT, write_key_means
+from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
 from turboquant_hf.calibrate.run import mean_keys, num_chunks
 from turboquant_hf.command_line import (
+    MAX_TOKENS,
     DeviceOption,
+    ForceOption,
+    JsonOption,
     ModelArgument,
     TextOption,
-    check_target,
     chosen_device,
-    fail,
-    load_or_fail,
+    consoles,
+    load,
     progress_bar,
-    text_or_fail,
+    read_text,
 )
-from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 from turboquant_hf.models import LoadedModel
+
+MARKER = f'"format":"{FORMAT}"'
 
 # A mean of fewer says little about the next text.
 MIN_TOKENS = 256
@@ -31,17 +34,20 @@ def calibrate(
     model: ModelArgument = None,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("turboquant.safetensors"),
     text: TextOption = None,
-    tokens: Annotated[int, typer.Option(min=MIN_TOKENS, help="Tokens to take from the text at most.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option(min=MIN_TOKENS, max=MAX_TOKENS, help="Tokens to take from the text at most.")
+    ] = 4096,
+    force: ForceOption = False,
     json_target: JsonOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Write the mean key of every layer to a file that vLLM loads, so that all processes centre keys alike."""
-    console, errors = Console(), Console(stderr=True)
-    check_target(out, errors)
-    check_json_target(json_target, errors)
-    content = text_or_fail(text, errors)
-    loaded = load_or_fail(model, chosen_device(device), errors)
-    input_ids = _encode(loaded, content, tokens, errors)
+    console, errors = consoles()
+    outputs = [Output("--out", out, MARKER), json_output("calibrate", json_target)]
+    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
+    content = read_text(text)
+    loaded = load(model, chosen_device(device), errors)
+    input_ids = _encode(loaded, content, tokens)
     with progress_bar(errors) as progress:
         task = progress.add_task("running the model", total=num_chunks(input_ids.shape[1]))
         key_means = mean_keys(loaded, input_ids, on_forward=lambda: progress.advance(task))
@@ -49,7 +55,7 @@ def calibrate(
     if json_target is not None:
         layers = {str(index): list(mean.shape) for index, mean in key_means.means.items()}
         found = {"file": str(out), "model": loaded.name, "num_tokens": key_means.num_tokens, "layers": layers}
-        write_json(found, json_target)
+        write_json("calibrate", found, json_target)
     if json_target != STDOUT:
         console.print(
             f"{out}: key means of {len(key_means.means)} layers of {loaded.name}, over {key_means.num_tokens:,} tokens",
@@ -58,14 +64,13 @@ def calibrate(
         )
 
 
-def _encode(loaded: LoadedModel, text: str, tokens: int, errors: Console) -> torch.Tensor:
+def _encode(loaded: LoadedModel, text: str, tokens: int) -> torch.Tensor:
     """The first tokens of a text that fit into the model's context, int64 [1, num_tokens]."""
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens
     input_ids: torch.Tensor = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, : min(tokens, limit)]
     if input_ids.shape[1] < MIN_TOKENS:
-        fail(
-            errors,
+        raise CommandError(
             f"the text has {input_ids.shape[1]} tokens that {loaded.name} can take; means need {MIN_TOKENS}. Pass "
-            "--text with a longer one.",
+            "--text with a longer one."
         )
     return input_ids

@@ -1,44 +1,45 @@
 """The command line of the demo."""
 
-from rich.console import Console
-
+from turboquant_core.command_output import STDOUT, CommandError, check_outputs, json_output, write_json
 from turboquant_hf.command_line import (
     DeviceOption,
+    ForceOption,
+    JsonOption,
     ModelArgument,
     chosen_device,
-    fail,
-    load_or_fail,
+    consoles,
+    load,
     progress_bar,
 )
 from turboquant_hf.demo.render import render
 from turboquant_hf.demo.run import CHUNK_SIZE, encode_long_prompt, num_steps, run_demo
-from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 from turboquant_hf.models import LoadedModel
 
 
-def demo(model: ModelArgument = None, json_target: JsonOption = None, device: DeviceOption = None) -> None:
+def demo(
+    model: ModelArgument = None, json_target: JsonOption = None, force: ForceOption = False, device: DeviceOption = None
+) -> None:
     """Generate from compressed caches, beside the uncompressed one, and measure the difference."""
-    console, errors = Console(), Console(stderr=True)
-    check_json_target(json_target, errors)
-    loaded = load_or_fail(model, chosen_device(device), errors)
+    console, errors = consoles()
+    check_outputs([json_output("demo", json_target)], {"MODEL": model}, force=force)
+    loaded = load(model, chosen_device(device), errors)
     long_ids = encode_long_prompt(loaded)
-    _check_fits(loaded, long_ids.shape[1], errors)
+    _check_fits(loaded, long_ids.shape[1])
     with progress_bar(errors) as progress:
         task = progress.add_task("generating and scoring", total=num_steps(long_ids.shape[1]))
         result = run_demo(loaded, long_ids, on_step=lambda: progress.advance(task))
     if json_target is not None:
-        write_json(result.to_dict(), json_target)
+        write_json("demo", result.to_dict(), json_target)
     if json_target != STDOUT:
         render(result, console)
 
 
-def _check_fits(loaded: LoadedModel, num_tokens: int, errors: Console) -> None:
+def _check_fits(loaded: LoadedModel, num_tokens: int) -> None:
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if num_tokens <= CHUNK_SIZE + 2:
-        fail(errors, f"the prompt has only {num_tokens} tokens with this tokenizer")
+        raise CommandError(f"the prompt has only {num_tokens} tokens with this tokenizer")
     if limit is not None and limit < num_tokens:
-        fail(
-            errors,
+        raise CommandError(
             f"{loaded.name} takes {limit} tokens and the demo's long prompt has {num_tokens}. Pass a model with a "
-            "longer context.",
+            "longer context."
         )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from turboquant_core.vllm_limits import MIN_CAPABILITY
-from turboquant_hf._compat import gguf_weights_in_full
+from turboquant_hf._compat import CACHE_ARGUMENT, gguf_weights_in_full
 from turboquant_hf.doctor.attention import GROWING_KINDS, LayerAttention, ModelAttention
 from turboquant_hf.doctor.cards import Card
 from turboquant_hf.doctor.checkpoint import Checkpoint
@@ -154,7 +154,7 @@ class Diagnosis:
             f"from transformers import {', '.join(imported)}\n"
             "from turboquant_hf import TurboQuantCache\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
-            f'model.generate(**inputs, past_key_values=TurboQuantCache(model.config, "{self.preset}"))'
+            f'model.generate(**inputs, {CACHE_ARGUMENT}=TurboQuantCache(model.config, "{self.preset}"))'
         )
 
 

@@ -6,33 +6,36 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
 from turboquant_hf.command_line import (
+    MAX_TOKENS,
     DeviceOption,
+    ForceOption,
+    JsonOption,
     ModelArgument,
     TextOption,
-    check_target,
     chosen_device,
-    fail,
-    load_or_fail,
+    consoles,
+    load,
     progress_bar,
-    text_or_fail,
+    read_text,
 )
 from turboquant_hf.demo.run import CHUNK_SIZE, UNCOMPRESSED
 from turboquant_hf.eval.caches import CACHES, DEFAULTS, find_cache
 from turboquant_hf.eval.continuing import (
-    continued_or_fail,
-    environment_or_fail,
-    keeping_or_fail,
+    begin,
+    go_on,
+    has_begun,
+    keeping,
     refuse_differences,
     typed_command,
 )
 from turboquant_hf.eval.render import render
 from turboquant_hf.eval.run import Evaluation
 from turboquant_hf.eval.run_file import EVAL, RunFile
-from turboquant_hf.eval.settings import MEASUREMENTS, Settings, model_identity, text_digest
+from turboquant_hf.eval.settings import MEASUREMENTS, Settings, environment, model_identity, text_digest
 from turboquant_hf.eval.summary import summarise
 from turboquant_hf.eval.units import missing_units
-from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
 
 LAYER_TOKENS = 512
 
@@ -53,15 +56,17 @@ def evaluate(
         list[str] | None, typer.Option(help=f"Measurement, repeatable: {', '.join(MEASUREMENTS)}. Default: all.")
     ] = None,
     text: TextOption = None,
-    tokens: Annotated[int, typer.Option(min=2 * CHUNK_SIZE, help="Tokens of the text for quality and speed.")] = 9
-    * CHUNK_SIZE,
+    tokens: Annotated[
+        int, typer.Option(min=2 * CHUNK_SIZE, max=MAX_TOKENS, help="Tokens of the text for quality and speed.")
+    ] = 9 * CHUNK_SIZE,
     needle_length: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens of a prompt with a needle, repeatable.")
+        list[int] | None, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a prompt with a needle, repeatable.")
     ] = None,
-    needle_depths: Annotated[int, typer.Option(min=2, help="Depths at which a needle is hidden.")] = 5,
-    greedy_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a greedy continuation.")] = 48,
+    needle_depths: Annotated[int, typer.Option(min=2, max=1000, help="Depths at which a needle is hidden.")] = 5,
+    greedy_tokens: Annotated[int, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a greedy continuation.")] = 48,
     seed: Annotated[int, typer.Option(help="Picks what the needles say.")] = 0,
     json_target: JsonOption = None,
+    force: ForceOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Measure what compressed caches do to a model, beside the uncompressed one and those of others.
@@ -69,14 +74,14 @@ def evaluate(
     Exit status: 0 when everything is measured, 2 for what cannot be read or measured; 130 when interrupted, and the
     same command goes on from there.
     """
-    console, errors = Console(), Console(stderr=True)
-    check_target(out, errors)
-    check_json_target(json_target, errors)
-    content = text_or_fail(text, errors)
+    console, errors = consoles()
+    outputs = [Output("--out", out, None), json_output("eval", json_target)]
+    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
+    content = read_text(text)
     device = chosen_device(device)
     settings = Settings(
         caches=_caches(cache, errors),
-        measurements=_measurements(measure, errors),
+        measurements=_measurements(measure),
         text_sha256=text_digest(content),
         num_tokens=tokens,
         chunk_size=CHUNK_SIZE,
@@ -86,20 +91,20 @@ def evaluate(
         greedy_tokens=greedy_tokens,
         seed=seed,
     )
-    header = {"settings": settings.to_dict(), "environment": environment_or_fail(device, errors)}
-    begun = resume or out.exists()
-    run = continued_or_fail(out, EVAL, header, "--out", summarise, errors) if begun else None
-    loaded = load_or_fail(model, device, errors)
+    header = {"settings": settings.to_dict(), "environment": environment(device)}
+    begun = resume or has_begun(out, EVAL, force=force)
+    run = go_on(out, EVAL, header, "--out", summarise) if begun else None
+    loaded = load(model, device, errors)
     identity = model_identity(loaded)
     if run is None:
-        run = RunFile(out, {"command": typed_command(), **header, "model": identity})
-    refuse_differences(run, {"model": identity}, "--out", errors)
-    with keeping_or_fail(run, out, f"measure {loaded.name}", errors):
+        run = begin(out, EVAL, {"command": typed_command(), **header, "model": identity})
+    refuse_differences(run, {"model": identity}, "--out")
+    with keeping(run, out, f"measure {loaded.name}"):
         evaluation = Evaluation(loaded, settings, content)
         _measure(evaluation, run, len(missing_units(settings, run.results)), errors)
     summary = summarise(run)
     if json_target is not None:
-        write_json(summary.to_dict(), json_target)
+        write_json("eval", summary.to_dict(), json_target)
     if json_target != STDOUT:
         render(summary, console)
         console.print(f"{out}: for a page of this, turboquant report {out} --out report.html", highlight=False)
@@ -125,13 +130,13 @@ def _caches(names: list[str] | None, errors: Console) -> tuple[str, ...]:
         try:
             chosen.append(find_cache(name).name)
         except ValueError as error:
-            fail(errors, str(error))
+            raise CommandError(str(error)) from error
     return tuple(name for name in chosen if name != UNCOMPRESSED)
 
 
-def _measurements(names: list[str] | None, errors: Console) -> tuple[str, ...]:
+def _measurements(names: list[str] | None) -> tuple[str, ...]:
     for name in names or ():
         if name not in MEASUREMENTS:
-            fail(errors, f"there is no measurement {name!r}; there are {', '.join(MEASUREMENTS)}")
+            raise CommandError(f"there is no measurement {name!r}; there are {', '.join(MEASUREMENTS)}")
     # In one order, whatever that of the options.
     return tuple(name for name in MEASUREMENTS if not names or name in names)

@@ -7,33 +7,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import typer
-from rich.console import Console
-
-from turboquant_hf.command_line import fail
+from turboquant_core.command_output import CommandError, has_marker, printable
 from turboquant_hf.eval.run_file import RunFile, read_run_file
-from turboquant_hf.eval.settings import environment
 
 SECTION_NAMES = {"settings": "settings", "environment": "versions or on another machine", "model": "weights"}
 
 
-def environment_or_fail(device: str, errors: Console) -> dict[str, Any]:
-    """The machine and the versions, or the end of the command where there is no such device."""
-    try:
-        return environment(device)
-    except (RuntimeError, AssertionError) as error:
-        fail(errors, f"there is no device {device}: {error}")
+def has_begun(path: Path, command: str, *, force: bool) -> bool:
+    """Whether there is a run file to go on with; with force, any other file is none."""
+    return path.exists() and not (force and not has_marker(path, _marker(command)))
 
 
-def continued_or_fail(
+def begin(path: Path, command: str, header: Mapping[str, Any]) -> RunFile:
+    """A new run file, in the place of what is there."""
+    path.unlink(missing_ok=True)
+    return RunFile(path, header, command=command)
+
+
+def go_on(
     path: Path,
     command: str,
     sections: Mapping[str, Mapping[str, Any]],
     option: str,
     check: Callable[[RunFile], object],
-    errors: Console,
 ) -> RunFile:
-    """The run file that is to go on, or the end of the command with what is wrong with it.
+    """The run file that is to go on.
 
     Args:
         path: The file.
@@ -41,43 +39,47 @@ def continued_or_fail(
         sections: What has to be as it was when the run was begun.
         option: The option that names the file.
         check: Raises ValueError where a result is damaged.
-        errors: Where errors are printed.
+
+    Raises:
+        CommandError: If there is none, it is something else or damaged, or was begun otherwise.
     """
     try:
         run = read_run_file(path, command)
         check(run)
     except FileNotFoundError:
-        fail(errors, f"there is no run file {path} to go on from; leave --resume out to begin one")
+        raise CommandError(f"there is no run file {path} to go on from; leave --resume out to begin one") from None
     except (OSError, ValueError) as error:
-        fail(errors, f"{error}. Pass {option} with another name, or remove the file.")
-    refuse_differences(run, sections, option, errors)
+        raise CommandError(f"{error}. Pass {option} with another name, or remove the file.") from error
+    refuse_differences(run, sections, option)
     return run
 
 
-def refuse_differences(run: RunFile, sections: Mapping[str, Mapping[str, Any]], option: str, errors: Console) -> None:
-    """End the command if a run was begun otherwise."""
+def refuse_differences(run: RunFile, sections: Mapping[str, Mapping[str, Any]], option: str) -> None:
+    """Raise CommandError if a run was begun otherwise."""
     for section, expected in sections.items():
         if differences := list(run.differences(section, expected)):
-            fail(
-                errors,
+            raise CommandError(
                 f"{run.path} was begun with other {SECTION_NAMES[section]}: {'; '.join(differences)}. Go on with the "
-                f"same, or pass {option} with another name.",
+                f"same, or pass {option} with another name."
             )
 
 
 def typed_command() -> str:
     """The command line that was typed."""
-    return shlex.join(["turboquant", *sys.argv[1:]])
+    return printable(shlex.join(["turboquant", *sys.argv[1:]]))
 
 
 @contextmanager
-def keeping_or_fail(run: RunFile, path: Path, what: str, errors: Console) -> Iterator[None]:
-    """End the command when measuring is interrupted or fails, and say what is kept; `what` is such as "tune MODEL"."""
+def keeping(run: RunFile, path: Path, what: str) -> Iterator[None]:
+    """Say what is kept when measuring is interrupted or fails; `what` is such as "tune MODEL"."""
     try:
         yield
     except KeyboardInterrupt:
-        errors.print(f"interrupted; the same command goes on from {path}")
-        raise typer.Exit(130) from None
+        raise CommandError.interrupted(f"the same command goes on from {path}") from None
     except (ValueError, RuntimeError) as error:
         kept = f" What was measured is in {path}; the same command goes on from there." if run.results else ""
-        fail(errors, f"cannot {what}: {error}{kept}")
+        raise CommandError(f"cannot {what}: {error}{kept}") from error
+
+
+def _marker(command: str) -> str:
+    return f'"format": "{command}"'

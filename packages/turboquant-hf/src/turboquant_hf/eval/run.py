@@ -1,11 +1,11 @@
 """Measure what is missing in a run file."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from turboquant_core.command_output import not_finite
 from turboquant_core.config import preset_bits
 from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.demo.run import UNCOMPRESSED
@@ -165,16 +165,5 @@ def _check_lengths(loaded: LoadedModel, settings: Settings, text_tokens: int) ->
 
 def _finite(result: dict[str, Any]) -> dict[str, Any]:
     """The result, or that it is none because numbers in it are none."""
-    bad = next(_not_finite("result", result), None)
+    bad = next(not_finite(result), None)
     return result if bad is None else Failure(bad).to_dict()
-
-
-def _not_finite(name: str, value: object) -> Iterator[str]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _not_finite(key, item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _not_finite(name, item)
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{name} is {value}"

@@ -4,80 +4,108 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from turboquant_core.command_output import (
+    REFUSED,
+    STDOUT,
+    CommandError,
+    Output,
+    check_outputs,
+    json_output,
+    write_json,
+)
 from turboquant_core.vllm_limits import MIN_CAPABILITY
-from turboquant_hf.command_line import ModelArgument, check_target, fail
+from turboquant_hf.command_line import MAX_TOKENS, ForceOption, JsonOption, ModelArgument, consoles, finite
 from turboquant_hf.doctor.capacity import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_GIB, kv_memory
 from turboquant_hf.doctor.cards import GIB, Card
 from turboquant_hf.doctor.checkpoint import Checkpoint
-from turboquant_hf.doctor.command_line import card_or_fail, open_or_fail, refuse
+from turboquant_hf.doctor.command_line import MAX_GIB, GpuOption, MemoryOption, named_card, open_model
 from turboquant_hf.doctor.engines import GGUF_REFUSAL
-from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
-from turboquant_hf.plan.plot import can_plot, write_plot
+from turboquant_hf.plan.plot import MARKER, can_plot, write_plot
 from turboquant_hf.plan.render import render
 from turboquant_hf.plan.run import caches_to_plan, make_plan, plotted_lengths, refusals
 
 DEFAULT_LENGTH = 8192
+MAX_CARDS = 1 << 16
 
 
 def plan(
     model: ModelArgument = None,
-    gpu: Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")] = None,
-    memory: Annotated[float | None, typer.Option(min=0, help="Memory of a card in GiB, instead of --gpu.")] = None,
+    gpu: GpuOption = None,
+    memory: MemoryOption = None,
     kv_memory_gib: Annotated[
         float | None,
         typer.Option(
-            "--kv-memory", min=0, help="GiB for the cache on a card, as vLLM's log gives it, instead of both."
+            "--kv-memory",
+            min=0,
+            max=MAX_GIB,
+            callback=finite,
+            help="GiB for the cache on a card, as vLLM's log gives it, instead of both.",
         ),
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Cards that share the heads.")] = 1,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a request, prompt and answer.")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, max=MAX_CARDS, help="Cards that share the heads.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a request, prompt and answer.")
+    ] = None,
     preset: Annotated[
         list[str] | None, typer.Option(help="Preset to plan, repeatable. Default: all vLLM serves.")
     ] = None,
-    weights: Annotated[float | None, typer.Option(min=0, help="GiB of all weights, instead of the files'.")] = None,
+    weights: Annotated[
+        float | None,
+        typer.Option(min=0, max=MAX_GIB, callback=finite, help="GiB of all weights, instead of the files'."),
+    ] = None,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the memory that vLLM takes.")
+        float, typer.Option(min=0, max=1, callback=finite, help="Share of the memory that vLLM takes.")
     ] = MEMORY_SHARE,
     reserve: Annotated[
-        float, typer.Option(min=0, help="GiB of that for activations, CUDA graphs and CUDA itself.")
+        float,
+        typer.Option(
+            min=0, max=MAX_GIB, callback=finite, help="GiB of that for activations, CUDA graphs and CUDA itself."
+        ),
     ] = RESERVE_GIB,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(min=1, help="vLLM's setting; layers with a window keep the tokens of two steps beside it.")
+        int,
+        typer.Option(
+            min=1,
+            max=MAX_TOKENS,
+            help="vLLM's setting; layers with a window keep the tokens of two steps beside it.",
+        ),
     ] = BATCHED_TOKENS,
     json_target: JsonOption = None,
     plot: Annotated[Path | None, typer.Option(help="Draw requests against their length to this SVG file.")] = None,
+    force: ForceOption = False,
 ) -> None:
     """Say how many tokens and requests fit a card with every cache, counted as vLLM counts them.
 
     Exit status: 0 with a plan, 1 if vLLM does not serve the model compressed or its weights leave no room, 2 for what
     cannot be read.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     if sum(given is not None for given in (gpu, memory, kv_memory_gib)) != 1:
-        fail(errors, "give one of --gpu NAME, --memory GiB and --kv-memory GiB")
-    check_json_target(json_target, errors)
-    _check_plot(plot, errors)
-    card = card_or_fail(gpu, errors)
+        raise CommandError("give one of --gpu NAME, --memory GiB and --kv-memory GiB")
+    _check_plot(plot)
+    check_outputs([Output("--plot", plot, MARKER), json_output("plan", json_target)], {"MODEL": model}, force=force)
+    card = named_card(gpu)
     try:
         caches = caches_to_plan(preset or [])
     except ValueError as error:
-        fail(errors, str(error))
-    checkpoint, attention = open_or_fail(model, errors)
+        raise CommandError(str(error)) from error
+    checkpoint, attention = open_model(model, errors)
     if why := refusals(checkpoint, attention, card.capability if card else MIN_CAPABILITY):
-        refuse(errors, f"vLLM does not serve {checkpoint.name} compressed: {'; '.join(why)}")
+        raise _refused(f"vLLM does not serve {checkpoint.name} compressed: {'; '.join(why)}")
     if attention.max_length and length and length > attention.max_length:
-        fail(errors, f"--length is {length:,}, and the context of {checkpoint.name} is {attention.max_length:,} tokens")
+        raise CommandError(
+            f"--length is {length:,}, and the context of {checkpoint.name} is {attention.max_length:,} tokens"
+        )
     if kv_memory_gib is not None:
         kv_bytes, said = int(kv_memory_gib * GIB), "memory for the cache as given"
     else:
         total = card.memory_gib if card else memory or 0.0
-        weights_bytes = _weights_bytes(checkpoint, weights, errors)
+        weights_bytes = _weights_bytes(checkpoint, weights)
         kv_bytes = kv_memory(total, gpu_memory_utilization, weights_bytes, tensor_parallel, reserve)
         said = _explain(total, card, gpu_memory_utilization, weights_bytes, tensor_parallel, reserve)
         if kv_bytes <= 0:
-            refuse(errors, f"nothing is left for a cache: {said}. Give more cards with --tensor-parallel.")
+            raise _refused(f"nothing is left for a cache: {said}. Give more cards with --tensor-parallel.")
     try:
         planned = make_plan(
             checkpoint,
@@ -89,34 +117,36 @@ def plan(
             batched_tokens=max_num_batched_tokens,
         )
     except ValueError as error:
-        fail(errors, str(error))
+        raise CommandError(str(error)) from error
     if checkpoint.is_gguf:
         errors.print(f"counted for the same model in safetensors files of 16 bits: {GGUF_REFUSAL}", highlight=False)
-    if json_target is not None:
-        write_json(planned.to_dict(), json_target)
-    if json_target != STDOUT:
-        render(planned, said, console)
     if plot is not None:
         write_plot(planned, plotted_lengths(attention.max_length), plot)
+    if json_target is not None:
+        write_json("plan", planned.to_dict(), json_target)
+    if json_target != STDOUT:
+        render(planned, said, console)
 
 
-def _check_plot(plot: Path | None, errors: Console) -> None:
+def _refused(message: str) -> CommandError:
+    return CommandError(message, REFUSED, "refused")
+
+
+def _check_plot(plot: Path | None) -> None:
     if plot is None:
         return
     if not can_plot():
-        fail(errors, "--plot needs matplotlib, which is not installed here. Install it, or leave --plot out.")
+        raise CommandError("--plot needs matplotlib, which is not installed here. Install it, or leave --plot out.")
     if plot.suffix != ".svg":
-        fail(errors, f"--plot is {plot}; it writes SVG, so the name must end with .svg")
-    check_target(plot, errors)
+        raise CommandError(f"--plot is {plot}; it writes SVG, so the name must end with .svg")
 
 
-def _weights_bytes(checkpoint: Checkpoint, given_gib: float | None, errors: Console) -> int:
+def _weights_bytes(checkpoint: Checkpoint, given_gib: float | None) -> int:
     if given_gib is not None:
         return int(given_gib * GIB)
     if checkpoint.weights_nbytes is None:
-        fail(
-            errors,
-            f"{checkpoint.name} has no safetensors files that tell the bytes of its weights. Give --weights GiB.",
+        raise CommandError(
+            f"{checkpoint.name} has no safetensors files that tell the bytes of its weights. Give --weights GiB."
         )
     return checkpoint.weights_nbytes
 

@@ -3,8 +3,11 @@
 from importlib.util import find_spec
 from pathlib import Path
 
+from turboquant_core.files import replacing
 from turboquant_hf.doctor.checkpoint import short_name
 from turboquant_hf.plan.run import Plan
+
+MARKER = "turboquant plan --plot"
 
 
 def can_plot() -> bool:
@@ -29,4 +32,5 @@ def write_plot(plan: Plan, lengths: list[int], path: Path) -> None:
     axes.set_title(short_name(plan.model))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="svg")
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="svg", metadata={"Creator": MARKER})

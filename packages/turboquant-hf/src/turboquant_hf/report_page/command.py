@@ -4,13 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from turboquant_hf.command_line import check_target, fail
+from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
+from turboquant_core.files import write_atomically
+from turboquant_hf.command_line import ForceOption, JsonOption, consoles
 from turboquant_hf.eval.run_file import read_run_file
 from turboquant_hf.eval.summary import RunSummary, summarise
-from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
+from turboquant_hf.report_page.model_card import MARKER as CARD_MARKER
 from turboquant_hf.report_page.model_card import model_card
+from turboquant_hf.report_page.page import MARKER as PAGE_MARKER
 from turboquant_hf.report_page.page import render_page
 
 
@@ -21,21 +23,25 @@ def report(
         Path | None, typer.Option("--model-card", help="Write a part of a model card to this Markdown file.")
     ] = None,
     json_target: JsonOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Make a page of what turboquant eval measured: one HTML file that needs no network.
 
     Exit status: 0 with a page, 1 with a page of runs that are not finished, 2 for what cannot be read or written.
     """
-    console, errors = Console(), Console(stderr=True)
-    for path in (out, *([card] if card is not None else [])):
-        check_target(path, errors)
-    check_json_target(json_target, errors)
-    summaries = [_read(path, errors) for path in runs]
-    out.write_text(render_page(summaries), encoding="utf-8")
+    console, errors = consoles()
+    outputs = [
+        Output("--out", out, PAGE_MARKER),
+        Output("--model-card", card, CARD_MARKER),
+        json_output("report", json_target),
+    ]
+    check_outputs(outputs, {f"RUN.json {path}": path for path in runs}, force=force)
+    summaries = [_read(path) for path in runs]
+    write_atomically(out, render_page(summaries))
     if card is not None:
-        card.write_text(model_card(summaries), encoding="utf-8")
+        write_atomically(card, model_card(summaries))
     if json_target is not None:
-        write_json({"runs": [summary.to_dict() for summary in summaries]}, json_target)
+        write_json("report", {"runs": [summary.to_dict() for summary in summaries]}, json_target)
     if json_target != STDOUT:
         for path in (out, *([card] if card is not None else [])):
             console.print(f"{path}: {len(summaries)} run{'s' if len(summaries) > 1 else ''}", highlight=False)
@@ -50,10 +56,10 @@ def report(
         raise typer.Exit(1)
 
 
-def _read(path: Path, errors: Console) -> RunSummary:
+def _read(path: Path) -> RunSummary:
     try:
         return summarise(read_run_file(path))
     except FileNotFoundError:
-        fail(errors, f"there is no run file {path}; turboquant eval writes one")
+        raise CommandError(f"there is no run file {path}; turboquant eval writes one") from None
     except (OSError, ValueError) as error:
-        fail(errors, str(error))
+        raise CommandError(str(error)) from error

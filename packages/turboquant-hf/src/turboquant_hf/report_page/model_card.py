@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 
+from turboquant_hf._compat import CACHE_ARGUMENT
 from turboquant_hf.demo.run import UNCOMPRESSED
 from turboquant_hf.eval.summary import CacheSummary, RunSummary
+
+MARKER = "<!-- made by turboquant report --model-card -->"
 
 COLUMNS = ("cache", "bytes / token", "against bf16", "mean KL", "top-1", "perplexity", "needles")
 
 
 def model_card(summaries: Sequence[RunSummary]) -> str:
     """The figures of our caches, and how to use the smallest good one, for each run."""
-    return "\n\n".join("\n".join(_section(summary)) for summary in summaries) + "\n"
+    return f"{MARKER}\n" + "\n\n".join("\n".join(_section(summary)) for summary in summaries) + "\n"
 
 
 def _section(summary: RunSummary) -> Iterator[str]:
@@ -22,7 +25,7 @@ def _section(summary: RunSummary) -> Iterator[str]:
         yield "from turboquant_hf import TurboQuantCache"
         yield ""
         yield f'cache = TurboQuantCache(model.config, "{best.cache.name}")'
-        yield "model.generate(**inputs, past_key_values=cache)"
+        yield f"model.generate(**inputs, {CACHE_ARGUMENT}=cache)"
         yield "```"
         yield ""
     yield _row(COLUMNS)

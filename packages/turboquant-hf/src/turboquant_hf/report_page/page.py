@@ -12,6 +12,8 @@ from turboquant_hf.eval.summary import GOOD_KL, RunSummary
 from turboquant_hf.report_page.charts import error_by_layer, families, kl_against_bytes, speed_against_bytes
 from turboquant_hf.report_page.svg import marker
 
+MARKER = '<meta name="generator" content="turboquant report">'
+
 
 def render_page(summaries: Sequence[RunSummary]) -> str:
     """HTML with a section for each run."""
@@ -25,6 +27,7 @@ def render_page(summaries: Sequence[RunSummary]) -> str:
     environment.filters["depth"] = lambda depth: f"{depth:.0%}"
     page = environment.get_template("page.html.j2").render(
         summaries=summaries,
+        marker_of_the_command=Markup(MARKER),
         style=Markup((files(__package__) / "page.css").read_text(encoding="utf-8")),
         uncompressed=UNCOMPRESSED,
         good_kl=GOOD_KL,

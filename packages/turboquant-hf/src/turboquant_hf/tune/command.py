@@ -4,40 +4,50 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from turboquant_core.layer_bits import write_layer_bits
+from turboquant_core.command_output import STDOUT, Output, check_outputs, json_output, write_json
+from turboquant_core.layer_bits import FORMAT, write_layer_bits
 from turboquant_hf.command_line import (
+    MAX_TOKENS,
     DeviceOption,
+    ForceOption,
+    JsonOption,
     ModelArgument,
     TextOption,
-    check_target,
     chosen_device,
-    load_or_fail,
+    consoles,
+    finite,
+    load,
     progress_bar,
-    text_or_fail,
+    read_text,
 )
 from turboquant_hf.eval.continuing import (
-    continued_or_fail,
-    environment_or_fail,
-    keeping_or_fail,
+    begin,
+    go_on,
+    has_begun,
+    keeping,
     refuse_differences,
     typed_command,
 )
-from turboquant_hf.eval.run_file import RunFile
-from turboquant_hf.eval.settings import model_identity, text_digest
-from turboquant_hf.json_output import STDOUT, JsonOption, check_json_target, write_json
+from turboquant_hf.eval.settings import environment, model_identity, text_digest
 from turboquant_hf.tune.render import render, verdict
 from turboquant_hf.tune.run import Search, new_settings
 from turboquant_hf.tune.sensitivity import CHUNK_SIZE, PROBE_BITS, WIDTHS
 from turboquant_hf.tune.settings import TUNE, check_results
+
+MARKER = f'"format": "{FORMAT}"'
 
 
 def tune(
     model: ModelArgument = None,
     target_bits: Annotated[
         float,
-        typer.Option(min=min(WIDTHS), max=max(WIDTHS), help="Bits per coordinate at most, the mean of all layers."),
+        typer.Option(
+            min=min(WIDTHS),
+            max=max(WIDTHS),
+            callback=finite,
+            help="Bits per coordinate at most, the mean of all layers.",
+        ),
     ] = 3.5,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("turboquant.json"),
     run_file: Annotated[
@@ -46,10 +56,14 @@ def tune(
     ] = None,
     text: TextOption = None,
     tokens: Annotated[
-        int, typer.Option(min=2 * CHUNK_SIZE, help="First tokens of the text, on which layers are measured.")
+        int,
+        typer.Option(
+            min=2 * CHUNK_SIZE, max=MAX_TOKENS, help="First tokens of the text, on which layers are measured."
+        ),
     ] = 4 * CHUNK_SIZE,
     held_out_tokens: Annotated[
-        int, typer.Option(min=2 * CHUNK_SIZE, help="Tokens after those, on which bits are compared.")
+        int,
+        typer.Option(min=2 * CHUNK_SIZE, max=MAX_TOKENS, help="Tokens after those, on which bits are compared."),
     ] = 6 * CHUNK_SIZE,
     probe_bits: Annotated[
         list[int] | None,
@@ -61,6 +75,7 @@ def tune(
         ),
     ] = None,
     json_target: JsonOption = None,
+    force: ForceOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Choose the bits of every layer under a budget of bytes, and write them to a file that both integrations load.
@@ -68,22 +83,22 @@ def tune(
     Exit status: 0 when the bits are better than uniform ones on text that they were not chosen on, 1 when they are not,
     2 for what cannot be read or measured; 130 when interrupted, and the same command goes on from there.
     """
-    console, errors = Console(), Console(stderr=True)
+    console, errors = consoles()
     run_path = run_file or out.with_name(f"{out.name}.run.json")
-    for path in (out, run_path):
-        check_target(path, errors)
-    check_json_target(json_target, errors)
-    content = text_or_fail(text, errors)
+    outputs = [Output("--out", out, MARKER), Output("--run", run_path, None), json_output("tune", json_target)]
+    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
+    content = read_text(text)
     device = chosen_device(device)
     settings = new_settings(text_digest(content), tokens, held_out_tokens, probe_bits)
-    header = {"settings": settings.to_dict(), "environment": environment_or_fail(device, errors)}
-    run = continued_or_fail(run_path, TUNE, header, "--run", check_results, errors) if run_path.exists() else None
-    loaded = load_or_fail(model, device, errors)
+    header = {"settings": settings.to_dict(), "environment": environment(device)}
+    begun = has_begun(run_path, TUNE, force=force)
+    run = go_on(run_path, TUNE, header, "--run", check_results) if begun else None
+    loaded = load(model, device, errors)
     identity = model_identity(loaded)
     if run is None:
-        run = RunFile(run_path, {"command": typed_command(), **header, "model": identity}, command=TUNE)
-    refuse_differences(run, {"model": identity}, "--run", errors)
-    with keeping_or_fail(run, run_path, f"tune {loaded.name}", errors), progress_bar(errors) as progress:
+        run = begin(run_path, TUNE, {"command": typed_command(), **header, "model": identity})
+    refuse_differences(run, {"model": identity}, "--run")
+    with keeping(run, run_path, f"tune {loaded.name}"), progress_bar(errors) as progress:
         search = Search(loaded, settings, content, target_bits)
         task = progress.add_task("measuring", total=search.num_steps(run))
         found = search.find(run, on_forward=lambda: progress.advance(task))
@@ -99,7 +114,7 @@ def tune(
             "is_better": found.is_better,
             "verdict": verdict(found),
         }
-        write_json(result, json_target)
+        write_json("tune", result, json_target)
     if json_target != STDOUT:
         render(found, loaded.name, held_out_tokens, console)
         console.print(f'{out}: TurboQuantCache(model.config, layer_bits="{out}")', highlight=False, soft_wrap=True)
