@@ -205,7 +205,9 @@ def run_tests(session: nox.Session, package: str, *options: str) -> None:
     if coverage and not session.posargs:
         coverage.append("--cov-fail-under=95")
     folder = f"packages/turboquant-{package}/tests"
-    session.run("pytest", folder, *coverage, *options, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    # A process for each core, and a GPU for one; the tests of a file share engines and models.
+    workers = [] if has_nvidia_gpu() else ["-n", "auto", "--maxprocesses", "8", "--dist", "loadfile"]
+    session.run("pytest", folder, *workers, *coverage, *options, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
 
 
 def smoke_test(session: nox.Session, package: str) -> None:

@@ -15,6 +15,9 @@ import torch
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of several pytests side by side each has a core for its engines: their threads would wait for one another.
+if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(worker) % (os.cpu_count() or 1)))
 
 
 def pytest_addoption(parser):
