@@ -166,6 +166,20 @@ def transformers(session: nox.Session, version: str) -> None:
     run_tests(session, "hf")
 
 
+@nox.session
+@each_package
+def mutants(session: nox.Session, package: str) -> None:
+    """Change storage, masks, layout, settings and prefill in small ways, and count what the tests notice."""
+    install(session, *PARTS[package], groups=("test", "mutants"))
+    if package == "vllm":
+        install_vllm(session, VLLM)
+    session.env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with session.chdir(f"packages/turboquant-{package}"):
+        session.run("mutmut", "run", *session.posargs)
+        session.run("mutmut", "export-cicd-stats")
+    session.run("python", "scripts/mutation_score.py")
+
+
 def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:
     """Install packages of this workspace in editable mode, together with dependency groups."""
     prepare(session)
