@@ -5,7 +5,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,8 +93,12 @@ def reading(path: Path, content: str, remedy: str) -> Iterator[None]:
         raise ValueError(f"{path} holds no {content} that can be used: {said}. {remedy}") from error
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file says; see `parse_json`.
+def read_json(path: Path, *, strict: bool = True) -> Any:
+    """What a JSON file says.
+
+    Args:
+        path: The file.
+        strict: See `parse_json`.
 
     Raises:
         OSError: If the file cannot be read.
@@ -102,38 +106,34 @@ def read_json(path: Path) -> Any:
     """
     with path.open("rb") as file:
         # Not all of a file that is too large.
-        return parse_json(file.read(MAX_JSON_BYTES + 1))
+        return parse_json(file.read(MAX_JSON_BYTES + 1), strict=strict)
 
 
-def parse_json(data: bytes | str, max_bytes: int = MAX_JSON_BYTES) -> Any:
+def parse_json(data: bytes | str, max_bytes: int = MAX_JSON_BYTES, *, strict: bool = True) -> Any:
     """What JSON from elsewhere says.
-
-    Refused is what JSON has not, or says in two ways: numbers that are not finite or do not fit into 64 bits, keys that
-    are there twice, text that is no Unicode; and what is larger or deeper than anything that is written here.
 
     Args:
         data: JSON, in UTF-8.
         max_bytes: Bytes that it may have.
+        strict: Refuse also numbers that are not finite and keys that are there twice, which Python reads.
 
     Raises:
-        ValueError: If it is refused.
+        ValueError: If it is damaged, has integers of more than 64 bits or text that is no Unicode, or is larger or
+            deeper than what anybody writes.
     """
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes of JSON")
+    hooks: dict[str, Any] = {"parse_int": _integer}
+    if strict:
+        hooks |= {"parse_float": _finite, "parse_constant": _no_number, "object_pairs_hook": _object}
     try:
-        text = data.decode() if isinstance(data, bytes) else data
-        parsed = json.loads(
-            text,
-            parse_int=_integer,
-            parse_float=_finite,
-            parse_constant=_no_number,
-            object_pairs_hook=_object,
-        )
+        parsed = json.loads(data.decode() if isinstance(data, bytes) else data, **hooks)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"it is no JSON, or is truncated: {error}") from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    _check_parsed(parsed)
+    _check_depth(parsed)
+    _check_text(parsed)
     return parsed
 
 
@@ -210,27 +210,24 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return parsed
 
 
-def _check_parsed(parsed: Any) -> None:
-    """Refuse what is nested too deep, and halves of surrogate pairs, which no output can print."""
+def _check_depth(parsed: Any) -> None:
     level = [parsed]
     for _ in range(MAX_JSON_DEPTH + 1):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, str):
-                _check_text(value)
-            elif isinstance(value, list):
-                inner += value
-            elif isinstance(value, dict):
-                inner += value
-                inner += value.values()
-        if not inner:
+        level = [inner for value in level for inner in _inner(value)]
+        if not level:
             return
-        level = inner
     raise ValueError(_TOO_DEEP)
 
 
-def _check_text(text: str) -> None:
+def _inner(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _check_text(parsed: Any) -> None:
+    """Refuse halves of surrogate pairs, which no output can print."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"its text {text[:40]!r} is no Unicode") from None
+        json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"its text has {error.object[error.start : error.end]!r}, which is no Unicode") from None

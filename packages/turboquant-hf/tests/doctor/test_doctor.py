@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
 from turboquant_core.commands import app
+from turboquant_hf import models
 from turboquant_hf._compat import CACHE_ARGUMENT, gguf_weights_in_full
 from turboquant_hf.doctor import checkpoint as checkpoints
 from turboquant_hf.doctor.attention import model_attention
@@ -251,7 +252,8 @@ def test_without_a_network_the_cache_is_read(model, monkeypatch, key_biases):
     cached = {"model.safetensors": str(folder / "model.safetensors")}
     monkeypatch.setattr(checkpoints, "try_to_load_from_cache", lambda _, filename: cached.get(filename))
     monkeypatch.setattr(checkpoints.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(checkpoints.AutoConfig, "from_pretrained", lambda *_, **__: config)
+    monkeypatch.setattr(models, "_config_of_hub", lambda *_: folder / "config.json")
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda *_, **__: config)
     assert open_checkpoint("someone/a-model").weights_nbytes == 3 * 512
     cached.clear()
     assert open_checkpoint("someone/a-model").tensors is None
