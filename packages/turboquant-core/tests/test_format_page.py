@@ -10,6 +10,7 @@ import torch
 
 from turboquant_core import KVCacheLayout, MSEQuantizer, TurboQuantConfig, lloyd_max_codebook
 from turboquant_core.ops import cache_update
+from turboquant_core.rotation import FORMAT_SEEDS
 
 PAGE = Path(__file__).parents[3] / "docs" / "format.md"
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("golden/*.json")}
@@ -78,6 +79,10 @@ def test_it_reads_vectors_with_a_sketch(reader, golden, case):
 def test_its_centroids_are_the_packages(reader, head_dim, bits):
     expected = lloyd_max_codebook(head_dim, bits).centroids.float().numpy()
     assert np.array_equal(reader["centroids"](head_dim, bits), expected)
+
+
+def test_its_seeds_are_the_packages(reader):
+    assert dict(zip(range(8, 513, 8), reader["SEEDS"], strict=True)) == FORMAT_SEEDS
 
 
 def test_it_reads_pages(reader):

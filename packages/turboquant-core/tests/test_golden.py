@@ -98,7 +98,8 @@ def test_decoding_the_golden_bytes_gives_the_golden_values(golden, case, device)
 
 @pytest.mark.parametrize(("golden", "case"), CASES)
 def test_golden_values_are_near_the_golden_vectors(golden, case):
-    x = torch.tensor(golden["vectors"])[:, :: golden["decoded_step"]]
-    error = (torch.tensor(case["decoded"]) - x).square().mean() / x.square().mean()
+    x = torch.tensor(golden["vectors"])
+    # A rotation back spreads the error of a vector evenly over its channels, whatever each of them holds.
+    error = (torch.tensor(case["decoded"]) - x[:, :: golden["decoded_step"]]).square().mean() / x.square().mean()
     bits = case["bits"] - (case["quantizer"] == "prod")
     assert error < 6 * 4.0**-bits

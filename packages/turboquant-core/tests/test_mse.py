@@ -127,7 +127,7 @@ def test_seeds_give_different_codes_and_decode_their_own():
 
 
 def test_equal_arguments_make_equal_quantisers():
-    assert MSEQuantizer(64, 4) == MSEQuantizer(64, 4, "norm", 0)
+    assert MSEQuantizer(64, 4) == MSEQuantizer(64, 4, "norm", None)
     assert len({MSEQuantizer(64, 4), MSEQuantizer(64, 4), MSEQuantizer(64, 3)}) == 2
 
 

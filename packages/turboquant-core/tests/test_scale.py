@@ -40,7 +40,7 @@ def test_unbiased_inner_products_have_slope_one(head_dim, bits):
 @pytest.mark.parametrize(("bits", "shrinkage"), [(4, 0.009), (2, 0.115)])
 def test_the_plain_norm_shrinks_inner_products(bits, shrinkage):
     x = gaussian(8000, 64, seed=2)
-    assert slope(x, reconstruct(x, bits, "norm")) == pytest.approx(1 - shrinkage, abs=1e-3)
+    assert slope(x, reconstruct(x, bits, "norm")) == pytest.approx(1 - shrinkage, abs=1.5e-3)
 
 
 @pytest.mark.parametrize("bits", range(1, 7))

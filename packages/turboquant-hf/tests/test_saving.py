@@ -121,7 +121,7 @@ def with_few_recent(tensors):
     ("changes", "message"),
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
-        ({"change_header": lambda header: header.update(version=1)}, "format version 1; this one reads 3"),
+        ({"change_header": lambda header: header.update(version=1)}, "format version 1; this one reads 4"),
         ({"change_header": lambda header: header.update(core="9.9")}, "codes of turboquant-core 9.9"),
         ({"change_header": lambda header: header["layers"].pop()}, "1 layers; this model has 2"),
         ({"change_header": lambda header: header["layers"][0].update(num_tokens=99)}, "pages of layer 0 are"),

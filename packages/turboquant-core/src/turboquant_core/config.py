@@ -9,7 +9,8 @@ from turboquant_core._checks import check_head_dim
 from turboquant_core.scale import ScaleRule, check_scale_rule
 from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
 
-CACHE_BITS = tuple(sorted([2, 3, 4, 5, 6, 8, *OUTLIER_BITS]))
+WHOLE_BITS = (2, 3, 4, 5, 6, 8)
+CACHE_BITS = tuple(sorted([*WHOLE_BITS, *OUTLIER_BITS]))
 
 PRESETS = MappingProxyType(
     {

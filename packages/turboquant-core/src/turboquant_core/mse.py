@@ -34,13 +34,13 @@ class MSEQuantizer:
         head_dim: Dimension of the vectors, a multiple of 8 from 8 to 512.
         bits: Bits per coordinate, 1 to 8.
         scale: What the stored scale is: "norm", "unbiased" or "least_squares".
-        seed: The rotation's; 0 is the format's own.
+        seed: The rotation's; None is the format's own.
     """
 
     head_dim: int
     bits: int
     scale: ScaleRule = "norm"
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)

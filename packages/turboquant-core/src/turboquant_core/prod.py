@@ -28,12 +28,12 @@ class ProdQuantizer:
     Args:
         head_dim: Dimension of the vectors, a multiple of 8 from 8 to 512.
         bits: Bits per coordinate in all, 1 to 8.
-        seed: The rotation's and the sketch's; 0 is the format's own.
+        seed: The rotation's and the sketch's; None is the format's own.
     """
 
     head_dim: int
     bits: int
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
@@ -106,6 +106,6 @@ class ProdQuantizer:
 
 
 @cache
-def _sketch(head_dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    normal = random_normal(f"sketch/{head_dim}/{seed}", (head_dim, head_dim))
+def _sketch(head_dim: int, seed: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    normal = random_normal(f"sketch/{head_dim}/{seed or 0}", (head_dim, head_dim))
     return torch.from_numpy(normal).to(device, dtype)

@@ -7,15 +7,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from turboquant_core._checks import check_head_dim
+from turboquant_core._checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_head_dim
 from turboquant_core._seeded import random_normal, random_signs
 
 # After one round of signs and Hadamard the coordinates of a one-hot vector have a single size; every further round adds
-# sizes. The cells of 8 bits at head_dim 64 are fine enough to tell three rounds (23 % above the Lloyd-Max error on
-# 3-sparse vectors), four (19 %) and five (5 %) from a uniform rotation; six are within 2 %. From head_dim 128 on four
-# are within 3 %, and their matrix is one of integers of at most 8 bits at 128: bfloat16 holds it. An even number makes
-# the normaliser a power of two, so that the matrix is exact.
+# sizes. The fine cells of 8 bits need six rounds at head_dim 64 and four from 128 on, averaged over seeds; the
+# figures are in docs/theory.md. An even number makes the normaliser a power of two, so that the matrix is exact.
 MIN_HEAD_DIM_OF_FOUR_ROUNDS = 128
+
+# Head_dim to seed. A seed can be unlucky: 0 errs 59 % above Lloyd-Max on one-hot vectors at head_dim 64 and 8 bits, and
+# 263 % at 96. Of the first 256 of a head_dim (32 above 128) these have the least error on the worst of one-hot, two-hot
+# and equal-magnitude vectors at the worst width: at most 5 % but at head_dim 8, whose coordinates take few sizes. Of
+# powers of two only those counted whose entries have 8 bits up to head_dim 128, which bfloat16 holds, or 11 above,
+# which float16 holds. scripts/choose_rotation_seeds.py made the choice.
+FORMAT_SEEDS = dict(
+    zip(
+        range(MIN_HEAD_DIM, MAX_HEAD_DIM + 1, 8),
+        (
+            189, 196, 219, 178, 19, 74, 27, 68, 213, 182, 5, 22, 194, 67, 185, 187,
+            10, 27, 13, 15, 0, 11, 30, 15, 0, 25, 20, 3, 28, 4, 22, 19,
+            13, 6, 11, 12, 16, 17, 10, 31, 0, 15, 28, 25, 13, 1, 9, 20,
+            14, 26, 18, 14, 21, 7, 14, 31, 24, 1, 15, 8, 25, 17, 31, 18,
+        ),
+        strict=True,
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,11 +44,11 @@ class Rotation:
 
     Args:
         head_dim: Dimension d, a multiple of 8 from 8 to 512.
-        seed: Picks another matrix of the same family. 0 is the format's own; others serve to average over rotations.
+        seed: Picks a matrix of the family, to average over rotations; None is the format's own.
     """
 
     head_dim: int
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
@@ -58,11 +74,11 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _matrix(head_dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _matrix(head_dim: int, seed: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if (device.type, dtype) == ("cpu", torch.float64):
         power_of_two = head_dim & (head_dim - 1) == 0
         build = _signed_hadamard if power_of_two else _haar
-        return torch.from_numpy(build(head_dim, seed))
+        return torch.from_numpy(build(head_dim, FORMAT_SEEDS[head_dim] if seed is None else seed))
     return _matrix(head_dim, seed, torch.device("cpu"), torch.float64).to(device, dtype)
 
 

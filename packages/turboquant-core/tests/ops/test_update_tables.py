@@ -78,8 +78,8 @@ def test_parts_add_up_to_the_rotation(device, head_dim, dtype):
 
 
 def test_a_rotation_of_few_bits_is_one_matrix(device):
-    assert [split_rotation(d, torch.float16, device).num_parts for d in (64, 128, 256)] == [1, 1, 1]
-    assert [split_rotation(d, torch.bfloat16, device).num_parts for d in (64, 128, 256, 96)] == [2, 1, 2, 3]
+    assert [split_rotation(d, torch.float16, device).num_parts for d in (64, 128, 256, 512)] == [1, 1, 1, 1]
+    assert [split_rotation(d, torch.bfloat16, device).num_parts for d in (64, 128, 256, 96)] == [1, 1, 2, 3]
 
 
 H200 = Processor(132, 227 * 1024)

@@ -21,7 +21,7 @@ from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
 from turboquant_hf.states import PagedStates
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # What must be the same for keys and values of one model to mean anything to another.
 MODEL_FIELDS = (
     "model_type",

@@ -25,7 +25,7 @@ def padded_octet(head_dim: int) -> int:
 class SplitRotation:
     """MATRIX_SCALE * Πᵀ as a sum of matrices, the largest first.
 
-    Π of 64, 128 or 256 channels is a matrix of integers times a power of two, of 9, 8 and 10 bits: the sum is exact.
+    Π of a power of two is a matrix of integers of few bits times a power of two: the sum is exact.
 
     Rows are padded with zeros at the end. Columns are padded after every eighth of the channels: channel c lies at
     (c // octet) * padded_octet + c % octet. All planes of `turboquant_core.packing` are then reshapes of a row of
