@@ -85,7 +85,13 @@ def test_unknown_scale_rules_are_refused(field):
         TurboQuantConfig(128, **{field: "max"})
 
 
-@pytest.mark.parametrize("head_dim", [0, 100, 520])
+@pytest.mark.parametrize("center_keys", ["no", 0, None])
+def test_what_centres_keys_is_true_or_false(center_keys):
+    with pytest.raises(ValueError, match=f"center_keys is {center_keys!r}; it must be True or False"):
+        TurboQuantConfig(64, center_keys=center_keys)
+
+
+@pytest.mark.parametrize("head_dim", [0, 100, 520, 64.0, True])
 def test_a_head_dim_out_of_range_is_named_with_the_limits(head_dim):
     with pytest.raises(ValueError, match=rf"head_dim is {head_dim}; .* to 512"):
         TurboQuantConfig(head_dim)

@@ -156,16 +156,22 @@ def test_allocate_takes_a_device():
     assert layout.allocate(0).shape == (0, 2, layout.head_bytes)
 
 
-@pytest.mark.parametrize("num_kv_heads", [0, -1])
+@pytest.mark.parametrize("num_kv_heads", [0, -1, 2.0, True, "2", None])
 def test_a_page_has_a_head(num_kv_heads):
-    with pytest.raises(ValueError, match=f"num_kv_heads is {num_kv_heads}; .* at least one"):
+    with pytest.raises(ValueError, match=f"num_kv_heads is {num_kv_heads!r}; it must be an int of at least 1"):
         KVCacheLayout(TurboQuantConfig(64), num_kv_heads, 16)
 
 
-@pytest.mark.parametrize("block_size", [0, -16])
+@pytest.mark.parametrize("block_size", [0, -16, 2.0, True, float("nan")])
 def test_a_page_has_a_token(block_size):
-    with pytest.raises(ValueError, match=f"block_size is {block_size}; .* at least one token"):
+    with pytest.raises(ValueError, match=f"block_size is {block_size}; it must be an int of at least 1"):
         KVCacheLayout(TurboQuantConfig(64), 8, block_size)
+
+
+@pytest.mark.parametrize("num_blocks", [-1, 2.0, True])
+def test_a_number_of_blocks_is_a_number(num_blocks):
+    with pytest.raises(ValueError, match=f"num_blocks is {num_blocks}; it must be an int of at least 0"):
+        KVCacheLayout(TurboQuantConfig(64), 2, 16).allocate(num_blocks)
 
 
 def test_scales_on_odd_addresses_are_refused():

@@ -5,7 +5,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from turboquant_core._checks import check_head_dim
+from turboquant_core._checks import check_bool, check_head_dim
 from turboquant_core.scale import ScaleRule, check_scale_rule
 from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
 
@@ -55,6 +55,7 @@ class TurboQuantConfig:
             VectorFormat(self.head_dim, getattr(self, name))
         check_scale_rule(self.key_scale)
         check_scale_rule(self.value_scale)
+        check_bool("center_keys", self.center_keys)
 
     @classmethod
     def preset(cls, name: str, head_dim: int, **overrides: Any) -> "TurboQuantConfig":

@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from turboquant_core._checks import check_int
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.scale import SCALE_DTYPE
 
@@ -57,10 +58,8 @@ class KVCacheLayout:
     block_size: int
 
     def __post_init__(self) -> None:
-        if self.num_kv_heads < 1:
-            raise ValueError(f"num_kv_heads is {self.num_kv_heads}; a page has at least one")
-        if self.block_size < 1:
-            raise ValueError(f"block_size is {self.block_size}; a page has at least one token")
+        check_int("num_kv_heads", self.num_kv_heads, 1)
+        check_int("block_size", self.block_size, 1)
         if self.key_scales.offset % SCALE_DTYPE.itemsize or self.head_bytes % SCALE_DTYPE.itemsize:
             raise ValueError(
                 f"block_size is {self.block_size}; with {self.config.key_bits}/{self.config.value_bits} bits at "
@@ -104,7 +103,7 @@ class KVCacheLayout:
 
     def allocate(self, num_blocks: int, device: torch.device | str | None = None) -> torch.Tensor:
         """Zeroed pages, uint8 [num_blocks, num_kv_heads, head_bytes]."""
-        shape = (num_blocks, self.num_kv_heads, self.head_bytes)
+        shape = (check_int("num_blocks", num_blocks, 0), self.num_kv_heads, self.head_bytes)
         return torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def views(self, pages: torch.Tensor) -> PageViews:
