@@ -197,7 +197,10 @@ def test_any_shape(device, lens, bits, head_dim, block_size, max_tokens):
     [
         (r"path is 'cuda'", {"path": "cuda"}),
         (r"dtype is torch.int8; it must be one of", {"dtype": torch.int8}),
-        (r"max_tokens is -1; it must not be negative", {"max_tokens": -1}),
+        (r"max_tokens is -1; it must be an int from 0", {"max_tokens": -1}),
+        (r"max_tokens is 2.5; it must be an int from 0", {"max_tokens": 2.5}),
+        (r"max_tokens is True; it must be an int from 0", {"max_tokens": True}),
+        (r"max_tokens is 2147483648; it must be an int from 0 to 1073741824", {"max_tokens": 2**31}),
         (r"block_table is torch.int64", {"block_table": torch.zeros(2, 3, dtype=torch.int64)}),
         (r"block_table is .*\[6\]", {"block_table": torch.zeros(6, dtype=torch.int32)}),
         (r"seq_lens is .*\[3\]; .* \[2\]", {"seq_lens": torch.zeros(3, dtype=torch.int32)}),

@@ -478,13 +478,29 @@ def bad(message, **changes):
         bad(r"rows have up to 9 query tokens; .* 1 to 8", query=lambda x: x.repeat(9, 1, 1)),
         bad(r"rows have up to 9 query", query_start_loc=torch.zeros(3).int(), max_query_len=9),
         bad(r"rows have up to 0 query", query_start_loc=torch.zeros(3).int(), max_query_len=0),
-        bad(r"window is 0; a token sees at least itself", window=0),
-        bad(r"softcap is 0.0; it must be positive", softcap=0.0),
-        bad(r"softcap is -1.0; it must be positive", softcap=-1.0),
+        bad(r"max_query_len is 1.0; it must be an int", max_query_len=1.0),
+        bad(r"max_query_len is True; it must be an int", max_query_len=True),
+        *(
+            bad(rf"window is {window!r}; it must be an int of at least 1. Use None", window=window)
+            for window in (0, 1.5, True, "7", math.nan)
+        ),
+        *(
+            bad(rf"softcap is {softcap!r}; it must be a number from 1e-30 to 10000. Use None", softcap=softcap)
+            for softcap in (0.0, -1.0, math.nan, math.inf, 1e5, True, "5")
+        ),
+        *(
+            bad(rf"scale is {scale!r}; it must be a number .* Use None", scale=scale)
+            for scale in (math.nan, math.inf, -math.inf, True)
+        ),
         bad(r"out is torch.float64", out=torch.zeros(2, 4, 64).double()),
         bad(r"out is torch.float16 .*; it must be torch.float32 \[2, 4, 64\]", out=torch.zeros(2, 4, 64).half()),
         bad(r"out is .* \[3, 4, 64\]; it must be", out=torch.zeros(3, 4, 64)),
         bad(r"out has strides \[256, 1, 4\]", out=torch.zeros(2, 64, 4).mT),
+        bad(r"out has strides \[0, 64, 1\] .* more than once", out=torch.zeros(1, 4, 64).expand(2, 4, 64)),
+        bad(
+            r"out has strides \[256, 32, 1\] .* more than once",
+            out=torch.zeros(600).as_strided((2, 4, 64), (256, 32, 1)),
+        ),
         bad(r"different devices: .*sinks on meta", sinks=torch.zeros(4, device="meta")),
         bad(r"different devices: .*out on meta", out=torch.zeros(2, 4, 64, device="meta")),
     ],
@@ -527,3 +543,41 @@ out = decode_attention(inputs.query, inputs.pages, inputs.block_table, inputs.se
 print(bool(out.isfinite().all()), tuple(out.shape))
 """
     assert run_python(code).strip() == "True (1, 4, 128)"
+
+
+def test_the_output_is_written_beside_the_query_and_not_on_it(device):
+    inputs = build(DecodeCase(64, seq_lens=(20, 30), query_lens=2), device)
+    num_tokens, num_heads, head_dim = inputs.query.shape
+    buffer = torch.zeros(2 * num_tokens + 1, num_heads, 2 * head_dim, device=device)
+    query = buffer[:num_tokens, :, :head_dim]
+    query.copy_(inputs.query)
+    expected, _ = attend(inputs, "reference")
+
+    def attend_into(out):
+        arguments = (inputs.pages, inputs.block_table, inputs.seq_lens, inputs.case.layout)
+        return decode_attention(query, *arguments, out=out, path="reference", **inputs.options)
+
+    for out in (buffer[:num_tokens, :, head_dim:], buffer[num_tokens:-1, :, :head_dim]):
+        assert torch.equal(attend_into(out), expected)
+    for out in (
+        query,
+        buffer[1 : num_tokens + 1, :, :head_dim],
+        buffer[:num_tokens, :, 1 : head_dim + 1],
+        buffer[:num_tokens, :, head_dim - 1 : -1],
+    ):
+        with pytest.raises(ValueError, match=r"out, at .*, shares memory with query, at .* Give a tensor of its own"):
+            attend_into(out)
+    assert torch.equal(query, inputs.query)
+
+
+@pytest.mark.parametrize("sink", [math.nan, math.inf])
+@pytest.mark.parametrize("path", ["reference", *kernels(DecodeCase())])
+def test_a_sink_without_a_value_gives_none_to_its_head_alone(device, path, sink):
+    inputs = build(DecodeCase(seq_lens=(20, 0), sinks=True), device)
+    expected, _ = attend(inputs, path)
+    inputs.options["sinks"][1] = sink
+    out, lse = attend(inputs, path)
+    assert out[:, 1].isnan().all()
+    assert not lse[:, 1].isfinite().any()
+    out[:, 1] = expected[:, 1]
+    assert torch.equal(out, expected)

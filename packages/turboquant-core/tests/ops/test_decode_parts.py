@@ -271,9 +271,11 @@ def test_shares_are_even_and_every_tile_has_its_owner(device, num_workers, num_t
 
 
 @triton.jit
-def _query_heads_kernel(found, query_start_loc, batch, num_heads, query_len, group: tl.constexpr, size: tl.constexpr):
+def _query_heads_kernel(
+    found, query_start_loc, batch, num_heads, num_tokens, query_len, group: tl.constexpr, size: tl.constexpr
+):
     index = tl.arange(0, size)
-    row, head, column, token, used = query_heads(index, query_start_loc, batch, num_heads, query_len, group)
+    row, head, column, token, used = query_heads(index, query_start_loc, batch, num_heads, num_tokens, query_len, group)
     tl.store(found + index, row)
     tl.store(found + size + index, head)
     tl.store(found + 2 * size + index, column)
@@ -287,7 +289,7 @@ def test_every_query_head_is_visited_once(device, row_lens, num_heads, group):
     even = len(set(row_lens)) == 1
     start_loc = torch.tensor((0, *row_lens), device=device).cumsum(0, dtype=torch.int32)
     found = torch.empty(5, 64, dtype=torch.int64, device=device)
-    arguments = (len(row_lens), num_heads, max(row_lens), group, 64)
+    arguments = (len(row_lens), num_heads, sum(row_lens), max(row_lens), group, 64)
     _query_heads_kernel[(1,)](found, None if even else start_loc, *arguments)
     visited = sorted(tuple(x[:4]) for x in found.T.tolist() if x[4])
     starts = start_loc.tolist()
@@ -300,8 +302,10 @@ def test_every_query_head_is_visited_once(device, row_lens, num_heads, group):
 
 
 @triton.jit
-def _cu_tiles_kernel(cu_tiles, start_loc, lens, starts, batch, query_len, tile: tl.constexpr, window: tl.constexpr):
-    _write_cu_tiles(cu_tiles, start_loc, lens, starts, batch, query_len, tile, window, 16)
+def _cu_tiles_kernel(
+    cu_tiles, start_loc, lens, starts, batch, num_tokens, query_len, tile: tl.constexpr, window: tl.constexpr
+):
+    _write_cu_tiles(cu_tiles, start_loc, lens, starts, batch, num_tokens, query_len, 200, tile, window, 16)
 
 
 @pytest.mark.parametrize("tile", [16, 64])
@@ -314,9 +318,12 @@ def test_only_tiles_that_are_seen_count(device, tile, window, row_lens, padded):
     start_loc = None if row_lens is None else torch.tensor((0, *row_lens)).cumsum(0, dtype=torch.int32).to(device)
     cu_tiles = torch.full((len(lens) + 1,), -1, dtype=torch.int32, device=device)
     int32 = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lens, starts)]
-    _cu_tiles_kernel[(1,)](cu_tiles, start_loc, int32[0], int32[1] if padded else None, len(lens), 2, tile, window)
+    counts = row_lens or [2] * len(lens)
+    _cu_tiles_kernel[(1,)](
+        cu_tiles, start_loc, int32[0], int32[1] if padded else None, len(lens), sum(counts), max(counts), tile, window
+    )
     expected = []
-    for length, start, row_len in zip(lens, starts, row_lens or [2] * len(lens), strict=True):
+    for length, start, row_len in zip(lens, starts, counts, strict=True):
         ends = [length - row_len + token + 1 for token in range(row_len)]
         seen = {
             position // tile
@@ -585,8 +592,8 @@ def report(arch, case, folder):
     call = AttendCall(
         operand, floats, floats if case.key_mean else None, layout.views(inputs.pages), inputs.block_table,
         inputs.seq_lens, inputs.options["seq_starts"], inputs.options["query_start_loc"], ints, floats, floats,
-        max(case.row_lens), case.num_heads // case.num_kv_heads, case.window or 0, case.softcap or 0.0, layout.config,
-        launch,
+        len(inputs.query), max(case.row_lens), case.num_heads // case.num_kv_heads, case.window or 0,
+        case.softcap or 0.0, layout.config, launch,
     )
     module.run_fragment(call)
     compiled = recorder.compile(arch, Path(folder))

@@ -2,7 +2,9 @@
 
 import torch
 
+from turboquant_core._checks import check_int
 from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
 from turboquant_core.ops._dispatch import (
     Path,
     check_one_device,
@@ -12,6 +14,7 @@ from turboquant_core.ops._dispatch import (
     check_whole_bits,
     runs_triton,
 )
+from turboquant_core.ops._values import check_gathered_values, checks_values
 from turboquant_core.ops.reference.cache_gather import cache_gather as reference_cache_gather
 from turboquant_core.rotation import Rotation
 
@@ -34,12 +37,16 @@ def cache_gather(
     A vector is t * c[codes], which is Πx̂: its product with a rotated query is that of x̂ with the query. Nothing waits
     for the device: `max_tokens` bounds the workspace instead.
 
+    Values of tensors are not read back to be checked. Whatever they are, nothing outside the pages is read and nothing
+    outside the output written: a block that is none of the pages' is read as the last one, and positions are at least 0
+    and end where a row's blocks do. Set TURBOQUANT_CHECK_VALUES=1 to have such values refused by name.
+
     Args:
         pages: uint8 [num_blocks, num_kv_heads, head_bytes]. Dimensions 0 and 1 may be strided.
         block_table: int32 [batch, max_blocks], the block of every block_size tokens; any row stride.
         seq_lens: int32 [batch].
         layout: Where a slot's bytes lie. Its bits must be whole.
-        starts: int32 [batch], the first token of every row, not negative; None for 0.
+        starts: int32 [batch], the first token of every row; None for 0.
         cu_seqlens: int32 [batch + 1], as `cumulative_lengths` gives them, for who gathers from many layers; None to
             compute them.
         key_mean: float32 [num_kv_heads, head_dim], as it was subtracted from keys: added back, rotated, before they are
@@ -67,8 +74,7 @@ def cache_gather(
     if key_mean is not None:
         check_tensor("key_mean", key_mean, torch.float32, (layout.num_kv_heads, layout.config.head_dim))
     check_vector_dtype("dtype", dtype)
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens is {max_tokens}; it must not be negative")
+    max_tokens = check_int("max_tokens", max_tokens, 0, MAX_TOKENS)
     check_one_device(
         {
             "pages": pages,
@@ -79,8 +85,12 @@ def cache_gather(
             "key_mean": key_mean,
         }
     )
+    if checks_values():
+        check_gathered_values(block_table, seq_lens, starts, cu_seqlens, layout, len(pages))
     if cu_seqlens is None:
-        cu_seqlens = cumulative_lengths(seq_lens, starts)
+        cu_seqlens = cumulative_lengths(
+            seq_lens, starts, row_capacity(len(pages), block_table.shape[1], layout.block_size)
+        )
     if key_mean is not None:
         key_mean = Rotation(layout.config.head_dim).rotate(key_mean)
     if runs_triton(path, pages.device):
@@ -100,8 +110,15 @@ def cache_gather(
     return keys, values, cu_seqlens
 
 
-def cumulative_lengths(seq_lens: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
-    """Where every row begins in what `cache_gather` gives, and the total, int32 [batch + 1]; computed on the device."""
-    lengths = seq_lens if starts is None else seq_lens - starts
-    ends = lengths.clamp(min=0).cumsum(0, dtype=torch.int32)
+def cumulative_lengths(
+    seq_lens: torch.Tensor, starts: torch.Tensor | None = None, capacity: int = MAX_TOKENS
+) -> torch.Tensor:
+    """Where every row begins in what `cache_gather` gives, and the total, int32 [batch + 1]; computed on the device.
+
+    Lengths count as at most `capacity`, the most stored tokens of a row.
+    """
+    lengths = seq_lens.clamp(0, capacity)
+    if starts is not None:
+        lengths = (lengths - starts.clamp(min=0)).clamp(min=0)
+    ends = lengths.cumsum(0, dtype=torch.int32)
     return torch.nn.functional.pad(ends, (1, 0))

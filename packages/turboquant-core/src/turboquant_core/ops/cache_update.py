@@ -13,6 +13,7 @@ from turboquant_core.ops._dispatch import (
     check_whole_bits,
     described,
 )
+from turboquant_core.ops._values import check_stored_values, checks_values
 from turboquant_core.ops.reference.cache_update import cache_update as reference_cache_update
 from turboquant_core.ops.update_paths import (
     WARPGROUP_ALIGNMENT,
@@ -39,13 +40,16 @@ def cache_update(
     subtracts it after rotating), and a scale by one float16 step. Vectors whose stored scale is not finite have
     unspecified codes.
 
+    Slots are not read back to be checked. A token whose slot is negative, or past the last block, is not stored, and
+    nothing outside the pages is written. Of several tokens with one slot any may be stored, or parts of each. Set
+    TURBOQUANT_CHECK_VALUES=1 to have slots past the last block and means that are not finite refused by name.
+
     Args:
         key: float16, bfloat16 or float32 [num_tokens, num_kv_heads, head_dim]; any strides with a last one of 1, such
             as a view of a fused QKV tensor.
         value: The same for values, of the same type.
         pages: uint8 [num_blocks, num_kv_heads, head_bytes], written in place. Dimensions 0 and 1 may be strided.
-        slot_mapping: int64 [num_tokens], block * block_size + position. A token with a negative slot is not stored.
-            Slots are not read back to be checked: one past the last block, or named twice, is undefined behaviour.
+        slot_mapping: int64 [num_tokens], block * block_size + position; negative for tokens that are not to be stored.
         layout: Where a slot's bytes lie. Its bits must be whole.
         key_mean: float32 [num_kv_heads, head_dim], subtracted from keys first.
         path: Which implementation, by name, or "auto" for the fastest that can run; see
@@ -60,6 +64,8 @@ def cache_update(
         (layout, path, alignment, *map(described, tensors)),
         lambda: _check(key, value, pages, slot_mapping, layout, key_mean, path),
     )
+    if checks_values():
+        check_stored_values(slot_mapping, key_mean, layout, len(pages))
     if chosen == "reference":
         reference_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
     elif chosen == "warpgroup":

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from turboquant_core._checks import check_int, check_number
 from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._bounds import MAX_TOKENS
 from turboquant_core.ops._dispatch import (
     KnownCalls,
     check_one_device,
@@ -17,6 +19,8 @@ from turboquant_core.ops._dispatch import (
     check_whole_bits,
     described,
 )
+from turboquant_core.ops._overlap import check_no_overlap, extent, overlap
+from turboquant_core.ops._values import check_attended_values, checks_values
 from turboquant_core.ops.paths import FRAGMENT_ALIGNMENT, DecodePath, KernelPath, choose_path
 from turboquant_core.ops.reference.decode_attention import decode_attention as reference_decode_attention
 
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from turboquant_core.ops.kernels.decode.launch import DecodeLaunch
 
 MAX_QUERY_LEN = 8
+# Kernels compute tanh in float32, which errs by 6e-8: above, a softcap would round logits to steps of more than 1e-3.
+SOFTCAP_RANGE = (1e-30, 1e4)
+MAX_SCALE = 1e30
 
 
 def decode_attention(
@@ -51,8 +58,11 @@ def decode_attention(
     Softmax is online in float32. The grid depends on shapes alone and nothing is read back, so a call can be captured
     in a CUDA graph and replayed with other lengths; work is shared evenly whatever the lengths are.
 
-    Values of `seq_lens`, `block_table` and `query_start_loc` are not read back to be checked: blocks beyond the cache
-    are undefined behaviour, and what the output holds for tokens after the last row's is unspecified.
+    Values of tensors are not read back to be checked. Whatever they are, nothing outside the pages is read and nothing
+    outside the output written: a block that is none of the pages' is read as the last one, lengths are at least 0 and
+    end where a row's blocks do, offsets of query tokens lie within the query, and a row has 0 to `max_query_len` of
+    them. What the output holds for tokens of no row is unspecified. Set TURBOQUANT_CHECK_VALUES=1 to have such values
+    refused by name.
 
     Args:
         query: float16, bfloat16 or float32 [num_tokens, num_heads, head_dim], rows one after another; last stride 1.
@@ -67,12 +77,13 @@ def decode_attention(
         max_query_len: The most query tokens of a row, at most 8; needed with query_start_loc.
         seq_starts: int32 [batch], the first position of a row that may be seen, such as after left padding.
         window: Positions that a token sees, itself included; None for all.
-        softcap: Logits become softcap * tanh(logits / softcap).
+        softcap: Logits become softcap * tanh(logits / softcap); up to 10,000, where float32 still tells logits apart.
         sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
         key_mean: float32 [num_kv_heads, head_dim], or [batch, num_kv_heads, head_dim] for one of each row, that was
             subtracted from keys before they were stored. Softmax does not see it, but softcap, sinks and the
             log-sum-exp do.
-        out: Written instead of a new tensor: like `query`, with a last stride of 1.
+        out: Written instead of a new tensor: like `query`, with a last stride of 1; no part of it twice in memory, nor
+            in `query`.
         return_lse: Also return the natural log-sum-exp of the logits, float32 [num_tokens, num_heads]; minus infinity
             where nothing is seen.
         path: A name of `turboquant_core.ops.paths.DecodePath`; "auto" is the fastest that can run here.
@@ -83,10 +94,14 @@ def decode_attention(
     Raises:
         ValueError: If a type, shape, stride, device or value does not fit, bits are fractional, or the path cannot run.
     """
-    if window is not None and window < 1:
-        raise ValueError(f"window is {window}; a token sees at least itself. Use None for no window.")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive. Use None for none.")
+    if window is not None:
+        window = check_int("window", window, 1, remedy="Use None for no window.")
+    if softcap is not None:
+        softcap = check_number("softcap", softcap, *SOFTCAP_RANGE, "Use None for none.")
+    if scale is not None:
+        scale = check_number("scale", scale, -MAX_SCALE, MAX_SCALE, "Use None for 1 / sqrt(head_dim).")
+    if max_query_len is not None:
+        max_query_len = check_int("max_query_len", max_query_len, 0)
     arrays = {
         "seq_lens": seq_lens,
         "block_table": block_table,
@@ -101,7 +116,11 @@ def decode_attention(
         lambda: _plan(query, pages, out, arrays, layout, max_query_len, path),
     )
     num_tokens, num_heads, head_dim = query.shape
-    if out is None:
+    if checks_values():
+        check_attended_values(arrays, num_tokens, plan.query_len, layout, len(pages))
+    if out is not None:
+        _check_apart(out, query, plan)
+    else:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query.device) if return_lse else None
     options: dict[str, Any] = {
@@ -109,7 +128,8 @@ def decode_attention(
         "query_len": plan.query_len,
         "query_start_loc": query_start_loc,
         "seq_starts": seq_starts,
-        "window": window or 0,
+        # No row is longer.
+        "window": window if window is not None and window < MAX_TOKENS else 0,
         "softcap": softcap or 0.0,
         "sinks": sinks,
         "key_mean": key_mean,
@@ -139,11 +159,15 @@ class _Plan:
         query_len: The most query tokens of a row.
         path: What attends.
         launch: What its kernels are launched with; None for the reference, and where there is nothing to do.
+        query_extent: Bytes from the query's first element to the end of its last.
+        out_extent: The same for `out`.
     """
 
     query_len: int
     path: KernelPath | Literal["reference"]
     launch: "DecodeLaunch | None"
+    query_extent: int
+    out_extent: int
 
 
 _plans: KnownCalls[_Plan] = KnownCalls()
@@ -171,16 +195,28 @@ def _plan(
     if out is not None:
         _check_query("out", out, layout)
         check_tensor("out", out, query.dtype, tuple(query.shape))
+        check_no_overlap("out", out)
     check_one_device({"query": query, "pages": pages, "out": out, **arrays})
     chosen = choose_path(path, layout, query.device, pages)
+    extents = extent(query), 0 if out is None else extent(out)
     if chosen == "reference" or not query.numel() or not batch:
-        return _Plan(query_len, chosen, None)
+        return _Plan(query_len, chosen, None, *extents)
     from turboquant_core.ops.kernels.decode.run import choose_launch
 
     num_columns = num_heads // layout.num_kv_heads * query_len
     max_row_tokens = layout.block_size * (1 if block_table is None else block_table.shape[1])
     launch = choose_launch(chosen, layout.config, batch, layout.num_kv_heads, num_columns, max_row_tokens, query.device)
-    return _Plan(query_len, chosen, launch)
+    return _Plan(query_len, chosen, launch, *extents)
+
+
+def _check_apart(out: torch.Tensor, query: torch.Tensor, plan: _Plan) -> None:
+    out_at, query_at = out.data_ptr(), query.data_ptr()
+    if out_at >= query_at + plan.query_extent or query_at >= out_at + plan.out_extent:
+        return
+    if overlap(out, query):
+        raise ValueError(
+            f"out, at {out_at:#x}, shares memory with query, at {query_at:#x}. Give a tensor of its own, or None."
+        )
 
 
 def _check_arrays(arrays: Mapping[str, torch.Tensor | None], num_heads: int, layout: KVCacheLayout) -> int:

@@ -13,7 +13,7 @@ from turboquant_core.ops.reference.decode_attention import decode_attention, sto
 
 # As float16 scales these bytes are NaN, so whoever uses one of them shows it.
 POISON = 0xFF
-# No cache has such a block, so whoever reads one of them crashes.
+# No cache has such a block: whoever reads it gets the last one, which holds nothing but poison.
 UNUSED_BLOCK = 2**30
 SPARE_BLOCKS = 3
 
@@ -148,7 +148,7 @@ def build(case: DecodeCase, device: torch.device, seed: int = 0) -> DecodeInputs
 
     blocks = [-(-length // layout.block_size) for length in case.seq_lens]
     num_blocks = sum(blocks) + SPARE_BLOCKS if case.paged else batch
-    order = torch.randperm(num_blocks, generator=generator, device=device)
+    order = torch.randperm(num_blocks - 1 if case.paged else num_blocks, generator=generator, device=device)
     table = torch.full((batch, max(blocks, default=0) + 1), UNUSED_BLOCK, dtype=torch.int32, device=device)
     pages = layout.allocate(num_blocks, device).fill_(POISON)
     mean = 2 * normal(case.num_kv_heads, case.head_dim) if case.key_mean else None

@@ -6,6 +6,8 @@ import triton.language as tl
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import codebook_tables
+from turboquant_core.ops._bounds import row_capacity
+from turboquant_core.ops.kernels.bounds import clamped, existing_block
 from turboquant_core.ops.kernels.codes import channels, load_codes, load_scales
 from turboquant_core.ops.kernels.split_rotation import padded_octet
 from turboquant_core.ops.reference.cache_gather import empty_output
@@ -30,8 +32,9 @@ def cache_gather(
     config = layout.config
     key_bits, value_bits = int(config.key_bits), int(config.value_bits)
     keys, values = empty_output(pages, layout, dtype, max_tokens)
-    batch = len(block_table)
-    if max_tokens == 0 or batch == 0:
+    batch, num_blocks = len(block_table), len(pages)
+    capacity = row_capacity(num_blocks, block_table.shape[1], layout.block_size)
+    if max_tokens == 0 or batch == 0 or capacity == 0:
         return keys, values
     key_centroids, value_centroids = (
         codebook_tables(config.head_dim, bits, pages.device, torch.float32)[0] for bits in (key_bits, value_bits)
@@ -50,6 +53,8 @@ def cache_gather(
             value_centroids,
             batch,
             max_tokens,
+            capacity,
+            num_blocks - 1,
             block_table.stride(0),
             block_table.stride(1),
             pages.stride(0),
@@ -77,7 +82,7 @@ def cache_gather(
 
 # A block table is as wide as the longest row may be, and where those that prefill begin in it is any entry.
 @triton.jit(
-    do_not_specialize=["batch", "max_tokens", "table_row_stride"],
+    do_not_specialize=["batch", "max_tokens", "row_capacity", "last_block", "table_row_stride"],
     do_not_specialize_on_alignment=["block_table", "cu_seqlens", "starts"],
 )
 def _gather_kernel(
@@ -92,6 +97,8 @@ def _gather_kernel(
     value_centroids,
     batch,
     max_tokens,
+    row_capacity,  # the most stored tokens of a row
+    last_block,
     table_row_stride,
     table_column_stride,
     page_stride,
@@ -121,12 +128,13 @@ def _gather_kernel(
     row = _row_of(token, cu_seqlens, batch, block_batch)
     position = token - tl.load(cu_seqlens + row, mask=keep, other=0)
     if has_starts:
-        position += tl.load(starts + row, mask=keep, other=0)
+        position += tl.maximum(tl.load(starts + row, mask=keep, other=0), 0)
+    position = clamped(position, 0, row_capacity - 1)
     column = (position // block_size).to(tl.int64)
     block = tl.load(
         block_table + row.to(tl.int64) * table_row_stride + column * table_column_stride, mask=keep, other=0
     )
-    head_rows = pages + block.to(tl.int64) * page_stride + head * page_head_stride
+    head_rows = pages + existing_block(block, last_block).to(tl.int64) * page_stride + head * page_head_stride
     slot = position % block_size
     output = (token.to(tl.int64) * num_kv_heads + head) * head_dim
     _gather_tile(

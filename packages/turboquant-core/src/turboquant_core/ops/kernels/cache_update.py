@@ -54,6 +54,7 @@ def cache_update(
             slot_mapping,
             *launch.tables,
             num_tokens,
+            pages.shape[0],
             key.stride(0),
             key.stride(1),
             value.stride(0),
@@ -151,7 +152,7 @@ def _processor(device: torch.device) -> Processor:
     return Processor(properties.multi_processor_count, shared_bytes)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_pages"])
 def _update_kernel(
     key,
     value,
@@ -164,6 +165,7 @@ def _update_kernel(
     key_centroids,
     value_centroids,
     num_tokens,
+    num_pages,
     key_token_stride,
     key_head_stride,
     value_token_stride,
@@ -228,10 +230,11 @@ def _update_kernel(
         row = tl.arange(0, block_rows)
         token = tl.minimum(row, last)
         slot = tl.load(_start(slot_mapping, first_token, slot_stride) + token * slot_stride)
-        keep = (slot >= 0) & (row <= last)
-        # Unsigned, both are single bit operations.
+        # Unsigned, quotient and rest are single bit operations, and negative slots beyond all others.
+        number = slot.to(tl.uint64) // block_size
         position = (slot.to(tl.uint64) % block_size).to(tl.int32)
-        page = slot.to(tl.uint64) // block_size * page_stride
+        keep = (number < num_pages) & (row <= last)
+        page = number * page_stride
         scale_rows = scales_at + page + position * scale_stride
 
         x_rows = _start(x, first_token, token_stride) + token * token_stride

@@ -4,6 +4,7 @@ import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import MSEQuantizer
+from turboquant_core.ops._bounds import existing_blocks, row_capacity
 from turboquant_core.quantized import QuantizedTensor
 
 
@@ -22,12 +23,16 @@ def cache_gather(
     config = layout.config
     views = layout.views(pages)
     keys, values = empty_output(pages, layout, dtype, max_tokens)
-    token = torch.arange(min(max_tokens, int(cu_seqlens[-1])), dtype=torch.int32, device=pages.device)
-    row = torch.searchsorted(cu_seqlens[1:], token, right=True)
+    capacity = row_capacity(len(pages), block_table.shape[1], layout.block_size)
+    num_tokens = min(max_tokens, max(int(cu_seqlens[-1]), 0)) if capacity else 0
+    token = torch.arange(num_tokens, dtype=torch.int32, device=pages.device)
+    # As many rows as end at or before a token come before its own, whatever their order is.
+    row = torch.searchsorted(cu_seqlens[1:].sort().values, token, right=True)
     position = token - cu_seqlens[row]
     if starts is not None:
-        position = position + starts[row]
-    block = block_table[row, position // layout.block_size]
+        position = position + starts[row].clamp(min=0)
+    position = position.clamp(0, max(capacity - 1, 0))
+    block = existing_blocks(block_table[row, position // layout.block_size], len(pages))
     slot = (block, slice(None), position % layout.block_size)
     key = QuantizedTensor(views.key_codes[slot], views.key_scales[slot])
     value = QuantizedTensor(views.value_codes[slot], views.value_scales[slot])

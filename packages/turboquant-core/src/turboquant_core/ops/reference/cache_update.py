@@ -6,6 +6,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import MSEQuantizer
 
 
+@torch.no_grad()
 def cache_update(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -18,7 +19,7 @@ def cache_update(
     """See `turboquant_core.ops.cache_update.cache_update`."""
     config = layout.config
     views = layout.views(pages)
-    kept = slot_mapping >= 0
+    kept = (slot_mapping >= 0) & (slot_mapping < len(pages) * layout.block_size)
     slots = slot_mapping[kept]
     block, position = slots // layout.block_size, slots % layout.block_size
     key, value = key[kept], value[kept]

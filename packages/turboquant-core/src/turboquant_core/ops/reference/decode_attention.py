@@ -5,6 +5,7 @@ import torch
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import PageViews
 from turboquant_core.mse import MSEQuantizer
+from turboquant_core.ops._bounds import existing_blocks, row_capacity
 from turboquant_core.quantized import QuantizedTensor
 
 
@@ -33,7 +34,7 @@ def decode_attention(
         seq_lens: As there.
         config: What is stored for one head.
         scale: As there.
-        query_len: Query tokens of a row where query_start_loc is None.
+        query_len: The most query tokens of a row; None for as many as there are.
         query_start_loc: As there.
         seq_starts: As there.
         window: As there; 0 for none.
@@ -50,12 +51,15 @@ def decode_attention(
     out = torch.zeros(query.shape, dtype=dtype, device=query.device)
     lse = torch.full((num_tokens, num_heads), -torch.inf, dtype=dtype, device=query.device)
     each = num_tokens // max(batch, 1) if query_len is None else query_len
-    starts = [row * each for row in range(batch + 1)]
+    starts, most = [row * each for row in range(batch + 1)], each
     if query_start_loc is not None:
-        starts = query_start_loc.tolist()
-    for row, length in enumerate(seq_lens.tolist()):
-        tokens = slice(starts[row], starts[row + 1])
-        row_len = tokens.stop - tokens.start
+        starts = query_start_loc.clamp(0, num_tokens).tolist()
+        most = num_tokens if query_len is None else query_len
+    num_blocks, _, block_size, _ = views.key_codes.shape
+    capacity = row_capacity(num_blocks, 1 if block_table is None else block_table.shape[1], block_size)
+    for row, length in enumerate(seq_lens.clamp(0, capacity).tolist()):
+        row_len = min(max(starts[row + 1] - starts[row], 0), most)
+        tokens = slice(starts[row], starts[row] + row_len)
         if row_len == 0 or (length == 0 and sinks is None):
             continue
         keys, values = stored_row(views, block_table, row, length, config, dtype)
@@ -80,9 +84,12 @@ def decode_attention(
             sink = sinks.to(dtype)[:, None, None].expand(-1, row_len, 1)
             logits = torch.cat([logits, sink], dim=-1)
         row_lse = logits.logsumexp(-1)
-        weights = torch.exp(logits - row_lse.nan_to_num(neginf=0.0)[..., None])[..., :length]
-        attended = weights.reshape(num_kv_heads, num_rows, length) @ values
-        out[tokens] = attended.view(num_heads, row_len, head_dim).transpose(0, 1)
+        # Where nothing is seen every weight is zero.
+        weights = logits.softmax(-1).masked_fill(row_lse.isneginf()[..., None], 0.0)[..., :length]
+        attended = (weights.reshape(num_kv_heads, num_rows, length) @ values).view(num_heads, row_len, head_dim)
+        # A sink that is NaN or infinite leaves no number, also where there is no key.
+        attended = attended.masked_fill(~(row_lse < torch.inf)[..., None], torch.nan)
+        out[tokens] = attended.transpose(0, 1)
         lse[tokens] = row_lse.transpose(0, 1)
     return out, lse
 
@@ -100,7 +107,7 @@ def stored_row(
     if block_table is None:
         pages = torch.tensor([row], device=views.key_codes.device)
     else:
-        pages = block_table[row, : -(-length // block_size)].long()
+        pages = existing_blocks(block_table[row, : -(-length // block_size)], len(views.key_codes))
 
     def take(plane: torch.Tensor) -> torch.Tensor:
         return plane[pages].transpose(0, 1).flatten(1, 2)[:, :length]

@@ -6,6 +6,7 @@ import torch
 
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import PageViews
+from turboquant_core.ops._bounds import row_capacity
 from turboquant_core.ops.kernels.decode.launch import DecodeLaunch
 
 
@@ -25,6 +26,7 @@ class AttendCall:
         cu_tiles: int32 [batch + 1], the tiles of all rows in one line.
         partial: float32 [num_workers + batch, num_kv_heads, num_columns, num_positions], written.
         stats: float32 [num_workers + batch, num_kv_heads, 2, num_columns], written.
+        num_tokens: Query tokens of all rows.
         query_len: The most query tokens of a row.
         group: Query heads of a KV head.
         window: Positions that a token sees; 0 for all.
@@ -44,6 +46,7 @@ class AttendCall:
     cu_tiles: torch.Tensor
     partial: torch.Tensor
     stats: torch.Tensor
+    num_tokens: int
     query_len: int
     group: int
     window: int
@@ -60,6 +63,17 @@ class AttendCall:
     def value_bits(self) -> int:
         """Bits of a value coordinate."""
         return int(self.config.value_bits)
+
+    @property
+    def row_capacity(self) -> int:
+        """The most stored tokens of a row."""
+        num_blocks, _, block_size, _ = self.views.key_codes.shape
+        return row_capacity(num_blocks, 1 if self.block_table is None else self.block_table.shape[1], block_size)
+
+    @property
+    def last_block(self) -> int:
+        """The number of the cache's last block."""
+        return self.views.key_codes.shape[0] - 1
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from turboquant_core.ops.kernels.decode.schedule import owner, query_heads
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["batch", "num_heads", "num_workers", "query_len"])
+@triton.jit(do_not_specialize=["batch", "num_heads", "num_tokens", "num_workers", "query_len"])
 def combine_kernel(
     partial,  # float32 [num_workers + batch, num_kv_heads, num_columns, num_positions]
     partial_stats,  # float32 [num_workers + batch, num_kv_heads, 2, num_columns]: reference exponent (log2), sum
@@ -21,6 +21,7 @@ def combine_kernel(
     lse,  # out, float32 [num_tokens, num_heads], natural units, or None
     batch,
     num_heads,
+    num_tokens,
     num_workers,
     out_token_stride,
     out_head_stride,
@@ -45,8 +46,9 @@ def combine_kernel(
     if overlap:
         tl.extra.cuda.gdc_wait()
     row, head, column, token, used = query_heads(
-        tl.program_id(0) * block_heads + tl.arange(0, block_heads), query_start_loc, batch, num_heads, query_len, group
-    )
+        tl.program_id(0) * block_heads + tl.arange(0, block_heads),
+        query_start_loc, batch, num_heads, num_tokens, query_len, group,
+    )  # fmt: skip
     num_kv_heads = num_heads // group
     kv_head = head // group
     num_tiles = tl.load(cu_tiles + batch)

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from turboquant_core.ops.kernels.bounds import clamped, row_queries
 from turboquant_core.ops.kernels.codes import scale_exponents
 from turboquant_core.ops.kernels.decode.fragment_tiles import (
     allocate_roots,
@@ -29,7 +30,11 @@ from turboquant_core.ops.kernels.decode.schedule import first_position, share_st
 LOWEST = gl.constexpr(-1e30)
 
 
-@gluon.jit(do_not_specialize=["batch", "num_kv_heads", "block_table_stride", "query_len"])
+@gluon.jit(
+    do_not_specialize=[
+        "batch", "num_kv_heads", "block_table_stride", "query_len", "num_tokens", "row_capacity", "last_block",
+    ]
+)  # fmt: skip
 def fragment_kernel(
     operand,  # float16 [batch, num_kv_heads, num_columns, head_dim]: rotated queries in operand order
     factor,  # float32 [batch, num_kv_heads, num_columns]: scores to log2 units
@@ -58,6 +63,9 @@ def fragment_kernel(
     value_scale_page_stride,
     value_scale_head_stride,
     query_len,
+    num_tokens,
+    row_capacity,  # the most stored tokens of a row
+    last_block,
     softcap,  # in log2 units; 0 is none
     head_dim: gl.constexpr,
     key_bits: gl.constexpr,
@@ -129,13 +137,14 @@ def fragment_kernel(
         row_begin = gl.load(cu_tiles + row)
         row_end = gl.load(cu_tiles + row + 1)
         if row_end > tile:
-            length = gl.load(seq_lens + row)
+            length = clamped(gl.load(seq_lens + row), 0, row_capacity)
             start = 0
             if seq_starts is not None:
-                start = gl.load(seq_starts + row)
+                start = gl.maximum(gl.load(seq_starts + row), 0)
             row_len = query_len
             if query_start_loc is not None:
-                row_len = gl.load(query_start_loc + row + 1) - gl.load(query_start_loc + row)
+                row_begin_token = gl.load(query_start_loc + row)
+                row_len = row_queries(row_begin_token, gl.load(query_start_loc + row + 1), num_tokens, query_len)
             first = first_position(length, row_len, start, window)
             begin = first // tile_tokens + tile - row_begin
             end = begin + gl.minimum(share_end, row_end) - tile
@@ -165,13 +174,13 @@ def fragment_kernel(
                 last = full_end - 1
                 for ahead in gl.static_range(stages - 1):
                     early = gl.minimum(full_begin + ahead, last)
-                    numbers = tile_pages(early, False, length, pages, block_size, subtiles)
+                    numbers = tile_pages(early, False, length, pages, last_block, block_size, subtiles)
                     copy_tile(
                         early, ahead, numbers, False, length, cache, strides, buffers,
                         head_dim, key_bits, value_bits, block_size, subtiles,
                     )  # fmt: skip
                 numbers = tile_pages(
-                    gl.minimum(full_begin + stages - 1, last), False, length, pages, block_size, subtiles
+                    gl.minimum(full_begin + stages - 1, last), False, length, pages, last_block, block_size, subtiles
                 )
                 for full in range(full_begin, full_end):
                     turn = full - full_begin
@@ -180,7 +189,9 @@ def fragment_kernel(
                         gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, length,
                         cache, strides, buffers, head_dim, key_bits, value_bits, block_size, subtiles,
                     )  # fmt: skip
-                    numbers = tile_pages(gl.minimum(full + stages, last), False, length, pages, block_size, subtiles)
+                    numbers = tile_pages(
+                        gl.minimum(full + stages, last), False, length, pages, last_block, block_size, subtiles
+                    )
                     top, total, result = _attend_tile(
                         full, turn % stages, buffers, False, length, start, position, query, scale, shift, softcap,
                         top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
@@ -191,7 +202,7 @@ def fragment_kernel(
                 edge = begin + n
                 if edge >= full_begin:
                     edge += full_end - full_begin
-                edge_numbers = tile_pages(edge, True, length, pages, block_size, subtiles)
+                edge_numbers = tile_pages(edge, True, length, pages, last_block, block_size, subtiles)
                 copy_tile(
                     edge, 0, edge_numbers, True, length, cache, strides, buffers,
                     head_dim, key_bits, value_bits, block_size, subtiles,

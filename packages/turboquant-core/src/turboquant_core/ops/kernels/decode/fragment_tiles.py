@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from turboquant_core._compat import async_load
+from turboquant_core.ops.kernels.bounds import existing_block
 
 
 @gluon.constexpr_function
@@ -79,7 +80,9 @@ def allocate_roots(stages: gl.constexpr, subtiles: gl.constexpr):
 
 
 @gluon.jit
-def tile_pages(index, masked: gl.constexpr, length, pages, block_size: gl.constexpr, subtiles: gl.constexpr):
+def tile_pages(
+    index, masked: gl.constexpr, length, pages, last_block, block_size: gl.constexpr, subtiles: gl.constexpr
+):
     """The page of every sixteen tokens of a tile; page 0 past the end."""
     # Where one is a multiple of the other, sixteen tokens inside a page lie in the page of those before them.
     aligned: gl.constexpr = block_size > 0 and (block_size % (16 * subtiles) == 0 or 16 * subtiles % block_size == 0)
@@ -89,11 +92,12 @@ def tile_pages(index, masked: gl.constexpr, length, pages, block_size: gl.conste
         if block_size == 0:
             numbers = numbers + (pages,)
         elif masked:
-            numbers = numbers + (gl.load(pages + first // block_size, mask=first < length, other=0),)
+            block = gl.load(pages + first // block_size, mask=first < length, other=0)
+            numbers = numbers + (existing_block(block, last_block),)
         elif aligned and j * 16 % block_size != 0:
             numbers = numbers + (numbers[j - 1],)
         else:
-            numbers = numbers + (gl.load(pages + first // block_size),)
+            numbers = numbers + (existing_block(gl.load(pages + first // block_size), last_block),)
     return numbers
 
 

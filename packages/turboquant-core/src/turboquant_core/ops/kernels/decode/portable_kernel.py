@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from turboquant_core.ops.kernels.bounds import clamped, existing_block, row_queries
 from turboquant_core.ops.kernels.codes import load_codes, scale_exponents
 from turboquant_core.ops.kernels.decode.portable_lookup import (
     PARTS,
@@ -20,7 +21,11 @@ FP8_FULL = tl.constexpr(PARTS["fp8"].full)
 FP8_LOW_UNIT = tl.constexpr(PARTS["fp8"].low_unit)
 
 
-@triton.jit(do_not_specialize=["batch", "num_kv_heads", "block_table_stride", "query_len"])
+@triton.jit(
+    do_not_specialize=[
+        "batch", "num_kv_heads", "block_table_stride", "query_len", "num_tokens", "row_capacity", "last_block",
+    ]
+)  # fmt: skip
 def portable_kernel(
     operand,  # float16 [batch, num_kv_heads, num_columns, num_positions]: rotated queries over their length
     factor,  # float32 [batch, num_kv_heads, num_columns]: scores to log2 units
@@ -50,6 +55,9 @@ def portable_kernel(
     value_scale_page_stride,
     value_scale_head_stride,
     query_len,
+    num_tokens,
+    row_capacity,  # the most stored tokens of a row
+    last_block,
     softcap,  # in log2 units; 0 is none
     key_unit,  # what key entries are multiplied with
     head_dim: tl.constexpr,
@@ -99,13 +107,14 @@ def portable_kernel(
         row_begin = tl.load(cu_tiles + row)
         row_end = tl.load(cu_tiles + row + 1)
         if row_end > at:
-            length = tl.load(seq_lens + row)
+            length = clamped(tl.load(seq_lens + row), 0, row_capacity)
             start = 0
             if seq_starts is not None:
-                start = tl.load(seq_starts + row)
+                start = tl.maximum(tl.load(seq_starts + row), 0)
             row_len = query_len
             if query_start_loc is not None:
-                row_len = tl.load(query_start_loc + row + 1) - tl.load(query_start_loc + row)
+                row_begin_token = tl.load(query_start_loc + row)
+                row_len = row_queries(row_begin_token, tl.load(query_start_loc + row + 1), num_tokens, query_len)
             begin = first_position(length, row_len, start, window) // tile + at - row_begin
             end = begin + tl.minimum(share_end, row_end) - at
 
@@ -130,7 +139,8 @@ def portable_kernel(
                     slot = tl.where(valid, token, 0).to(tl.int64)
                 else:
                     blocks = block_table + row.to(tl.int64) * block_table_stride
-                    page = tl.load(blocks + token // block_size, mask=valid, other=0).to(tl.int64)
+                    block = tl.load(blocks + token // block_size, mask=valid, other=0)
+                    page = existing_block(block, last_block).to(tl.int64)
                     slot = (token % block_size).to(tl.int64)
                 key_rows = key_codes + page * key_page_stride + wide_head * key_head_stride
                 codes = load_codes(key_rows + slot * (octet * key_bits), valid, key_bits, tile, octet, padded_octet)

@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
+from turboquant_core.ops.kernels.bounds import clamped, row_queries
 from turboquant_core.ops.kernels.decode.schedule import first_position, query_heads
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["batch", "num_heads", "query_len"])
+@triton.jit(do_not_specialize=["batch", "num_heads", "num_tokens", "query_len", "row_capacity"])
 def prepare_kernel(
     query,  # [num_tokens, num_heads, head_dim]
     query_start_loc,  # int32 [batch + 1], or None: query_len tokens a row
@@ -24,10 +25,12 @@ def prepare_kernel(
     score_scale,  # scale over sqrt(head_dim): centroids are looked up at unit variance
     batch,
     num_heads,
+    num_tokens,
     query_token_stride,
     query_head_stride,
     mean_row_stride,  # 0 where all rows share the mean
     query_len,
+    row_capacity,  # the most stored tokens of a row
     group: tl.constexpr,
     num_columns: tl.constexpr,
     head_dim: tl.constexpr,
@@ -46,10 +49,14 @@ def prepare_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if first_program:
-        _write_cu_tiles(cu_tiles, query_start_loc, seq_lens, seq_starts, batch, query_len, tile, window, block_batch)
+        _write_cu_tiles(
+            cu_tiles, query_start_loc, seq_lens, seq_starts, batch, num_tokens, query_len, row_capacity,
+            tile, window, block_batch,
+        )  # fmt: skip
     row, head, column, token, used = query_heads(
-        tl.program_id(0) * block_heads + tl.arange(0, block_heads), query_start_loc, batch, num_heads, query_len, group
-    )
+        tl.program_id(0) * block_heads + tl.arange(0, block_heads),
+        query_start_loc, batch, num_heads, num_tokens, query_len, group,
+    )  # fmt: skip
     channel = tl.arange(0, block_dim)
     real = channel < head_dim
     source = query + token * query_token_stride + head * query_head_stride
@@ -79,21 +86,24 @@ def _write_cu_tiles(
     seq_lens,
     seq_starts,
     batch,
+    num_tokens,
     query_len,
+    row_capacity,
     tile: tl.constexpr,
     window: tl.constexpr,
     block_batch: tl.constexpr,
 ):
     row = tl.arange(0, block_batch)
     real = row < batch
-    length = tl.load(seq_lens + row, mask=real, other=0)
+    length = clamped(tl.load(seq_lens + row, mask=real, other=0), 0, row_capacity)
     start = tl.zeros_like(length)
     if seq_starts is not None:
-        start = tl.load(seq_starts + row, mask=real, other=0)
+        start = tl.maximum(tl.load(seq_starts + row, mask=real, other=0), 0)
     row_len = tl.zeros_like(length) + query_len
     if query_start_loc is not None:
         begin = tl.load(query_start_loc + row, mask=real, other=0)
-        row_len = tl.load(query_start_loc + row + 1, mask=real, other=0) - begin
+        row_end = tl.load(query_start_loc + row + 1, mask=real, other=0)
+        row_len = row_queries(begin, row_end, num_tokens, query_len)
     first = first_position(length, row_len, start, window)
     count = tl.maximum((length + tile - 1) // tile - first // tile, 0)
     # A row without query tokens has nothing to attend for.

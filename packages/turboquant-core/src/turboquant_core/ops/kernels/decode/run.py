@@ -47,7 +47,7 @@ def run_decode_attention(
     lse: torch.Tensor | None,
 ) -> None:
     """Attend and write `out` [num_tokens, num_heads, head_dim] and `lse` [num_tokens, num_heads] where it is given."""
-    batch, (_, num_heads, head_dim) = len(seq_lens), query.shape
+    batch, (num_tokens, num_heads, head_dim) = len(seq_lens), query.shape
     num_kv_heads = views.key_codes.shape[1]
     group = num_heads // num_kv_heads
     key_bits, value_bits = int(config.key_bits), int(config.value_bits)
@@ -61,6 +61,10 @@ def run_decode_attention(
     cu_tiles = torch.empty(batch + 1, dtype=torch.int32, device=device)
     partial = torch.empty(slots, num_kv_heads, padded, num_positions, dtype=torch.float32, device=device)
     stats = torch.empty(slots, num_kv_heads, 2, padded, dtype=torch.float32, device=device)
+    call = AttendCall(
+        operand, factor, bias, views, block_table, seq_lens, seq_starts, query_start_loc, cu_tiles, partial, stats,
+        num_tokens, query_len, group, window, softcap * LOG2_E, config, launch,
+    )  # fmt: skip
     # Triton's own next_power_of_2 and cdiv take the host many times as long: they are functions of its compiler.
     block_dim = 1 << (head_dim - 1).bit_length()
     precision = "tf32x3" if device.type == "cuda" and card_of(device).capability >= (8, 0) else "ieee"
@@ -68,15 +72,11 @@ def run_decode_attention(
     block_positions = min(launch.prepare_positions, num_positions)
     prepare_kernel[(-(-heads // launch.prepare_heads), num_positions // block_positions)](
         query, query_start_loc, seq_lens, seq_starts, query_rotation, key_mean, operand, factor, bias, cu_tiles,
-        scale, scale / head_dim**0.5, batch, num_heads, query.stride(0), query.stride(1),
-        key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0, query_len,
+        scale, scale / head_dim**0.5, batch, num_heads, num_tokens, query.stride(0), query.stride(1),
+        key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0, query_len, call.row_capacity,
         group=group, num_columns=padded, head_dim=head_dim, num_positions=num_positions, tile=launch.tile,
         window=window, block_batch=padded_batch(batch), block_heads=launch.prepare_heads, block_dim=block_dim,
         block_positions=block_positions, precision=precision, overlap=launch.overlap, num_warps=4,
-    )  # fmt: skip
-    call = AttendCall(
-        operand, factor, bias, views, block_table, seq_lens, seq_starts, query_start_loc, cu_tiles, partial, stats,
-        query_len, group, window, softcap * LOG2_E, config, launch,
     )  # fmt: skip
     if path == "fragment":
         from turboquant_core.ops.kernels.decode.run_fragment import run_fragment
@@ -86,7 +86,7 @@ def run_decode_attention(
         run_portable(call, path)
     combine_kernel[(-(-heads // launch.merge_heads),)](
         partial, stats, cu_tiles, query_start_loc, output_rotation, bias, sinks, out, lse,
-        batch, num_heads, launch.num_workers, out.stride(0), out.stride(1), query_len,
+        batch, num_heads, num_tokens, launch.num_workers, out.stride(0), out.stride(1), query_len,
         centred_scores=bias is not None and softcap == 0, group=group, num_columns=padded, head_dim=head_dim,
         num_positions=num_positions, block_heads=launch.merge_heads, block_slots=launch.merge_slots,
         block_dim=block_dim, block_channels=min(launch.merge_channels, block_dim), precision=precision,

@@ -11,6 +11,8 @@ The primitives on scalars are plain arithmetic, which the Triton and the Gluon k
 import triton
 import triton.language as tl
 
+from turboquant_core.ops.kernels.bounds import clamped
+
 
 @triton.jit
 def first_position(length, query_len, start, window: tl.constexpr):
@@ -37,7 +39,7 @@ def owner(tile, num_workers, num_tiles):
 
 
 @triton.jit
-def query_heads(index, query_start_loc, batch, num_heads, query_len, group: tl.constexpr):
+def query_heads(index, query_start_loc, batch, num_heads, num_tokens, query_len, group: tl.constexpr):
     """Row, head, column, token and validity of the query heads `index`, counted as if all rows had query_len tokens.
 
     Column c of a row and KV head is query token c // group, head c % group of the KV head.
@@ -50,7 +52,7 @@ def query_heads(index, query_start_loc, batch, num_heads, query_len, group: tl.c
     if query_start_loc is None:
         token = row * query_len + inner
     else:
-        first = tl.load(query_start_loc + row)
+        first = clamped(tl.load(query_start_loc + row), 0, num_tokens)
         token = first + inner
-        used = used & (token < tl.load(query_start_loc + row + 1))
+        used = used & (token < clamped(tl.load(query_start_loc + row + 1), 0, num_tokens))
     return row, head, inner * group + head % group, token.to(tl.int64), used

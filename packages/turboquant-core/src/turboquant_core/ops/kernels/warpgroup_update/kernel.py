@@ -31,7 +31,7 @@ from turboquant_core.ops.kernels.warpgroup_update.primitives import (
 MATRIX_UNSCALE = gl.constexpr(1 / MATRIX_SCALE)
 
 
-@gluon.jit(do_not_specialize=["num_tokens"])
+@gluon.jit(do_not_specialize=["num_tokens", "num_pages"])
 def warpgroup_update_kernel(
     key,  # [num_tokens, num_kv_heads, channels]
     value,
@@ -43,6 +43,7 @@ def warpgroup_update_kernel(
     key_table,  # int32 [2, 32]: see `LaneTable`
     value_table,
     num_tokens,
+    num_pages,
     key_token_stride,
     key_head_stride,
     value_token_stride,
@@ -124,13 +125,13 @@ def warpgroup_update_kernel(
         # Keys and values apart, for what only one rule needs.
         if is_key:
             _store_tile(
-                first, second, slots, second_slots, codes_at, scales_at, page_stride, factor, entries, centroids,
-                block_size, channels, key_bits, key_rule, key_code_stride, scale_stride,
+                first, second, slots, second_slots, codes_at, scales_at, num_pages, page_stride, factor, entries,
+                centroids, block_size, channels, key_bits, key_rule, key_code_stride, scale_stride,
             )  # fmt: skip
         else:
             _store_tile(
-                first, second, slots, second_slots, codes_at, scales_at, page_stride, factor, entries, centroids,
-                block_size, channels, value_bits, value_rule, value_code_stride, scale_stride,
+                first, second, slots, second_slots, codes_at, scales_at, num_pages, page_stride, factor, entries,
+                centroids, block_size, channels, value_bits, value_rule, value_code_stride, scale_stride,
             )  # fmt: skip
         slots = next_slots
         second_slots = next_second_slots
@@ -139,24 +140,24 @@ def warpgroup_update_kernel(
 
 @gluon.jit
 def _store_tile(
-    first, second, slots, second_slots, codes_at, scales_at, page_stride, factor, entries, centroids,
+    first, second, slots, second_slots, codes_at, scales_at, num_pages, page_stride, factor, entries, centroids,
     block_size: gl.constexpr, channels: gl.constexpr, bits: gl.constexpr, rule: gl.constexpr,
     code_stride: gl.constexpr, scale_stride: gl.constexpr,
 ):  # fmt: skip
     """Store codes and scales of the halves of a rotated tile."""
     _store_half(
-        first, slots, codes_at, scales_at, page_stride, factor, entries, centroids, block_size, channels, bits, rule,
-        code_stride, scale_stride,
+        first, slots, codes_at, scales_at, num_pages, page_stride, factor, entries, centroids, block_size, channels,
+        bits, rule, code_stride, scale_stride,
     )  # fmt: skip
     _store_half(
-        second, second_slots, codes_at, scales_at, page_stride, factor, entries, centroids, block_size, channels, bits,
-        rule, code_stride, scale_stride,
+        second, second_slots, codes_at, scales_at, num_pages, page_stride, factor, entries, centroids, block_size,
+        channels, bits, rule, code_stride, scale_stride,
     )  # fmt: skip
 
 
 @gluon.jit
 def _store_half(
-    rotated, slots, codes_at, scales_at, page_stride, factor, entries, centroids,
+    rotated, slots, codes_at, scales_at, num_pages, page_stride, factor, entries, centroids,
     block_size: gl.constexpr, channels: gl.constexpr, bits: gl.constexpr, rule: gl.constexpr,
     code_stride: gl.constexpr, scale_stride: gl.constexpr,
 ):  # fmt: skip
@@ -178,9 +179,10 @@ def _store_half(
         scale = corrected_scale(norm, inner, decoded_squares, rule)
 
     slot = gl.convert_layout(slots, squares.type.layout, assert_trivial=True)
-    keep = slot >= 0
-    # Unsigned, both are single bit operations.
+    # Unsigned, quotient and rest are single bit operations, and negative slots beyond all others.
+    number = slot.to(gl.uint64) // block_size
     position = (slot.to(gl.uint64) % block_size).to(gl.int32)
-    page = slot.to(gl.uint64) // block_size * page_stride
+    keep = number < num_pages
+    page = number * page_stride
     store_codes(codes_at + page + position * code_stride, codes, keep, bits, channels)
     store_scales(scales_at + page + position * scale_stride, scale, keep)

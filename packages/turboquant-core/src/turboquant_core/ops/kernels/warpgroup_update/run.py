@@ -50,6 +50,7 @@ def warpgroup_cache_update(
             key_table.lanes,
             value_table.lanes,
             num_tokens,
+            pages.shape[0],
             key.stride(0),
             key.stride(1),
             value.stride(0),
