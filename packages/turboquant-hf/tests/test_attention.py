@@ -223,16 +223,3 @@ def test_a_position_bias_with_softcap_is_refused(tiny_model):
     module, bias = tiny_model.model.layers[0].self_attn, torch.zeros(1, 2, 5, 5, device=DEVICE)
     with pytest.raises(ValueError, match="softcap or sinks together with a position_bias are not supported"):
         turboquant_attention(module, *[states] * 3, None, softcap=2.0, position_bias=bias)
-
-
-def test_a_window_on_a_layer_that_holds_everything(tiny_model):
-    torch.manual_seed(0)
-    keys, values = torch.randn(2, 1, 2, 50, 64, device=DEVICE)
-    query = torch.randn(1, 4, 1, 64, device=DEVICE)
-    states = PagedStates(TurboQuantConfig(64), 1, 2, DEVICE)
-    states.append(keys, values)
-    module = tiny_model.model.layers[0].self_attn
-    windowed, _ = turboquant_attention(module, query, *hand_over(states, torch.float32), None, sliding_window=8)
-    dense = (x[:, :, -8:] for x in states.dequantize(torch.float32))
-    expected, _ = turboquant_attention(module, query, *dense, None)
-    torch.testing.assert_close(windowed, expected, rtol=TOLERANCE, atol=TOLERANCE)

@@ -48,7 +48,7 @@ def dense_attention(
         raise ValueError("softcap or sinks together with a position_bias are not supported. Use 'eager' attention.")
     num_heads, query_len = query.shape[1:3]
     num_tokens = key.shape[2]
-    if attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)) is not False:
+    if attention_mask is None and is_causal(module, **kwargs):
         ends = torch.arange(query_len, device=query.device) + (num_tokens - query_len)
         attention_mask = torch.arange(num_tokens, device=query.device) <= ends[None, None, :, None]
     key, value = (x.repeat_interleave(num_heads // key.shape[1], dim=1) for x in (key, value))
@@ -59,6 +59,11 @@ def dense_attention(
         mask = None if attention_mask is None else attention_mask[:, :, first : first + step]
         outputs.append(_attend(part, key, value, mask, dropout, scaling, softcap, sinks))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def is_causal(module: torch.nn.Module, *, is_causal: bool | None = None, **_: Any) -> bool:
+    """Whether no mask means a causal one, as SDPA takes it: the call says so, or else the model's attention."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _attend(

@@ -13,7 +13,7 @@ from turboquant_hf.codec import LayerCodec
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.merge import attend_kept
 from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
-from turboquant_hf.tables import block_table, row_lengths, slot_range
+from turboquant_hf.tables import block_table, code_starts, row_lengths, slot_range
 
 # Storage that is full grows by a thirty-second, and a block: a token is copied some thirty times in all, where every
 # step of decoding reads all of them, and little is unused.
@@ -121,8 +121,13 @@ class PagedStates:
         stop = self._num_tokens + num_new
         self._reserve(stop)
         if self._num_tokens <= self._num_sinks < stop:
-            # Sinks are far from all others, and no codes of theirs are ever read.
+            # Sinks are far from all others, and take no part in the mean.
+            before = self._before_sinks(keys.dtype)
             self.codec = self._calibrated(keys, values, self._num_sinks - self._num_tokens, row_starts)
+            if before is not None:
+                ops.write(self.pages, *before, slot_range(0, self._num_tokens, self.pages.device), self.codec)
+        elif self.codec is None and self._num_uncoded < stop:
+            self.codec = self._calibrated(keys, values, 0, row_starts)
         if self.codec is None:
             # Kernels skip the slots of sinks, and still must not find infinite scales there.
             self.pages.zero_()
@@ -177,8 +182,8 @@ class PagedStates:
 
         Returns:
             Keys and values [batch_size, num_kv_heads, num_tokens + num_recent, head_dim]: what all codes and the sinks
-            say, and then the last num_recent tokens as they are; and which of them a token sees if it sees all before
-            it, bool [1 or batch_size, num_new, num_tokens + num_recent].
+            say, and then the last num_recent tokens as they are; and which of the two a token reads, bool [1 or
+            batch_size, num_new, num_tokens + num_recent]: of every token one, of those after it what they are.
         """
         kept, length = self.kept, self._num_tokens
         assert kept is not None
@@ -188,14 +193,13 @@ class PagedStates:
         stored = self.dequantize(dtype, with_recent=False)
         keys, values = (torch.cat(pair, dim=2) for pair in zip(stored, recent, strict=True))
         position = torch.arange(length, device=keys.device)
-        query = position[length - self._num_new :, None]
-        newest, last = query - kept.recent_tokens, position[length - num_recent :]
+        query, last = position[length - self._num_new :, None], position[length - num_recent :]
         sinks_end = kept.sinks_end
         if isinstance(sinks_end, torch.Tensor):
             sinks_end = sinks_end[:, None, None]
-        far = (position <= query) & ((position <= newest) | (position < sinks_end))
-        near = (last <= query) & (last > newest) & (last >= sinks_end)
-        return keys, values, torch.cat([far, near], dim=-1).view(-1, self._num_new, keys.shape[2])
+        near = ((last > query - kept.recent_tokens) & (last >= sinks_end)).view(-1, self._num_new, num_recent)
+        far = near.new_ones(len(near), self._num_new, length - num_recent)
+        return keys, values, torch.cat([far, ~near, near], dim=-1)
 
     def dequantize(self, dtype: torch.dtype, *, with_recent: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values that attention reads, [batch_size, num_kv_heads, read_length, head_dim].
@@ -258,7 +262,7 @@ class PagedStates:
         if self.kept is not None and self.kept.row_starts is not None:
             # A row of which padding alone is left begins with what comes.
             self.kept.row_starts = self.kept.row_starts.clamp(max=num_tokens)
-        if num_tokens <= self._num_sinks:
+        if num_tokens <= self._num_uncoded:
             self.codec = None
         used = num_blocks(num_tokens)
         # Drafts that are verified around the end of a block must not make it shrink and grow each time.
@@ -313,8 +317,13 @@ class PagedStates:
 
     @property
     def _num_sinks(self) -> int:
-        """First tokens that are never read as codes."""
+        """First tokens of a row that are read as they are."""
         return 0 if self.kept is None else self.kept.sink_tokens
+
+    @property
+    def _num_uncoded(self) -> int:
+        """First tokens of which no codes are read: sinks. Where rows are padded, a mask may show the padding."""
+        return 0 if self.kept is not None and self.kept.row_starts is not None else self._num_sinks
 
     @property
     def _num_recent(self) -> int:
@@ -332,24 +341,32 @@ class PagedStates:
         counts = torch.arange(len(keys), device=keys.device)[:, None] >= first
         return LayerCodec.calibrate(self.config, keys, values, counts)
 
+    def _before_sinks(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values [num_tokens, batch_size * num_kv_heads, head_dim] that have codes before the last sink."""
+        if self.codec is None or not self._num_tokens:
+            return None
+        read = ops.read(self.pages, num_blocks(self._num_tokens), self.codec, dtype)
+        keys, values = (states[:, : self._num_tokens].transpose(0, 1) for states in read)
+        return keys, values
+
     def _attend_codes(self, query: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.attend(query, self.pages, self._block_table(), self._row_lengths(), self._codec(), **options)
 
     def _sees_codes(self, window: int | None) -> bool:
         """Whether any token of a call may see any codes."""
         in_window = window is None or window > self._num_recent
-        return in_window and self._num_tokens - self._num_recent > self._num_sinks
+        return in_window and self._num_tokens - self._num_recent > self._num_uncoded
 
     def _code_starts(self, starts: torch.Tensor | None) -> torch.Tensor | None:
         """The first position of every row that is read as codes, int32 [batch_size]; None for the very first."""
-        sinks_end = 0 if self.kept is None else self.kept.sinks_end
-        if isinstance(sinks_end, torch.Tensor):
-            return sinks_end if starts is None else torch.maximum(starts, sinks_end)
-        if not sinks_end:
+        num_sinks = self._num_sinks
+        if self.kept is not None and self.kept.row_starts is not None:
+            return code_starts(self._length(), num_sinks, starts, self.kept.row_starts)
+        if not num_sinks:
             return starts
         if starts is None:
-            return row_lengths(sinks_end, self.batch_size, self.pages.device)
-        return starts.clamp(min=sinks_end)
+            return row_lengths(num_sinks, self.batch_size, self.pages.device)
+        return starts.clamp(min=num_sinks)
 
     def _length(self) -> int | torch.Tensor:
         return self._num_tokens

@@ -6,13 +6,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from turboquant_hf import ops
-from turboquant_hf.lasting import lasting
-
 _Make = TypeVar("_Make", bound=Callable[..., torch.Tensor | None])
 
 
 def _shared(make: _Make) -> _Make:
+    """Remember what was made lately. Tensors among arguments are this package's own, and never written in place."""
     # A step later nobody asks for the same again.
     recent = lru_cache(maxsize=64)(make)
 
@@ -49,21 +47,6 @@ def block_table(num_blocks: int, num_rows: int, device: torch.device) -> torch.T
 def not_a_number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """NaN, [1]."""
     return torch.full((1,), torch.nan, dtype=dtype, device=device)
-
-
-@_shared
-@lasting
-def padded_starts(num_tokens: int, mask: torch.Tensor) -> torch.Tensor | None:
-    """The first of so many tokens of every row that is no padding, int32 [rows]; None where no row begins with any.
-
-    Args:
-        num_tokens: Tokens of a row.
-        mask: bool [rows, num_tokens or more], False for padding. A row of nothing else starts after it.
-    """
-    shown = mask[:, :num_tokens]
-    starts = torch.where(shown.any(-1), ops.first_seen(shown), num_tokens).int()
-    # Looking at a tensor would break the graph.
-    return starts if torch.compiler.is_compiling() or bool(starts.any()) else None
 
 
 @_shared
@@ -115,21 +98,46 @@ def kept_bias(
 
     0 where a token sees one, else minus infinity. A token sees the sinks of its row, the first from `row_starts`, int32
     [rows], on, and the newest `recent_tokens` tokens, up to itself; only what lies within `window`, and from `starts`,
-    int32 [rows], on.
+    int32 [rows], on. A row that shows what comes before its sinks has codes of them: see `code_starts`.
     """
     query = torch.arange(query_len, device=device)[:, None] + (length - query_len)
     first = 0 if row_starts is None else row_starts[:, None, None]
+    start = 0 if starts is None else starts[:, None, None]
     sinks = first + torch.arange(sink_tokens, device=device)
     newest = length - 1 - (length - 1 - torch.arange(ring_size, device=device)) % max(1, ring_size)
 
     def seen(position: torch.Tensor) -> torch.Tensor:
-        within = position <= query
-        if window is not None:
-            within = within & (position > query - window)
-        return within if starts is None else within & (position >= starts[:, None, None])
+        within = (position <= query) & (position >= start)
+        return within if window is None else within & (position > query - window)
 
-    in_ring = (newest > query - recent_tokens) & (newest >= first + sink_tokens)
-    shown = torch.cat([seen(sinks), seen(newest) & in_ring], dim=-1)
+    def is_recent(position: torch.Tensor) -> torch.Tensor:
+        return position > query - recent_tokens
+
+    is_sink, in_ring = seen(sinks), seen(newest) & is_recent(newest)
+    if row_starts is None:
+        in_ring = in_ring & (newest >= sink_tokens)
+    else:
+        shows_padding = start < first
+        is_sink = is_sink & (is_recent(sinks) | ~shows_padding)
+        in_ring = in_ring & ((newest >= first + sink_tokens) | (shows_padding & (newest < first)))
+    shown = torch.cat([is_sink, in_ring], dim=-1)
     bias = torch.where(shown, 0.0, -torch.inf).view(-1, query_len, sink_tokens + ring_size)
     # The slot that nobody reads.
     return torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)
+
+
+@_shared
+def code_starts(
+    length: int | torch.Tensor, sink_tokens: int, starts: torch.Tensor | None, row_starts: torch.Tensor
+) -> torch.Tensor:
+    """The first position of every row that is read as codes, int32 [rows]: after its sinks, and from `starts` on.
+
+    Args:
+        length: Tokens of a row.
+        sink_tokens: Sinks of a row.
+        starts: int32 [rows], the first token that may be seen; None for the very first.
+        row_starts: int32 [rows], the first token that is no padding. Where padding may be seen all the same, codes
+            begin with it, and what is a sink is among them.
+    """
+    start = torch.zeros_like(row_starts) if starts is None else starts
+    return torch.where(start < row_starts, start, torch.maximum(start, row_starts + sink_tokens))

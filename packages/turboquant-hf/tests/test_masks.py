@@ -1,0 +1,250 @@
+import copy
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.masking_utils import create_causal_mask
+
+from turboquant_core import TurboQuantConfig
+from turboquant_hf import CompressedDynamicCache, TurboQuantCache
+from turboquant_hf.attention import hand_over, turboquant_attention
+from turboquant_hf.states import PagedStates
+
+EXACT = {"key_bits": 8, "value_bits": 8}
+# What 8 bits cost here is 0.002 to 0.01 of the logits' norm; a token too many or too few costs 0.1 and more.
+NOISE = 0.02
+PROMPT = 30
+
+
+def tokens(*shape, seed=9):
+    return torch.randint(1500, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sharpened(model):
+    """The model with weights so large that attention does not look at all tokens alike."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def sharp_model(tiny_config):
+    return sharpened(LlamaForCausalLM(tiny_config()))
+
+
+@pytest.fixture(params=["eager", "sdpa", "turboquant"])
+def model(request, sharp_model):
+    model = copy.deepcopy(sharp_model)
+    model.set_attn_implementation(request.param)
+    return model
+
+
+@pytest.fixture
+def fused_model(sharp_model):
+    model = copy.deepcopy(sharp_model)
+    model.set_attn_implementation("turboquant")
+    return model
+
+
+def error(actual, expected):
+    return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+def second_call(model, cache, mask, chunk, prompt_mask=None):
+    """Logits of a chunk that follows a prompt, with a mask of the caller's own."""
+    prompt = tokens(len(chunk), PROMPT)
+    positions = torch.arange(PROMPT, PROMPT + chunk.shape[1]).expand(len(chunk), -1)
+    with torch.no_grad():
+        model(prompt, attention_mask=prompt_mask, past_key_values=cache)
+        return model(chunk, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+
+
+def of_kind(mask, kind):
+    return mask if kind == "bool" else torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+
+
+def causal(query_len):
+    return torch.ones(query_len, PROMPT + query_len, dtype=torch.bool).tril(PROMPT)
+
+
+def blocks_that_see_each_other(query_len):
+    mask = causal(query_len)
+    mask[1 : query_len - 2, PROMPT + 1 : PROMPT + query_len - 2] = True
+    return mask[None, None]
+
+
+def all_see_all(query_len):
+    return torch.ones_like(causal(query_len))[None, None]
+
+
+def of_each_head(query_len):
+    mask = torch.rand(2, 4, query_len, PROMPT + query_len, generator=torch.Generator().manual_seed(1)) < 0.5
+    return mask | torch.eye(query_len, PROMPT + query_len, dtype=torch.bool)
+
+
+def of_all_queries(query_len):
+    mask = all_see_all(query_len)[:, :, :1].clone()
+    mask[..., 3:9] = False
+    return mask
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("query_len", [6, 16])
+@pytest.mark.parametrize("make", [blocks_that_see_each_other, all_see_all, of_each_head, of_all_queries])
+@pytest.mark.parametrize("kept", [{}, {"sink_tokens": 3, "recent_tokens": 20}])
+def test_a_mask_that_is_not_causal_in_a_later_call(model, make, query_len, kind, kept):
+    if model.config._attn_implementation == "eager" and kind == "bool":
+        pytest.skip("transformers' eager attention adds masks")
+    mask = of_kind(make(query_len), kind)
+    chunk = tokens(2, query_len)
+    expected = second_call(model, DynamicCache(config=model.config), mask, chunk)
+    assert error(second_call(model, TurboQuantCache(model.config, **EXACT, **kept), mask, chunk), expected) < NOISE
+    in_order = second_call(model, DynamicCache(config=model.config), None, chunk)
+    assert error(in_order, expected) > 5 * NOISE
+
+
+def test_a_static_cache_too(model):
+    mask = torch.nn.functional.pad(blocks_that_see_each_other(16), (0, 64 - PROMPT - 16))
+    logits = []
+    for cache in (DynamicCache(config=model.config), TurboQuantCache(model.config, max_length=64, **EXACT)):
+        is_static = isinstance(cache, TurboQuantCache)
+        given = of_kind(mask if is_static else blocks_that_see_each_other(16), "float")
+        logits.append(second_call(model, cache, given, tokens(2, 16)))
+    assert error(logits[1], logits[0]) < NOISE
+
+
+def test_a_mask_that_transformers_makes(model):
+    def block(batch_idx, head_idx, q_idx, kv_idx):
+        return (q_idx >= PROMPT + 2) & (kv_idx >= PROMPT + 2) & (q_idx < PROMPT + 12) & (kv_idx < PROMPT + 12)
+
+    logits = []
+    for cache in (DynamicCache(config=model.config), TurboQuantCache(model.config, **EXACT)):
+        with torch.no_grad():
+            model(tokens(2, PROMPT), past_key_values=cache)
+            embeds = torch.empty(2, 16, 0)
+            mask = create_causal_mask(model.config, embeds, None, past_key_values=cache, or_mask_function=block)
+            logits.append(model(tokens(2, 16), attention_mask=mask, past_key_values=cache).logits)
+    assert error(logits[1], logits[0]) < NOISE
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_mask_of_padding_that_is_filled_again(fused_model, mode, dtype):
+    prompt, buffer = tokens(2, PROMPT), torch.ones(2, PROMPT, dtype=dtype)
+    for row, padding in ((0, 10), (1, 5)):
+        buffer.fill_(1)[row, :padding] = 0
+        cache = TurboQuantCache(fused_model.config)
+        with mode():
+            fused_model(prompt, attention_mask=buffer, past_key_values=cache)
+        first, *others = (layer.states.kept.row_starts for layer in cache.layers)
+        assert first.tolist() == [padding if row == r else 0 for r in range(2)]
+        # What is made of them is made once a step.
+        assert all(starts is first for starts in others)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_finished_mask_that_is_written_into(fused_model, mode):
+    logits = []
+    for cache in (DynamicCache(config=fused_model.config), TurboQuantCache(fused_model.config, **EXACT)):
+        with mode():
+            fused_model(tokens(2, PROMPT), past_key_values=cache)
+            mask = create_causal_mask(fused_model.config, torch.empty(2, 3, 0), None, past_key_values=cache)
+            mask[..., 5:25] = False
+            logits.append(fused_model(tokens(2, 3), attention_mask=mask, past_key_values=cache).logits)
+    assert error(logits[1], logits[0]) < NOISE
+
+
+@pytest.mark.parametrize("kept", [{}, {"recent_tokens": 0}, {"sink_tokens": 3, "recent_tokens": 26}])
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_padding_that_a_later_mask_shows(fused_model, max_length, kept):
+    mask = torch.ones(2, PROMPT, dtype=torch.int64)
+    mask[0, :7] = 0
+    sizes = (1, 3, 12)
+    logits = []
+    cache = TurboQuantCache(fused_model.config, max_length=max_length, **EXACT, **kept)
+    for held in (DynamicCache(config=fused_model.config), cache):
+        with torch.no_grad():
+            fused_model(tokens(2, PROMPT), attention_mask=mask, past_key_values=held)
+            steps = [fused_model(tokens(2, n), past_key_values=held).logits for n in sizes]
+        logits.append(torch.cat(steps, dim=1))
+    assert error(logits[1], logits[0]) < NOISE
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 8])
+def test_padding_among_the_very_first_tokens_that_a_later_mask_shows(fused_model, recent_tokens):
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    mask[0, :2] = 0
+    logits = []
+    cache = TurboQuantCache(fused_model.config, **EXACT, sink_tokens=4, recent_tokens=recent_tokens)
+    for held in (DynamicCache(config=fused_model.config), cache):
+        with torch.no_grad():
+            fused_model(tokens(2, 3), attention_mask=mask, past_key_values=held)
+            steps = [fused_model(tokens(2, n, seed=n), past_key_values=held).logits for n in (30, 1, 3, 12)]
+        logits.append(torch.cat(steps, dim=1))
+    assert error(logits[1], logits[0]) < NOISE
+
+
+@pytest.mark.parametrize("kept", [{}, {"recent_tokens": 0}])
+def test_a_window_that_the_mask_alone_knows(tiny_config, kept):
+    model = sharpened(MistralForCausalLM(tiny_config(MistralConfig, sliding_window=20)))
+    model.set_attn_implementation("turboquant")
+    logits = []
+    for is_compressed in (False, True):
+        # Without a configuration its layers hold everything.
+        cache = DynamicCache()
+        if is_compressed:
+            CompressedDynamicCache(cache, head_dim=64, bits=8, model_config=model.config, **kept)
+        with torch.no_grad():
+            model(tokens(2, 60), past_key_values=cache)
+            steps = [model(tokens(2, n), past_key_values=cache).logits for n in (1, 3, 12)]
+        logits.append(torch.cat(steps, dim=1))
+    assert error(logits[1], logits[0]) < NOISE
+
+
+def stored(num_tokens=50, **options):
+    """Stored states, and what they say."""
+    torch.manual_seed(0)
+    states = PagedStates(TurboQuantConfig(64, **options), 1, 2, torch.device("cpu"))
+    states.append(*torch.randn(2, 1, 2, num_tokens, 64))
+    return states, states.dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, {"key_bits": 2.5, "value_bits": 2.5}])
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_no_mask_is_a_causal_one(sharp_model, query_len, options):
+    module, query = sharp_model.model.layers[0].self_attn, torch.randn(1, 4, query_len, 64)
+    states, dense = stored(**options)
+    mask = torch.ones(query_len, 50, dtype=torch.bool).tril(50 - query_len)[None, None]
+    expected, _ = turboquant_attention(module, query, *dense, mask)
+    # What a window means is in the mask; there is none where it is longer than what is stored.
+    actual, _ = turboquant_attention(module, query, *hand_over(states, torch.float32), None, sliding_window=8)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("query_len", [1, 5])
+def test_no_mask_hides_nothing_where_attention_is_not_causal(sharp_model, query_len):
+    module, query = copy.deepcopy(sharp_model.model.layers[0].self_attn), torch.randn(1, 4, query_len, 64)
+    module.is_causal = False
+    states, dense = stored()
+    expected, _ = turboquant_attention(module, query, *dense, None)
+    actual, _ = turboquant_attention(module, query, *hand_over(states, torch.float32), None)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_masks_that_no_attention_reads_are_refused(fused_model):
+    cache = TurboQuantCache(fused_model.config)
+    block_mask = create_block_mask(lambda b, h, q, kv: q >= kv, 1, 1, 1, PROMPT + 1, device="cpu")
+    whole_numbers = torch.ones(1, 1, 1, PROMPT + 1, dtype=torch.int64)
+    for mask, kind in ((block_mask, "a BlockMask"), (whole_numbers, "a tensor of torch.int64")):
+        with pytest.raises(TypeError, match=f"attention_mask is {kind}; attn_implementation"):
+            second_call(fused_model, cache, mask, tokens(1, 1))
+        cache.reset()
+
+
+def test_a_mask_of_another_length_is_refused(fused_model):
+    cache = TurboQuantCache(fused_model.config)
+    with pytest.raises(ValueError, match="and 31 tokens are attended to"):
+        second_call(fused_model, cache, torch.ones(1, 1, 1, 20, dtype=torch.bool), tokens(1, 1))
