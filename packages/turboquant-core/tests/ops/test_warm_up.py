@@ -1,8 +1,12 @@
+import sys
+
 import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.ops import cache_gather, decode_attention, warm_up
+from turboquant_core.ops import cache_gather, cache_update, decode_attention, warm_up
+from turboquant_core.ops.kernels import cache_update as update_kernel
+from turboquant_core.ops.update_paths import WARPGROUP_MIN_TOKENS
 
 LAYOUT = KVCacheLayout(TurboQuantConfig(128, 4, 4), num_kv_heads=2, block_size=16)
 
@@ -20,6 +24,26 @@ def test_without_kernels_there_is_nothing_to_compile_and_nothing_fails():
     warm_up(LAYOUT, **options("cpu"), max_query_len=2, window=5, softcap=3.0, has_sinks=True, centred=True)
 
 
+@pytest.mark.parametrize("centred", [True, False])
+def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, centred):
+    def kernel_of(num_tokens):
+        launch = update_kernel._launch(LAYOUT, torch.bfloat16, num_tokens, torch.device("cpu"), centred)
+        # Where warpgroups can run, they take all from so many tokens on.
+        return num_tokens >= WARPGROUP_MIN_TOKENS, frozenset(launch.constants.items())
+
+    launched = []
+
+    def update(key, value, pages, slot_mapping, layout, *, key_mean):
+        assert layout is LAYOUT
+        assert (key_mean is not None) is centred
+        launched.append(kernel_of(len(key)))
+
+    monkeypatch.setattr(sys.modules["turboquant_core.ops.warm_up"], "cache_update", update)
+    warm_up(LAYOUT, **options("cpu"), centred=centred)
+    assert len(launched) == len(set(launched)), "two of them compile the same"
+    assert set(launched) == {kernel_of(num_tokens) for num_tokens in range(1, 300)}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a GPU")
 @pytest.mark.parametrize("centred", [True, False])
 def test_no_batch_compiles_anything_afterwards(monkeypatch, centred):
@@ -29,6 +53,11 @@ def test_no_batch_compiles_anything_afterwards(monkeypatch, centred):
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"]))
     pages = torch.zeros(3, 2, LAYOUT.head_bytes, dtype=torch.uint8, device="cuda")
+    key_mean = torch.zeros(2, 128, device="cuda") if centred else None
+    for num_tokens in (1, 2, 15, 16, 17, 18, 48, 64, 65, 100, 1000):
+        vectors = torch.zeros(num_tokens, 2, 128, dtype=torch.bfloat16, device="cuda")
+        slots = torch.arange(num_tokens, device="cuda")
+        cache_update(vectors, vectors, pages, slots, LAYOUT, key_mean=key_mean)
     for query_len in range(1, 5):
         for batch in (*range(1, 40), 63, 64, 65, 99, 100):
             decode_attention(
@@ -41,7 +70,7 @@ def test_no_batch_compiles_anything_afterwards(monkeypatch, centred):
                 if query_len == 1
                 else torch.arange(batch + 1, dtype=torch.int32, device="cuda") * query_len,
                 max_query_len=query_len,
-                key_mean=torch.zeros(2, 128, device="cuda") if centred else None,
+                key_mean=key_mean,
             )
     assert not compiled
     cache_gather(
