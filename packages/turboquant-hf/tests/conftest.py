@@ -14,6 +14,17 @@ from turboquant_hf.demo.run import CHAT_PROMPT, QUESTION, long_text
 from turboquant_hf.models import default_model, load_model
 
 
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_poison():
+    """`torch.empty` gives NaN, and bytes of 0xFF: what nobody has written is seen where it is read.
+
+    Not on a GPU, where it would change which kernels run.
+    """
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def make_tiny_config(kind=LlamaConfig, **overrides):
     return kind(
         **{

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma3TextConfig, LlamaForCausalLM
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
@@ -282,3 +282,18 @@ def test_sinks_and_recent_tokens_help_where_the_first_key_is_far_from_the_others
         expected, actual = (attention(query[:, :, 0], *kv, scale=0.125) for kv in ((keys, values), read))
         errors.append(float((expected - actual).norm() / expected.norm()))
     assert errors[2] < errors[1] < errors[0] / 2
+
+
+@pytest.mark.parametrize("sink_tokens", [1, 3])
+def test_a_prompt_of_sinks_alone_leaves_nothing_unwritten_to_be_read(tiny_model, sink_tokens):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation("turboquant")
+    tokens = torch.arange(1, 16)[None]
+    caches = (
+        TurboQuantCache(model.config, key_bits=8, value_bits=8, sink_tokens=sink_tokens),
+        DynamicCache(config=model.config),
+    )
+    with torch.no_grad():
+        for start in range(15):
+            actual, expected = (model(tokens[:, start : start + 1], past_key_values=cache).logits for cache in caches)
+            assert (actual - expected).norm() < 0.02 * expected.norm()

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from turboquant_hf import TurboQuantLayer
+from turboquant_hf._compat import DynamicSlidingWindowLayer
+from turboquant_hf.sliding import TurboQuantSlidingLayer
 
 PRESETS = ["tq4", "tq3", "tq2.5", "k8v4"]
 
@@ -62,8 +64,7 @@ def test_how_tokens_are_grouped_changes_nothing(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_nothing_but_codes_scales_and_calibration_is_kept(preset):
     layer = filled(preset)
-    assert layer.keys is None
-    assert layer.values is None
+    assert layer.keys.shape == layer.values.shape == (2, 2, 12, 64)
     kept = pickle.loads(pickle.dumps(layer)).tensors()
     held_in_attributes = [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
     assert held_in_attributes == []
@@ -182,3 +183,16 @@ def test_values_of_another_size_are_refused():
     keys, values = random_states()
     with pytest.raises(ValueError, match="keys have 64 channels and values 32"):
         TurboQuantLayer("tq4").update(keys, values[..., :32])
+
+
+@pytest.mark.parametrize("window", [2, 64, 65, 80])
+def test_a_window_is_all_there_at_every_length(window):
+    """Blocks are dropped as soon as no later token sees them, and not a token earlier."""
+    layer, exact = TurboQuantSlidingLayer(window, key_bits=8, value_bits=8), DynamicSlidingWindowLayer(window)
+    for num_new in (10, *[1] * 200):
+        states = random_states(1, num_new, seed=num_new + exact.get_seq_length())
+        (keys, values), (expected_keys, expected_values) = layer.update(*states), exact.update(*states)
+        assert keys.shape == expected_keys.shape
+        assert (keys[:, :, -1] - expected_keys[:, :, -1]).norm() < 0.02 * expected_keys[:, :, -1].norm()
+        assert (values[:, :, 0] - expected_values[:, :, 0]).norm() < 0.02 * expected_values[:, :, 0].norm()
+        assert layer.states.num_tokens < window - 1 + 1 + 64

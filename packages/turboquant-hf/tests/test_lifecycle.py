@@ -175,6 +175,7 @@ BATCH_OPERATIONS = {
         lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
         [0, 2],
     ),
+    "batch_select_indices, tuple": (lambda cache: cache.batch_select_indices((0, 2)), [0, 2]),
 }
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_hf import TurboQuantCache
+from turboquant_hf import TurboQuantCache, TurboQuantLayer
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.states import PagedStates
 from turboquant_hf.static import StaticPagedStates
@@ -274,3 +274,20 @@ def test_without_the_attention_that_sees_the_mask_the_first_slots_are_sinks(tiny
     assert cache.layers[0].states.kept.row_starts is None
     expected, actual = logits
     assert (actual - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_padded_prompt_that_was_offloaded_comes_back_to_be_stored_again(monkeypatch):
+    keys, values = torch.randn(2, 2, 2, 12, 64, generator=torch.Generator().manual_seed(1)).unbind()
+    layer = TurboQuantLayer(sink_tokens=1, recent_tokens=4)
+    layer.update(keys, values)
+    moves = []
+
+    def move(states, device):
+        moves.append((device, None if states.kept.row_starts is None else states.kept.row_starts.tolist()))
+        return states
+
+    monkeypatch.setattr(PagedStates, "to", move)
+    # There is one device here: the layer is told that it belongs to another.
+    layer.device = "cuda"
+    layer.store_again(keys, values, torch.tensor([3, 0], dtype=torch.int32))
+    assert moves == [("cuda", None), ("cpu", [3, 0])]

@@ -1,6 +1,7 @@
 """The cache to pass as `past_key_values`."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -150,6 +151,22 @@ class TurboQuantCache(Cache):
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
         self._calls.apply(self.layers, "batch_select_indices", indices)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Keys, values and window of every layer as of a `DynamicCache`; dequantised one layer at a time."""
+        for layer in self.layers:
+            window = getattr(layer, "sliding_window", None)
+            yield layer.keys, layer.values, None if window is None else torch.tensor(window)
+
+    @property
+    def max_cache_len(self) -> int:
+        """The name that PEFT's prefix tuning looks up, for `get_max_length()`; it warns of what PEFT does with it."""
+        warnings.warn(
+            "PEFT's prefix tuning puts a DynamicCache of its own in place of this cache, and nothing is compressed. "
+            "docs/quickstart-hf.md says how to fill this one with the prefix.",
+            stacklevel=2,
+        )
+        return int(self.get_max_length())
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write everything held to a safetensors file, to be continued with `load`.

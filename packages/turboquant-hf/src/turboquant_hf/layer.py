@@ -27,7 +27,6 @@ class TurboQuantLayer(CacheLayerMixin):
 
     With `attn_implementation="turboquant"` up to 8 tokens attend on the codes themselves, and `update` returns
     placeholders; otherwise it returns the layer's history dequantised. No other full-precision copy outlives a call.
-    `keys` and `values` of the base class stay None.
 
     Args:
         preset: Preset of `TurboQuantConfig`; the layer learns its head_dim from the first keys it sees.
@@ -80,6 +79,27 @@ class TurboQuantLayer(CacheLayerMixin):
     def batch_size(self) -> int:
         """Sequences held; there is no such attribute before the first."""
         return self.states.batch_size
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Keys as a next token reads them, [batch_size, num_kv_heads, num_tokens, head_dim]; None before the first.
+
+        Dequantised at each look.
+        """
+        return self._dequantized(0)
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._refuse_states("keys", keys)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The same for values."""
+        return self._dequantized(1)
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._refuse_states("values", values)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take shape, type and device from key and value states [batch_size, num_kv_heads, num_tokens, head_dim]."""
@@ -178,11 +198,12 @@ class TurboQuantLayer(CacheLayerMixin):
             self.states = self.states.select_rows(rows)
 
     @lasting
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences `indices`, int64, or bool for each sequence."""
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
         if self.is_initialized:
-            rows = indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices
-            self.states = self.states.select_rows(rows)
+            device = indices.device if isinstance(indices, torch.Tensor) else None
+            rows = torch.arange(self.states.batch_size, device=device)
+            self.states = self.states.select_rows(rows[indices, ...].view(-1))
 
     @lasting
     def offload(self) -> None:
@@ -209,6 +230,17 @@ class TurboQuantLayer(CacheLayerMixin):
             return None
         heads = (batch_size, num_kv_heads, self.config.head_dim)
         return KeptTokens.empty(sinks, recent, heads, self.dtype, self.device)
+
+    @lasting
+    def _dequantized(self, which: int) -> torch.Tensor | None:
+        if not self.is_initialized or self.states.is_empty:
+            return None
+        return self.states.stored(self.dtype)[which]
+
+    def _refuse_states(self, name: str, states: torch.Tensor | None) -> None:
+        # The base class sets None.
+        if states is not None:
+            raise AttributeError(f"{name} of a {type(self).__name__} cannot be set: it stores codes. Use update().")
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What attention of the first tokens reads."""

@@ -222,6 +222,12 @@ class PagedStates:
         keys, values = (states.view(shape)[:, :, tokens] for states in read)
         return (keys, values) if kept is None else self._overlay(kept, keys, values, with_recent)
 
+    def stored(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that a next call would read, [batch_size, num_kv_heads, num_tokens, head_dim]."""
+        twin = copy(self)
+        twin._num_new = 0
+        return twin.dequantize(dtype)
+
     def attend(
         self,
         query: torch.Tensor,

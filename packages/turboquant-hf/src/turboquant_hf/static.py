@@ -130,6 +130,11 @@ class StaticPagedStates(PagedStates):
         keys, values = super().dequantize(dtype, with_recent=with_recent)
         return keys + self._overflow(dtype), values
 
+    def stored(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `PagedStates.stored`; waits for the device."""
+        keys, values = super().stored(dtype)
+        return keys[:, :, : self.num_tokens], values[:, :, : self.num_tokens]
+
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
         if num_tokens < self.num_tokens or self._is_torn:
