@@ -1,4 +1,4 @@
-"""Perplexity and KL in vLLM's engine with keys centred by the first prompt, by a calibration file, and not at all.
+"""Perplexity and KL in vLLM's engine with keys centred by the texts that ship, by a calibration file, and not at all.
 
 Needs vLLM, with or without a GPU, and the plugin. A text is prefilled in chunks, each of which reads the codes of those
 before it; the calibration file is made from the text that follows.
@@ -52,7 +52,7 @@ def engines(preset: str, folder: Path) -> dict[str, dict[str, Any]]:
 
     return {
         "uncompressed": {},
-        "means of the first prompt": turboquant(),
+        "means of the texts that ship": turboquant(),
         "means of a calibration file": turboquant(calibration=str(folder / "means.safetensors")),
         "not centred": turboquant(center_keys=False),
     }

@@ -420,12 +420,14 @@ def engine_centring() -> str:
     scores = result("engine_centring_qwen2.5-coder-1.5b")["scores"]
     shown = {
         "uncompressed": "uncompressed",
-        "means of the first prompt": "less the mean of the first prompt, here the first chunk",
+        "means of the texts that ship": "less the means of the texts that ship",
         "means of a calibration file": "less the means of a calibration file, from the text that follows",
         "not centred": "not centred",
     }
     rows = []
     for name, label in shown.items():
+        if name not in scores:
+            continue
         score = scores[name]
         compared = [nats(score["mean_kl"]), percent(score["top_1_agreement"])] if name != "uncompressed" else ["", ""]
         rows.append([label, _ppl(score), *compared])

@@ -12,7 +12,7 @@ from turboquant_core.calibration import KeyMeans, read_key_means, write_key_mean
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm import calibration
 from turboquant_vllm.calibration import heads_of_rank, read_for_model
-from turboquant_vllm.centring import GivenKeyMean
+from turboquant_vllm.centring import KeyMean
 
 
 def identity(folder):
@@ -85,7 +85,7 @@ class Layer(AttentionLayerBase):
     """A layer of one KV head as the builder finds it."""
 
     def __init__(self):
-        mean = GivenKeyMean(1, 64, torch.device("cpu"))
+        mean = KeyMean(1, 64, torch.device("cpu"))
         self.impl = SimpleNamespace(num_kv_heads=1, head_size=64, key_mean=mean)
 
     def get_attn_backend(self):

@@ -178,6 +178,15 @@ def test_a_draft_and_a_connector_are_not_served_with_a_file_of_bits(config, monk
     assert "which holds no bits of the draft model" in engine_problems(config, settings)[-1]
 
 
+def test_stages_that_may_have_no_compressed_layer_need_a_file(config, monkeypatch):
+    monkeypatch.setattr(config.cache_config, "kv_cache_dtype_skip_layers", ["0", "1"])
+    monkeypatch.setattr(config.parallel_config, "pipeline_parallel_size", 2)
+    (problem,) = engine_problems(config, Settings())
+    assert re.search("pipeline_parallel_size is above 1 and.*turboquant calibrate MODEL.*center_keys", problem)
+    for settings in (Settings(calibration="means.safetensors"), Settings(center_keys=False)):
+        assert engine_problems(config, settings) == []
+
+
 def test_a_connector_is_not_served_with_layers_that_stay_uncompressed(config, monkeypatch):
     monkeypatch.setattr(config.cache_config, "kv_cache_dtype_skip_layers", ["0", "3"])
     assert engine_problems(config, Settings()) == []

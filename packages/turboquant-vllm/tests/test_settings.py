@@ -28,7 +28,7 @@ def test_presets_and_bits(chosen, bits):
         ),
         ({"key_bits": 7}, "key_bits is 7; it must be one of"),
         ({"preset": "tq2.5"}, "stores 2.5 bits, which the kernels do not read"),
-        ({"center_keys": "yes"}, "center_keys is 'yes'; it must be true or false"),
+        ({"center_keys": "yes"}, "center_keys is 'yes'; it must be True or False"),
         ({"calibration": True}, "calibration is True; it must be the path of a file"),
         ({"calibration": ""}, "calibration is ''; it must be the path of a file"),
         ({"calibration": "m", "center_keys": False}, "center_keys is false and calibration is 'm'.*give one"),

@@ -1,7 +1,8 @@
 """What differs between the versions of vLLM."""
 
+import gc
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -70,34 +71,24 @@ class _Bytes:
         return KVQuantMode.CUSTOM
 
 
-def start_up_is_over(config: Any) -> Callable[[], bool]:
-    """Asks whether the engine of this configuration, which is being built, is past its warm-up.
+def model_with(layers: Iterable[Any], model_config: Any) -> Any:
+    """The model that `model_config` describes and that has one of these layers, or None.
 
-    The second model runner warms up with made-up prompts whose keys are stored like real ones. After that, and not
-    before, vLLM begins to watch its process for kernels that are compiled late.
-
-    Raises:
-        ValueError: If vLLM watches already, for an engine before this one in the same process.
+    vLLM hands its models to no backend, so it is looked for among all objects of the process.
     """
-    from vllm.platforms import current_platform
-    from vllm.utils import jit_monitor
+    from vllm.model_executor.model_loader import get_model_cls
 
-    if config is None or current_platform.is_cpu() or not config.use_v2_model_runner:
-        return lambda: True
-    from vllm.v1.worker.gpu_worker import Worker
+    kind, wanted = get_model_cls(model_config), set(layers)
+    models = (found for found in gc.get_objects() if issubclass(type(found), kind))
+    return next((model for model in models if not wanted.isdisjoint(model.modules())), None)
 
-    # Before vLLM 0.30 or so every engine warmed up.
-    may_skip = hasattr(Worker, "_maybe_activate_jit_monitor")
-    if may_skip and not config.kernel_config.enable_jit_warmup:
-        return lambda: True
-    if jit_monitor.is_active():
-        raise ValueError(
-            "this process has run another engine of vLLM before, and TurboQuant would take the prompts of this one's "
-            "warm-up for real ones and their keys for typical. Let every engine have its own process "
-            "(VLLM_ENABLE_V1_MULTIPROCESSING=1, as is vLLM's default), give a calibration file, or set "
-            "enforce_eager=True or {'turboquant': {'center_keys': False}}."
-        )
-    return jit_monitor.is_active
+
+def position_rows(model_config: Any) -> int:
+    """How many positions the model takes for every token, beside each other; 0 where it takes one as it is."""
+    if model_config.uses_mrope:
+        return 3
+    # Of vLLM before 0.30 or so.
+    return int(getattr(model_config, "uses_xdrope_dim", 0))
 
 
 def current_config() -> Any:

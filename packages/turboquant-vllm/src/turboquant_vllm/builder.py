@@ -12,6 +12,7 @@ from turboquant_vllm.metadata import DecodeRows, TurboQuantMetadata
 from turboquant_vllm.prefill_rows import PrefillRows, workspace_tokens
 from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import INSTEAD
+from turboquant_vllm.text_means import give_text_means
 from turboquant_vllm.warm_up import warm_up
 
 
@@ -33,8 +34,11 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
             kv_cache_spec.head_size,
             vllm_config.model_config.dtype,
         )
-        if calibration := Settings.of_engine(vllm_config).calibration:
-            give_key_means(calibration, layer_names, vllm_config)
+        settings = Settings.of_engine(vllm_config)
+        if settings.calibration is not None:
+            give_key_means(settings.calibration, layer_names, vllm_config)
+        elif settings.center_keys:
+            give_text_means(layer_names, vllm_config, device)
         if device.type == "cuda" and vllm_config.kernel_config.enable_jit_warmup:
             warm_up(kv_cache_spec, layer_names, vllm_config, self.reorder_batch_threshold, device)
 

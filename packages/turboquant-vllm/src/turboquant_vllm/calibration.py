@@ -11,7 +11,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from turboquant_core.calibration import KeyMeans, read_key_means
-from turboquant_vllm.centring import GivenKeyMean
 from turboquant_vllm.identity import model_identity
 
 
@@ -40,13 +39,12 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(layer_names)).items():
         impl = layer.impl
-        assert isinstance(impl.key_mean, GivenKeyMean)
         # Where there are more ranks than KV heads, vLLM gives several ranks the same one.
         total = impl.num_kv_heads * world_size
         if impl.num_kv_heads == 1:
             total = min(world_size, model_config.get_total_num_kv_heads())
         mean = key_means.of_layer(extract_layer_index(name), total, impl.head_size)
-        impl.key_mean.give(heads_of_rank(mean, impl.num_kv_heads, rank, world_size))
+        impl.key_mean.settle(heads_of_rank(mean, impl.num_kv_heads, rank, world_size))
 
 
 def heads_of_rank(mean: torch.Tensor, num_kv_heads: int, rank: int, world_size: int) -> torch.Tensor:

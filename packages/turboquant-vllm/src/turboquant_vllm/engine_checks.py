@@ -17,6 +17,10 @@ OFFLOADING = {
 }
 # It takes the type and the size of a slot from the configuration of the model (LMCache 0.5.6), not from the pages.
 LMCACHE_IN_PROCESS = "LMCacheConnectorV1"
+MEANS_INSTEAD = (
+    'Write the means to a file with `turboquant calibrate MODEL --out FILE` and give it as "calibration", or give '
+    '"center_keys": false.'
+)
 OWN_DRAFT_BACKEND = "Leave attention_backend out of --speculative-config: vLLM's own backend then serves the draft."
 
 
@@ -96,10 +100,15 @@ def _mean_problems(config: Any, settings: Settings) -> Iterator[str]:
     if settings.calibration is None:
         if not reads_only_own_pages(transfer):
             yield (
-                f"the pages that {transfer.kv_connector} hands to another process hold keys less means that only this "
-                "process knows. Write the means to a file with `turboquant calibrate MODEL --out FILE` and give it to "
+                f"the pages that {transfer.kv_connector} hands to another process hold keys less means that this one "
+                "took itself. Write the means to a file with `turboquant calibrate MODEL --out FILE` and give it to "
                 'both sides with --additional-config \'{"turboquant": {"calibration": "FILE"}}\', or give both '
                 '"center_keys": false there.'
+            )
+        if config.parallel_config.pipeline_parallel_size > 1 and config.cache_config.kv_cache_dtype_skip_layers:
+            yield (
+                "pipeline_parallel_size is above 1 and kv_cache_dtype_skip_layers is set: a stage without a compressed "
+                f"layer would not help to take the key means at start. {MEANS_INSTEAD}"
             )
     elif _compresses_draft(speculative):
         yield f"calibration is {settings.calibration}, which holds no means of the draft model. {OWN_DRAFT_BACKEND}"

@@ -9,10 +9,10 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_vllm._compat import current_config, own_backend, start_up_is_over, use_config
+from turboquant_vllm._compat import current_config, own_backend, use_config
 from turboquant_vllm.backend import process_settings
 from turboquant_vllm.calibration import read_for_model
-from turboquant_vllm.centring import GivenKeyMean, KeyMean
+from turboquant_vllm.centring import KeyMean
 from turboquant_vllm.engine_checks import engine_problems
 from turboquant_vllm.layer_pages import LayerPages, leave_to
 from turboquant_vllm.metadata import TurboQuantMetadata
@@ -65,14 +65,11 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self._layer_pages = LayerPages.of_engine(config, settings)
         self._engine_config = config
         device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
-        self.key_mean: KeyMean | GivenKeyMean | None = None
         if settings.calibration is not None:
-            # The builder gives the mean, for it knows which layer this is; a file that does not fit is refused here,
-            # before weights are loaded.
+            # A file that does not fit is refused here, before weights are loaded.
             read_for_model(settings.calibration, config.model_config)
-            self.key_mean = GivenKeyMean(self.num_kv_heads, head_size, device)
-        elif settings.center_keys:
-            self.key_mean = KeyMean(self.num_kv_heads, head_size, device, start_up_is_over(config))
+        # The builder settles it, for it knows which layer this is.
+        self.key_mean = KeyMean(self.num_kv_heads, head_size, device) if settings.center_keys else None
         self.varlen = VarlenAttention(
             self.scale, sliding_window, self.softcap, None if device.type == "cpu" else _flash_version(head_size, sinks)
         )
@@ -102,7 +99,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
         num_tokens = len(slot_mapping)
         key, value = key[:num_tokens], value[:num_tokens]
         if self.key_mean is not None:
-            self.key_mean.observe(key, slot_mapping)
+            self.key_mean.check_settled()
         pages, layout = self._pages(kv_cache)
         cache_update(key, value, pages, slot_mapping, layout, key_mean=self._mean)
 
@@ -157,6 +154,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
                 self.sliding_window, self.kv_cache_dtype, self.softcap, **named,
             )  # fmt: skip
         impl.process_weights_after_loading(act_dtype)
+        self.key_mean, layer.left_by = None, self
 
     @property
     def _mean(self) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ class Settings:
         key_bits: Instead of the preset's: 2, 3, 4, 5, 6 or 8.
         value_bits: The same for values.
         center_keys: Subtract a mean per layer, KV head and channel before keys are quantised.
-        calibration: A file of those means by `turboquant calibrate`; None to take them from the first prompt.
+        calibration: A file of those means by `turboquant calibrate`; None to take them from texts that ship.
         layer_bits: A file of the bits of every layer by `turboquant tune`, instead of a preset.
     """
 
@@ -43,8 +43,6 @@ class Settings:
                     f"{self.preset} stores {bits} bits, which the kernels do not read. "
                     f"Use a preset of whole bits: {', '.join(PRESETS)}."
                 )
-        if not isinstance(self.center_keys, bool):
-            raise ValueError(f"center_keys is {self.center_keys!r}; it must be true or false")
         for name in ("calibration", "layer_bits"):
             path = getattr(self, name)
             if path is not None and (not isinstance(path, str) or not path):

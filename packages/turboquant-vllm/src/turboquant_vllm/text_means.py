@@ -1,0 +1,194 @@
+"""Key means from texts that ship, taken at start with the model itself: no prompt of a user decides them."""
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import get_pp_group
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.lora.layers import LoRAMapping
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.interfaces import requires_raw_input_tokens
+from vllm.sequence import IntermediateTensors
+from vllm.tokenizers import cached_tokenizer_from_config
+
+from turboquant_vllm._compat import model_with, position_rows
+from turboquant_vllm.engine_checks import MEANS_INSTEAD
+
+if TYPE_CHECKING:
+    from turboquant_vllm.impl import TurboQuantImpl
+
+logger = init_logger(__name__)
+# Tokens where there is no tokenizer.
+NUM_ARBITRARY = 512
+
+
+def give_text_means(layer_names: Iterable[str], vllm_config: Any, device: torch.device) -> None:
+    """Settle the means of one group's layers; the first group of a model settles those of all its layers.
+
+    Every rank does so at the same time, for they run the model together.
+
+    Raises:
+        RuntimeError: If the model does not run on a text.
+    """
+    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    waiting = [layers[name] for name in layer_names if not layers[name].impl.key_mean.is_settled]
+    if not waiting:
+        return
+    reason = why_none(vllm_config)
+    if reason is None and (model := model_with(waiting, vllm_config.model_config)) is not None:
+        own = set(model.modules())
+        _take({name: layer for name, layer in layers.items() if layer in own}, model, vllm_config, device)
+    # A draft sees hidden states of the model beside the text.
+    for layer in waiting:
+        if not layer.impl.key_mean.is_settled:
+            layer.impl.key_mean.settle(None)
+            whose = "a draft." if reason is None else f"this model: {reason}. {MEANS_INSTEAD}"
+            logger.warning_once("TurboQuant does not centre the keys of %s", whose)
+
+
+def why_none(vllm_config: Any) -> str | None:
+    """Why no text can tell the means of an engine's model; None if one can."""
+    if vllm_config.load_config.load_format == "dummy":
+        return "load_format is dummy, and keys of random weights say nothing of those that may be loaded later"
+    if vllm_config.model_config.is_hybrid:
+        return "layers with a state, which this model has, keep none at start, and the keys behind them would be others"
+    return None
+
+
+def _take(layers: dict[str, Any], model: Any, vllm_config: Any, device: torch.device) -> None:
+    """Run the model on the texts, and settle the means of its layers."""
+    attending: dict[str, RawAttention] = {}
+    for name, layer in layers.items():
+        if isinstance(layer, AttentionLayerBase):
+            shared = getattr(layer, "kv_sharing_target_layer_name", None)
+            attending[name] = RawAttention(_implementation(name, layer), attending[shared] if shared else None)
+    replaced = {name: layers[name].impl for name in attending}
+    try:
+        for name, attention in attending.items():
+            layers[name].impl = attention
+        num_tokens = sum(_run(model, ids, vllm_config, device) for ids in _texts(vllm_config))
+    finally:
+        for name, impl in replaced.items():
+            layers[name].impl = impl
+    without = [name for name, attention in attending.items() if not attention.settle()]
+    logger.info_once("TurboQuant took its key means from %d tokens of the texts that it ships with.", num_tokens)
+    if without:
+        logger.warning_once("TurboQuant does not centre the keys of %s: their mean is not finite.", ", ".join(without))
+
+
+def _implementation(name: str, layer: Any) -> Any:
+    """A layer's implementation of ours, also where it is left uncompressed.
+
+    Raises:
+        RuntimeError: If it has none.
+    """
+    impl = layer.left_by if hasattr(layer, "left_by") else getattr(layer, "impl", None)
+    if not hasattr(impl, "key_mean"):
+        raise RuntimeError(
+            f"{name} is {type(layer).__name__} of another backend, and TurboQuant cannot run it on a text to take the "
+            f"key means. {MEANS_INSTEAD}"
+        )
+    return impl
+
+
+def _texts(vllm_config: Any) -> Iterator[list[int]]:
+    """The tokens of every text, as many as a batch may have; without a tokenizer arbitrary ones, always the same."""
+    model_config = vllm_config.model_config
+    most = min(vllm_config.scheduler_config.max_num_batched_tokens, model_config.max_model_len)
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if tokenizer is None:
+        random = torch.Generator().manual_seed(0)
+        yield torch.randint(model_config.get_vocab_size(), (min(most, NUM_ARBITRARY),), generator=random).tolist()
+        return
+    for text in shipped_texts():
+        yield list(tokenizer.encode(text))[:most]
+
+
+@cache
+def shipped_texts() -> tuple[str, ...]:
+    """Texts of several kinds, in an order that never changes."""
+    paths = sorted(files("turboquant_vllm").joinpath("texts").iterdir(), key=lambda path: path.name)
+    return tuple(path.read_text("utf-8") for path in paths)
+
+
+@torch.inference_mode()
+def _run(model: Any, ids: list[int], vllm_config: Any, device: torch.device) -> int:
+    """Run this rank's part of the model on a text, not compiled, as vLLM's runners call it, and count its tokens."""
+    num_tokens, model_config, stage = len(ids), vllm_config.model_config, get_pp_group()
+    arguments: dict[str, Any] = {
+        "input_ids": torch.tensor(ids, device=device),
+        "positions": torch.arange(num_tokens, device=device),
+        "intermediate_tensors": None,
+        "inputs_embeds": None,
+    }
+    if rows := position_rows(model_config):
+        arguments["positions"] = arguments["positions"].expand(rows, -1).contiguous()
+    # A manager without adapters counts as empty.
+    if (manager := getattr(model, "lora_manager", None)) is not None:
+        manager.set_adapter_mapping(LoRAMapping((0,) * num_tokens, (0,), is_prefill=True))
+    with set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True):
+        if not stage.is_first_rank:
+            arguments["intermediate_tensors"] = IntermediateTensors(stage.recv_tensor_dict())
+        elif model_config.is_multimodal_model:
+            arguments["inputs_embeds"] = model.embed_input_ids(arguments["input_ids"])
+            if not requires_raw_input_tokens(model):
+                arguments["input_ids"] = None
+        hidden = model(**arguments)
+        if not stage.is_last_rank:
+            stage.send_tensor_dict(hidden.tensors)
+    return num_tokens
+
+
+class RawAttention:
+    """Attends in a layer's place on keys and values as they are, and adds up the keys.
+
+    Args:
+        impl: The layer's implementation of ours, whether or not it is in use.
+        shared: The layer whose keys and values it reads instead of its own, or None.
+    """
+
+    def __init__(self, impl: "TurboQuantImpl", shared: "RawAttention | None") -> None:
+        self._impl, self._shared = impl, shared
+        self._total: torch.Tensor | int = 0
+        self._num_tokens = 0
+        self._key_value: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: None,
+        output: torch.Tensor,
+        **scales: Any,
+    ) -> torch.Tensor:
+        """Attend causally with query [num_tokens, num_heads, head_dim] of one text and write `output`."""
+        if self._shared is not None:
+            assert self._shared._key_value is not None
+            key, value = self._shared._key_value
+        else:
+            self._key_value = key, value
+            self._total = self._total + key.sum(dim=0, dtype=torch.float32)
+            self._num_tokens += len(key)
+        start_loc = torch.tensor([0, len(query)], dtype=torch.int32, device=query.device)
+        num_tokens, sinks = len(query), self._impl.sinks
+        self._impl.varlen(
+            query, key, value, start_loc, start_loc, num_tokens, num_tokens, causal=True, sinks=sinks, out=output
+        )
+        return output
+
+    def settle(self) -> bool:
+        """Settle the layer's mean, and say whether there was a finite one, or need of none."""
+        if self._impl.key_mean is None or self._shared is not None:
+            return True
+        assert isinstance(self._total, torch.Tensor)
+        mean = self._total / self._num_tokens
+        is_finite = bool(mean.isfinite().all())
+        self._impl.key_mean.settle(mean if is_finite else None)
+        return is_finite
