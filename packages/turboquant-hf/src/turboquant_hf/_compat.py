@@ -1,5 +1,6 @@
 """Everything that depends on the version of transformers."""
 
+import inspect
 from typing import Any
 
 import transformers
@@ -16,6 +17,8 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
     StaticLayer,
@@ -23,7 +26,11 @@ from transformers.cache_utils import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 
 # transformers 5.16 and 5.17 have no DummyLayer: layers without a cache are not in the list there.
 EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
@@ -35,12 +42,19 @@ CACHE_ARGUMENT = "cache" if tuple(map(int, transformers.__version__.split(".")[:
 HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
 """Whether `QuantizedCache` has the backend "fp8", as from transformers 5.21 on."""
 
+HYBRID_LAYERS: tuple[type, ...] = (
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+"""Layers with the keys and values of attention and the state of linear attention in one."""
+
 KNOWN_LAYERS: tuple[type, ...] = (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
     LinearAttentionLayer,
+    *HYBRID_LAYERS,
     *EMPTY_LAYERS,
 )
 """Layer kinds that are compressed, or stay as transformers made them: bounded by a window or a state, or empty."""
@@ -52,6 +66,38 @@ ENCODER_MODEL_TYPES = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 def with_cache(cache: Cache) -> dict[str, Any]:
     """The keyword arguments by which a model reads and fills a cache."""
     return {CACHE_ARGUMENT: cache, "use_cache": True}
+
+
+def decoder_class(config: PreTrainedConfig) -> Any:
+    """The class that transformers has for a decoder, or for the text model of one; None where it knows neither."""
+    for each, mapping in (
+        (config, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (config.get_text_config(decoder=True), MODEL_FOR_CAUSAL_LM_MAPPING),
+        (config.get_text_config(decoder=True), MODEL_MAPPING),
+    ):
+        try:
+            found = mapping.get(type(each), None)
+        except ImportError:
+            # Its module needs a package that is not installed, without which there is no such model either.
+            continue
+        if found is not None:
+            return found[0] if isinstance(found, tuple) else found
+    return None
+
+
+def takes_dynamic_cache(config: PreTrainedConfig) -> bool:
+    """Whether the model of a configuration keeps its keys and values in a `DynamicCache`; so for one not known."""
+    model = decoder_class(config)
+    if model is None:
+        return True
+    # A cache of its own, or a state that no cache holds.
+    supports = getattr(model, "_supports_default_dynamic_cache", None)
+    if supports is not None and not supports():
+        return False
+    parameters = inspect.signature(model.forward).parameters
+    taken = [parameters[name] for name in ("past_key_values", "cache_params", "cache") if name in parameters]
+    # XLM has had a dict of that name for long.
+    return any("dict" not in str(parameter.annotation) for parameter in taken)
 
 
 def gguf_weights_in_full() -> dict[str, Any]:
@@ -74,6 +120,7 @@ __all__ = [
     "EMPTY_LAYERS",
     "ENCODER_MODEL_TYPES",
     "HAS_FP8_CACHE",
+    "HYBRID_LAYERS",
     "KNOWN_LAYERS",
     "AttentionInterface",
     "AttentionMaskInterface",
@@ -82,13 +129,17 @@ __all__ = [
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "PreTrainedConfig",
     "StaticLayer",
+    "decoder_class",
     "gguf_weights_in_full",
     "sdpa_attention_forward",
     "sdpa_mask",
+    "takes_dynamic_cache",
     "transformers_layers",
     "with_cache",
 ]

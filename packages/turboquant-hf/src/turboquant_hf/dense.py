@@ -40,17 +40,19 @@ def dense_attention(
     Returns:
         [batch_size, query_len, num_heads, head_dim], and None for weights.
     """
+    num_heads, query_len = query.shape[1:3]
+    num_tokens = key.shape[2]
+    makes_mask = softcap or sinks is not None or 1 < query_len < num_tokens
+    # Queries are the last tokens; SDPA would take them for the first. Gemma 4 asks for the last of a prompt alone.
+    if attention_mask is None and makes_mask and is_causal(module, **kwargs):
+        ends = torch.arange(query_len, device=query.device) + (num_tokens - query_len)
+        attention_mask = torch.arange(num_tokens, device=query.device) <= ends[None, None, :, None]
     if not softcap and sinks is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if kwargs.get("position_bias") is not None:
         raise ValueError("softcap or sinks together with a position_bias are not supported. Use 'eager' attention.")
-    num_heads, query_len = query.shape[1:3]
-    num_tokens = key.shape[2]
-    if attention_mask is None and is_causal(module, **kwargs):
-        ends = torch.arange(query_len, device=query.device) + (num_tokens - query_len)
-        attention_mask = torch.arange(num_tokens, device=query.device) <= ends[None, None, :, None]
     key, value = (x.repeat_interleave(num_heads // key.shape[1], dim=1) for x in (key, value))
     step = max(1, MAX_LOGITS // (query.shape[0] * num_heads * num_tokens))
     outputs = []

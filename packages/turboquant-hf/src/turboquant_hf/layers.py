@@ -11,7 +11,7 @@ from turboquant_hf._compat import DynamicLayer, DynamicSlidingWindowLayer, PreTr
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.sliding import TurboQuantSlidingLayer
 from turboquant_hf.static import TurboQuantStaticLayer
-from turboquant_hf.support import held_layers, text_head_dim
+from turboquant_hf.support import held_layers, layer_attention
 
 # benchmarks/eval_cache_options.py --kept says what they and others give.
 DEFAULT_SINK_TOKENS = 1
@@ -45,7 +45,7 @@ def build_layers(
         bits = _bits_of_layers(layer_bits, layers, skipped)
     else:
         bits = _bits_of_file(layer_bits, config, layers, skipped)
-    text_config, head_dim = config.get_text_config(decoder=True), text_head_dim(config)
+    text_config, attention = config.get_text_config(decoder=True), layer_attention(config)
     given = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
     kept = kept_tokens(**given)
     built: list[object] = []
@@ -55,7 +55,7 @@ def build_layers(
             key_bits, value_bits = bits[index]
             options = {**overrides, "key_bits": key_bits, "value_bits": value_bits}
         # A preset or bits that do not exist are found here, not at the first token.
-        TurboQuantConfig.preset(preset, head_dim, **options)
+        TurboQuantConfig.preset(preset, attention[index].head_dim, **options)
         built.append(
             layer
             if index in skipped

@@ -1,30 +1,95 @@
-"""Which models and layers the cache can hold, found out before anything runs."""
+"""How every layer of a model attends, and which models the cache can hold, found out before anything runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from turboquant_hf._compat import (
+    EMPTY_LAYERS,
     ENCODER_MODEL_TYPES,
+    HYBRID_LAYERS,
     KNOWN_LAYERS,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     PreTrainedConfig,
+    takes_dynamic_cache,
     transformers_layers,
 )
 
+LayerKind = Literal[
+    "full attention",
+    "sliding window",
+    "chunked attention",
+    "linear attention",
+    "linear and full attention",
+    "linear attention and a window",
+    "cross-attention",
+    "shared KV",
+    "no attention",
+    "MLA",
+    "other",
+]
+WITH_HEADS: tuple[LayerKind, ...] = (
+    "full attention",
+    "sliding window",
+    "chunked attention",
+    "linear and full attention",
+    "linear attention and a window",
+)
+"""Kinds that store keys and values of heads for the tokens of the text."""
+REMEDY = "Use DynamicCache for it."
 
-def text_head_dim(config: PreTrainedConfig) -> int:
-    """head_dim of a model's attention.
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """How one layer attends.
+
+    Attributes:
+        index: Layer index.
+        kind: What its cache is like; "shared KV" layers read another layer's.
+        head_dim: Dimension of a key.
+        value_dim: Dimension of a value.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads.
+        window: Tokens that a token sees, itself included; None for all.
+        latent_dim: Width of MLA's latent; None without MLA.
+        rope_dim: Width of the key that MLA stores beside a latent.
+    """
+
+    index: int
+    kind: LayerKind
+    head_dim: int
+    value_dim: int
+    num_heads: int
+    num_kv_heads: int
+    window: int | None = None
+    latent_dim: int | None = None
+    rope_dim: int = 0
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether keys and values of heads are stored."""
+        return self.kind in WITH_HEADS
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is a state of fixed size, alone or beside keys and values."""
+        return self.kind.startswith("linear attention") or self.kind == "linear and full attention"
+
+    def describe(self) -> str:
+        """The kind, with its window."""
+        return self.kind if self.window is None else f"{self.kind} of {self.window:,}"
+
+
+def layer_attention(config: PreTrainedConfig) -> tuple[LayerAttention, ...]:
+    """How every layer of a model attends. Sizes may differ between layers, so they are asked of each.
 
     Raises:
-        ValueError: If the configuration does not tell.
+        ValueError: If the model is no decoder with attention layers, or the configuration does not tell a layer's size.
     """
-    text = config.get_text_config(decoder=True)
-    head_dim = getattr(text, "head_dim", None)
-    if head_dim is None:
-        heads = getattr(text, "num_attention_heads", None)
-        if not heads:
-            raise ValueError(
-                f"{type(config).__name__} names no head_dim and no num_attention_heads; TurboQuantCache needs a model "
-                "with attention layers"
-            )
-        head_dim = text.hidden_size // heads
-    return int(head_dim)
+    check_decoder(config)
+    return tuple(_layers(config))
 
 
 def held_layers(config: PreTrainedConfig, max_length: int | None) -> list[object]:
@@ -32,23 +97,36 @@ def held_layers(config: PreTrainedConfig, max_length: int | None) -> list[object
 
     Raises:
         TypeError: If `config` is no model configuration.
-        ValueError: If the model is an encoder or uses MLA, or has a layer of unknown kind.
+        ValueError: If the model is no decoder, uses MLA, has keys and values of different sizes, or a layer of unknown
+            kind.
     """
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config is {type(config).__name__}; pass the model's configuration, model.config")
-    check_architecture(config)
+    check_decoder(config)
     layers = transformers_layers(config, max_length)
+    for held in _layers(config):
+        if held.kind == "MLA":
+            raise ValueError(
+                f"layer {held.index} of this {config.model_type} model uses multi-head latent attention (kv_lora_rank "
+                f"{held.latent_dim}), which caches latents instead of heads; TurboQuantCache does not hold those yet. "
+                f"{REMEDY}"
+            )
+        if held.has_heads and held.value_dim != held.head_dim:
+            raise ValueError(
+                f"layer {held.index} of this {config.model_type} model has keys of {held.head_dim} channels and values "
+                f"of {held.value_dim}; TurboQuantCache holds keys and values of one size. {REMEDY}"
+            )
     for index, layer in enumerate(layers):
         if type(layer) not in KNOWN_LAYERS:
             raise ValueError(
                 f"layer {index} of this {config.model_type} model is a {type(layer).__name__}, which TurboQuantCache "
-                "does not know. Use DynamicCache for this model."
+                f"does not know. {REMEDY}"
             )
     return layers
 
 
-def check_architecture(config: PreTrainedConfig) -> None:
-    """Raise ValueError for encoders, encoder-decoders and MLA models."""
+def check_decoder(config: PreTrainedConfig) -> None:
+    """Raise ValueError for encoders, encoder-decoders, and models that keep no such cache as `DynamicCache`."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise ValueError(
@@ -59,8 +137,71 @@ def check_architecture(config: PreTrainedConfig) -> None:
             f"this {config.model_type} model is an encoder, which keeps no KV cache; TurboQuantCache holds "
             "decoder-only language models"
         )
-    if getattr(text, "kv_lora_rank", None):
+    if not takes_dynamic_cache(text):
         raise ValueError(
-            f"this {config.model_type} model uses multi-head latent attention (kv_lora_rank {text.kv_lora_rank}), "
-            "which caches latents instead of heads; TurboQuantCache does not hold those yet. Use DynamicCache for it."
+            f"this {config.model_type} model takes no DynamicCache, and so no TurboQuantCache in its place; "
+            "TurboQuantCache holds decoder-only language models with attention layers. Run it without a cache of yours."
         )
+
+
+def _layers(config: PreTrainedConfig) -> Iterator[LayerAttention]:
+    text = config.get_text_config(decoder=True)
+    caches = transformers_layers(config, None)
+    kinds = getattr(text, "layer_types", None)
+    crossing = getattr(text, "cross_attention_layers", None) or ()
+    for index, layer in enumerate(text.per_layer_config):
+        # Layers that share another's cache come last, and before transformers 5.23 or so they are not in the list.
+        cache = caches[index] if index < len(caches) else None
+        named = kinds[index] if kinds else None
+        is_chunked = named == "chunked_attention" or (not kinds and bool(getattr(layer, "attention_chunk_size", None)))
+        latent_dim = getattr(layer, "kv_lora_rank", None) or None
+        kind = "cross-attention" if index in crossing else _kind(cache, named, is_chunked)
+        if latent_dim is not None and kind in ("full attention", "sliding window", "other"):
+            kind = "MLA"
+        head_dim = _head_dim(layer)
+        yield LayerAttention(
+            index=index,
+            kind=kind,
+            head_dim=head_dim,
+            value_dim=getattr(layer, "v_head_dim", None) or head_dim,
+            num_heads=layer.num_attention_heads,
+            num_kv_heads=_num_kv_heads(layer),
+            window=cache.sliding_window if isinstance(cache, DynamicSlidingWindowLayer) else None,
+            latent_dim=latent_dim,
+            rope_dim=getattr(layer, "qk_rope_head_dim", None) or 0,
+        )
+
+
+def _head_dim(layer: PreTrainedConfig) -> int:
+    head_dim = getattr(layer, "head_dim", None)
+    if head_dim is None:
+        heads = getattr(layer, "num_attention_heads", None)
+        if not heads:
+            raise ValueError(
+                f"{type(layer).__name__} names no head_dim and no num_attention_heads; TurboQuantCache needs a model "
+                "with attention layers"
+            )
+        head_dim = layer.hidden_size // heads
+    return int(head_dim)
+
+
+def _num_kv_heads(layer: PreTrainedConfig) -> int:
+    # Falcon and GPTBigCode say it in other words.
+    if getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False):
+        return 1
+    named = (getattr(layer, name, None) for name in ("num_key_value_heads", "num_kv_heads"))
+    return next((count for count in named if count), layer.num_attention_heads)
+
+
+def _kind(cache: Any, named: str | None, is_chunked: bool) -> LayerKind:
+    if named in ("moe", "mlp"):
+        return "no attention"
+    if cache is None or type(cache) in EMPTY_LAYERS:
+        return "shared KV"
+    if type(cache) is DynamicSlidingWindowLayer:
+        return "chunked attention" if is_chunked else "sliding window"
+    if type(cache) in HYBRID_LAYERS:
+        return "linear attention and a window" if cache.is_sliding else "linear and full attention"
+    if type(cache) is DynamicLayer:
+        return "full attention"
+    return "linear attention" if type(cache) is LinearAttentionLayer else "other"

@@ -7,9 +7,10 @@ from typing import Any
 
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
 from turboquant_hf._compat import PreTrainedConfig
-from turboquant_hf.doctor.attention import LayerAttention, ModelAttention
+from turboquant_hf.doctor.attention import ModelAttention
 from turboquant_hf.doctor.cards import GIB
 from turboquant_hf.doctor.sizes import token_bytes
+from turboquant_hf.support import LayerAttention
 
 BLOCK_SIZE = BLOCK_SIZE_MULTIPLE
 # vLLM's default; with asynchronous scheduling two batches are in flight.
@@ -101,14 +102,12 @@ def cut_into_blocks(
     if unknown or not pages:
         kind = unknown[0].kind if unknown else "a model without attention layers"
         raise ValueError(f"the cache of {kind} is not planned: TurboQuant for vLLM does not serve it")
-    num_states = sum(layer.kind == "linear attention" for layer in attention.layers)
+    num_states = sum(layer.has_state for layer in attention.layers)
     if num_states:
         pages = _beside_states(pages, num_states, _state_bytes(config, tensor_parallel))
     if len({(page.tokens, page.window) for page in pages}) == 1:
         return Blocks(sum(page.nbytes for page in pages), (pages[0],))
-    if len({page.nbytes for page in pages}) > 1:
-        raise ValueError("layers of different sizes beside windows or linear attention are not planned")
-    return _grouped(pages)
+    return _grouped(_equally_large(pages))
 
 
 def kv_memory(memory_gib: float, share: float, weights_bytes: int, tensor_parallel: int, reserve_gib: float) -> int:
@@ -127,6 +126,18 @@ def _beside_states(pages: list[Pages], num_states: int, state_bytes: int) -> lis
     factor = _ceil(state_bytes, largest)
     longer = [Pages((page.tokens or 0) * factor, page.nbytes * factor, page.window) for page in pages]
     return longer + [Pages(None, largest * factor)] * num_states
+
+
+def _equally_large(pages: list[Pages]) -> list[Pages]:
+    """Smaller pages lengthened to the size of the largest, as vLLM does with layers of smaller heads."""
+    largest = max(page.nbytes for page in pages)
+    if any(largest % page.nbytes for page in pages):
+        raise ValueError("layers whose sizes are no multiples of each other, beside windows, are not planned")
+    factors = [largest // page.nbytes for page in pages]
+    return [
+        Pages(page.tokens and page.tokens * factor, largest, page.window)
+        for page, factor in zip(pages, factors, strict=True)
+    ]
 
 
 def _grouped(pages: list[Pages]) -> Blocks:
@@ -155,11 +166,11 @@ def _state_bytes(config: PreTrainedConfig, tensor_parallel: int) -> int:
 
 
 def _check_parallel(attention: ModelAttention, tensor_parallel: int) -> None:
-    if attention.num_heads % tensor_parallel:
-        raise ValueError(
-            f"tensor_parallel is {tensor_parallel}; it must divide the {attention.num_heads} query heads of this model"
-        )
     for layer, _ in attention.groups():
+        if layer.num_heads % tensor_parallel:
+            raise ValueError(
+                f"tensor_parallel is {tensor_parallel}; it must divide the {layer.num_heads} query heads of this model"
+            )
         if layer.has_heads and max(layer.num_kv_heads, tensor_parallel) % min(layer.num_kv_heads, tensor_parallel):
             raise ValueError(
                 f"tensor_parallel is {tensor_parallel}; it must divide the {layer.num_kv_heads} KV heads of layer "

@@ -7,13 +7,14 @@ from typing import Any
 
 from turboquant_core.vllm_limits import MIN_CAPABILITY
 from turboquant_hf._compat import CACHE_ARGUMENT, gguf_weights_in_full
-from turboquant_hf.doctor.attention import GROWING_KINDS, LayerAttention, ModelAttention
+from turboquant_hf.doctor.attention import GROWING_KINDS, ModelAttention
 from turboquant_hf.doctor.cards import Card
 from turboquant_hf.doctor.checkpoint import Checkpoint
 from turboquant_hf.doctor.engines import Verdict, by_transformers, by_vllm
 from turboquant_hf.doctor.key_bias import KeyBias, key_biases
 from turboquant_hf.doctor.sizes import CACHES, token_bytes
 from turboquant_hf.models import model_source
+from turboquant_hf.support import LayerAttention
 
 # Below it, 4-bit keys average out too little: `turboquant demo` measures it on SmolLM2, whose head_dim is 64.
 ENOUGH_HEAD_DIM = 128
@@ -166,7 +167,7 @@ def diagnose(checkpoint: Checkpoint, attention: ModelAttention, card: Card | Non
         ValueError: If a key bias does not belong to the configuration.
     """
     groups = tuple(
-        GroupBytes(layer, count, {cache: _bytes_or_none(cache, layer, attention) for cache in CACHES})
+        GroupBytes(layer, count, {cache: _bytes_or_none(cache, layer) for cache in CACHES})
         for layer, count in attention.groups()
     )
     preset, reason = _recommend(attention)
@@ -186,9 +187,9 @@ def diagnose(checkpoint: Checkpoint, attention: ModelAttention, card: Card | Non
     )
 
 
-def _bytes_or_none(cache: str, layer: LayerAttention, attention: ModelAttention) -> int | None:
-    if layer.kind == "MLA" and cache == "bf16" and attention.kv_lora_rank:
-        return 2 * (attention.kv_lora_rank + attention.rope_dim)
+def _bytes_or_none(cache: str, layer: LayerAttention) -> int | None:
+    if layer.kind == "MLA" and cache == "bf16" and layer.latent_dim:
+        return 2 * (layer.latent_dim + layer.rope_dim)
     if not layer.has_heads:
         return None
     try:

@@ -10,11 +10,12 @@ from turboquant_core.ops.paths import FASTEST_FIRST, card_obstacle
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, HEAD_DIMS, MIN_CAPABILITY
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.cache import TurboQuantCache
-from turboquant_hf.doctor.attention import LayerAttention, ModelAttention
+from turboquant_hf.doctor.attention import ModelAttention
 from turboquant_hf.doctor.checkpoint import Checkpoint
 from turboquant_hf.doctor.sizes import has_whole_bits
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import page_layout
+from turboquant_hf.support import LayerAttention
 
 PathName = Literal["fused", "dequantised", "uncompressed"]
 

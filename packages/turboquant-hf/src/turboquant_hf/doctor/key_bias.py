@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_core import lloyd_max_codebook
-from turboquant_hf.doctor.attention import LayerAttention, ModelAttention
+from turboquant_hf.doctor.attention import ModelAttention
 from turboquant_hf.doctor.checkpoint import Checkpoint
+from turboquant_hf.support import LayerAttention
 
 PLAIN_BITS = 4
 # Qwen2.5-Coder-1.5B, which plain 4 bits ruin, has 7.8 in its first layer and below 0.2 in most.
@@ -60,25 +61,23 @@ def _found(checkpoint: Checkpoint, attention: ModelAttention) -> Iterator[KeyBia
         if match is None or _TOWER.search(name) or int(match[1]) >= len(attention.layers):
             continue
         layer = attention.layers[int(match[1])]
-        keys = _keys_of(tensor.load(), match[2], layer, attention, name)
+        keys = _keys_of(tensor.load(), match[2], layer, attention.model_type, name)
         distortion = lloyd_max_codebook(layer.head_dim, PLAIN_BITS).mse
         worst = float(keys.square().mean(1).max())
         yield KeyBias(layer.index, float(keys.abs().max()), (worst * distortion) ** 0.5)
 
 
-def _keys_of(
-    bias: torch.Tensor, projection: str, layer: LayerAttention, attention: ModelAttention, name: str
-) -> torch.Tensor:
+def _keys_of(bias: torch.Tensor, projection: str, layer: LayerAttention, model_type: str, name: str) -> torch.Tensor:
     """The keys' part of a bias, [num_kv_heads, head_dim]."""
     kv_heads = layer.num_kv_heads
     # A bias has equal parts; in each lie heads of queries, then of keys, then of values.
     if projection in _KEYS_ALONE:
         parts, queries, keys, values = 1, 0, kv_heads, 0
-    elif projection == "query_key_value" or attention.model_type == "gpt_bigcode":
+    elif projection == "query_key_value" or model_type == "gpt_bigcode":
         # GPT-NeoX, BLOOM, Persimmon, Falcon and GPTBigCode: a part for each KV head.
-        parts, queries, keys, values = kv_heads, attention.num_heads // kv_heads, 1, 1
+        parts, queries, keys, values = kv_heads, layer.num_heads // kv_heads, 1, 1
     else:
-        parts, queries, keys, values = 1, attention.num_heads, kv_heads, kv_heads
+        parts, queries, keys, values = 1, layer.num_heads, kv_heads, kv_heads
     heads = queries + keys + values
     if bias.numel() != parts * heads * layer.head_dim:
         raise ValueError(
