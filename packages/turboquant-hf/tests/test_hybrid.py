@@ -72,6 +72,22 @@ def gemma4(attention):
     return model
 
 
+def gemma3n(attention):
+    config = Gemma3nTextConfig(
+        **COMMON,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=16,
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        laurel_rank=8,
+        activation_sparsity_pattern=None,
+        attn_implementation=attention,
+    )
+    return Gemma3nForCausalLM(config)
+
+
 def mistral(attention):
     config = MistralConfig(**COMMON, num_hidden_layers=2, sliding_window=WINDOW, attn_implementation=attention)
     return MistralForCausalLM(config)
@@ -112,10 +128,9 @@ def qwen3_next(attention):
     return Qwen3NextForCausalLM(config)
 
 
-BUILDERS = {"gemma3": gemma3, "gemma4": gemma4, "mistral": mistral, "gpt-oss": gpt_oss, "qwen3-next": qwen3_next}
+BUILDERS = {"gemma3": gemma3, "mistral": mistral, "gpt-oss": gpt_oss, "qwen3-next": qwen3_next}
 KINDS = {
     "gemma3": [TurboQuantSlidingLayer, TurboQuantSlidingLayer, TurboQuantLayer, TurboQuantSlidingLayer],
-    "gemma4": [TurboQuantSlidingLayer, TurboQuantLayer],
     "mistral": [TurboQuantSlidingLayer] * 2,
     "gpt-oss": [TurboQuantSlidingLayer, TurboQuantLayer],
 }
@@ -194,21 +209,11 @@ def test_drafts_that_are_taken_back(model, name):
     assert torch.equal(generate(model, prompt, TurboQuantCache(model.config), prompt_lookup_num_tokens=5), expected)
 
 
-def test_the_last_logits_of_a_prompt_alone(model, name):
-    if name != "gemma4":
-        pytest.skip("only Gemma 4 computes its shared layers for the tokens that are asked for")
-    prompt = ids(1, 2 * WINDOW)
-    with torch.no_grad():
-        whole, last = (model(prompt, logits_to_keep=keep).logits[:, -6:] for keep in (0, 6))
-    torch.testing.assert_close(last, whole)
-
-
 def test_layers_and_memory(model, name):
     cache = TurboQuantCache(model.config)
     generate(model, ids(1, 6 * WINDOW), cache)
     for index, (layer, measured) in enumerate(zip(cache.layers, cache.memory_report().layers, strict=True)):
-        # The other layers of Gemma 4 share the cache of these.
-        if index < len(KINDS.get(name, [])):
+        if name in KINDS:
             assert type(layer) is KINDS[name][index]
         if isinstance(layer, TurboQuantSlidingLayer):
             # The window and at most a block more, beside what growing reserves.
@@ -236,32 +241,34 @@ def test_beams_over_a_window(attention):
     assert torch.equal(generate(model, prompt, TurboQuantCache(model.config, **EXACT), num_beams=3), expected)
 
 
-def test_layers_that_read_the_cache_of_another(attention):
-    config = Gemma3nTextConfig(
-        **COMMON,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=16,
-        num_hidden_layers=6,
-        num_kv_shared_layers=2,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 3,
-        laurel_rank=8,
-        activation_sparsity_pattern=None,
-        attn_implementation=attention,
-    )
+@pytest.mark.parametrize("build", [gemma3n, gemma4])
+def test_layers_that_read_the_cache_of_another(build, attention):
     torch.manual_seed(3)
-    model = Gemma3nForCausalLM(config).eval()
+    model = build(attention).eval()
     prompt = ids(2, 100)
     mask = torch.ones(2, 134, dtype=torch.int64)
     mask[0, :30] = 0
-    cache = TurboQuantCache(config, **EXACT)
-    expected = step_logits(model, prompt, DynamicCache(config=config), mask=mask)
+    cache = TurboQuantCache(model.config, **EXACT)
+    expected = step_logits(model, prompt, DynamicCache(config=model.config), mask=mask)
     actual = step_logits(model, prompt, cache, mask=mask)
-    assert [type(layer) for layer in cache.layers[:4]] == [TurboQuantSlidingLayer, TurboQuantLayer] * 2
-    assert not any(isinstance(layer, TurboQuantLayer) for layer in cache.layers[4:])
-    # This model's random weights magnify a difference; one that read anything else would be far away.
+    own = model.config.num_hidden_layers - 2
+    assert [type(layer) for layer in cache.layers[:own]] == [TurboQuantSlidingLayer, TurboQuantLayer] * (own // 2)
+    assert not any(isinstance(layer, TurboQuantLayer) for layer in cache.layers[own:])
+    # These models' random weights magnify a difference; one that read anything else would be far away.
     errors = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert 0 < errors.median() < 0.05
+
+
+def test_shared_layers_that_compute_the_last_tokens_alone(attention):
+    torch.manual_seed(3)
+    model = gemma4(attention).eval()
+    for cache in (DynamicCache, TurboQuantCache):
+        logits = []
+        for keep in (0, 6):
+            given = {"past_key_values": cache(config=model.config), "logits_to_keep": keep}
+            with torch.no_grad():
+                logits.append([model(ids(1, size, seed=size), **given).logits[:, -6:] for size in (2 * WINDOW, 20)])
+        torch.testing.assert_close(logits[1], logits[0])
 
 
 def test_images_in_the_prompt(attention):

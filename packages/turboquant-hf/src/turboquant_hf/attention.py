@@ -114,6 +114,8 @@ def turboquant_attention(
         parts = None
         if states.parts_calls:
             key, value, parts = states.dequantize_parts(key.dtype, getattr(key, _RECENT, None))
+            # Layers that share a cache may compute the last of the new tokens alone.
+            parts = parts[:, -query_len:]
             if position_bias is not None:
                 options["position_bias"] = over_parts(position_bias, num_tokens, parts)
         else:
