@@ -9,6 +9,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from turboquant_core.command_output import CommandError, printable
@@ -82,7 +83,7 @@ def load(name: str | None, device: str, errors: Console) -> LoadedModel:
     transformers_logging.disable_progress_bar()
     name = name or default_model()
     try:
-        with errors.status(f"loading {name}"):
+        with errors.status(Text(f"loading {name}")):
             loaded = load_model(name, device)
             return replace(loaded, name=printable(loaded.name))
     except OSError as error:

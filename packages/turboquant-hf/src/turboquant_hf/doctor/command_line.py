@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from turboquant_core.command_output import REFUSED, CommandError
 from turboquant_hf.command_line import finite
@@ -14,6 +15,11 @@ from turboquant_hf.models import default_model
 
 MAX_GIB = 1 << 20
 """More memory than any machine has."""
+
+MAX_SIZE = 1 << 31
+"""More than any size of a model."""
+
+_SIZES = ("head_dim", "value_dim", "num_heads", "num_kv_heads", "window")
 
 GpuOption = Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")]
 MemoryOption = Annotated[
@@ -30,16 +36,34 @@ def open_model(name: str | None, errors: Console) -> tuple[Checkpoint, ModelAtte
     """
     name = name or default_model()
     try:
-        with errors.status(f"reading the headers of {name}"):
+        with errors.status(Text(f"reading the headers of {name}")):
             checkpoint = open_checkpoint(name)
     except (OSError, ValueError) as error:
         raise CommandError(
             f"cannot read {name}: {error}\nPass a hub id, a folder or a GGUF file that this machine can reach."
         ) from error
     try:
-        return checkpoint, model_attention(checkpoint.config, checkpoint.tensors or ())
+        attention = model_attention(checkpoint.config, checkpoint.tensors or ())
     except ValueError as error:
         raise CommandError(str(error), REFUSED, "refused") from error
+    # What sizes that are none lead to.
+    except (ArithmeticError, TypeError, AttributeError, LookupError) as error:
+        raise CommandError(
+            f"cannot read {name}: its configuration describes no model ({type(error).__name__}: {error})"
+        ) from error
+    _check_sizes(name, attention)
+    return checkpoint, attention
+
+
+def _check_sizes(name: str, attention: ModelAttention) -> None:
+    """Refuse sizes that no model has."""
+    sizes: dict[str, object] = {"the longest context": attention.max_length}
+    for layer, _ in attention.groups():
+        if layer.has_heads:
+            sizes |= {f"{field} of layer {layer.index}": getattr(layer, field) for field in _SIZES}
+    for what, size in sizes.items():
+        if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIZE):
+            raise CommandError(f"cannot read {name}: {what} is {size}; sizes are from 1 to {MAX_SIZE:,}")
 
 
 def named_card(gpu: str | None) -> Card | None:

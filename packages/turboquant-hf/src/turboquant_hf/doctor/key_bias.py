@@ -50,7 +50,8 @@ def key_biases(checkpoint: Checkpoint, attention: ModelAttention) -> list[KeyBia
 
     Raises:
         OSError: If a file cannot be read.
-        ValueError: If a bias is not stored as floating-point numbers, or is of another size than the configuration's.
+        ValueError: If a bias is not stored as floating-point numbers, is not finite, or of another size than the
+            configuration's.
     """
     return sorted(_found(checkpoint, attention), key=lambda bias: bias.layer)
 
@@ -62,8 +63,11 @@ def _found(checkpoint: Checkpoint, attention: ModelAttention) -> Iterator[KeyBia
             continue
         layer = attention.layers[int(match[1])]
         keys = _keys_of(tensor.load(), match[2], layer, attention.model_type, name)
+        if not keys.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite: the file is damaged, or the model is")
         distortion = lloyd_max_codebook(layer.head_dim, PLAIN_BITS).mse
-        worst = float(keys.square().mean(1).max())
+        # The square of what a file may hold does not fit into float32.
+        worst = float(keys.double().square().mean(1).max())
         yield KeyBias(layer.index, float(keys.abs().max()), (worst * distortion) ** 0.5)
 
 

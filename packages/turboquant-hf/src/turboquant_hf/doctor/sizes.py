@@ -1,5 +1,7 @@
 """Bytes of a token in every cache."""
 
+from functools import cache
+
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
 from turboquant_hf.codec import LayerCodec
@@ -15,6 +17,7 @@ def has_whole_bits(preset: str) -> bool:
     return LayerCodec(TurboQuantConfig.preset(preset, 128)).has_whole_bits
 
 
+@cache
 def token_bytes(cache: str, num_kv_heads: int, head_dim: int) -> int:
     """Bytes of one token's keys and values in one layer.
 
