@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
@@ -14,6 +16,8 @@ from transformers import (
     GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3NextConfig,
@@ -21,6 +25,8 @@ from transformers import (
 )
 
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.cross import CrossAttentionLayer
+from turboquant_hf.hybrid import TurboQuantHybridLayer
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.sliding import TurboQuantSlidingLayer
 
@@ -128,8 +134,28 @@ def qwen3_next(attention):
     return Qwen3NextForCausalLM(config)
 
 
-BUILDERS = {"gemma3": gemma3, "mistral": mistral, "gpt-oss": gpt_oss, "qwen3-next": qwen3_next}
+def falcon_h1(attention):
+    config = FalconH1Config(
+        **COMMON,
+        num_hidden_layers=2,
+        mamba_d_ssm=64,
+        mamba_n_heads=4,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        attn_implementation=attention,
+    )
+    return FalconH1ForCausalLM(config)
+
+
+BUILDERS = {
+    "falcon-h1": falcon_h1,
+    "gemma3": gemma3,
+    "mistral": mistral,
+    "gpt-oss": gpt_oss,
+    "qwen3-next": qwen3_next,
+}
 KINDS = {
+    "falcon-h1": [TurboQuantHybridLayer] * 2,
     "gemma3": [TurboQuantSlidingLayer, TurboQuantSlidingLayer, TurboQuantLayer, TurboQuantSlidingLayer],
     "mistral": [TurboQuantSlidingLayer] * 2,
     "gpt-oss": [TurboQuantSlidingLayer, TurboQuantLayer],
@@ -202,7 +228,7 @@ def test_left_padding(model):
 
 
 def test_drafts_that_are_taken_back(model, name):
-    if name == "qwen3-next":
+    if name in ("falcon-h1", "qwen3-next"):
         pytest.skip("generate takes no drafts for models with linear attention")
     prompt = ids(1, 10).repeat(1, 16)
     expected = generate(model, prompt, TurboQuantCache(model.config))
@@ -233,9 +259,10 @@ def test_without_recording_what_left_the_window_cannot_be_taken_back():
         cache.crop(-100)
 
 
-def test_beams_over_a_window(attention):
+@pytest.mark.parametrize("build", [gemma3, falcon_h1])
+def test_beams_over_a_window_or_a_state(build, attention):
     torch.manual_seed(3)
-    model = gemma3(attention).eval()
+    model = build(attention).eval()
     prompt = ids(2, 2 * WINDOW)
     expected = generate(model, prompt, DynamicCache(config=model.config), num_beams=3)
     assert torch.equal(generate(model, prompt, TurboQuantCache(model.config, **EXACT), num_beams=3), expected)
@@ -269,6 +296,60 @@ def test_shared_layers_that_compute_the_last_tokens_alone(attention):
             with torch.no_grad():
                 logits.append([model(ids(1, size, seed=size), **given).logits[:, -6:] for size in (2 * WINDOW, 20)])
         torch.testing.assert_close(logits[1], logits[0])
+
+
+def test_layers_that_attend_to_an_image(attention):
+    config = MllamaConfig(
+        text_config={
+            **{field: value for field, value in COMMON.items() if field != "head_dim"},
+            "bos_token_id": 1,
+            "num_hidden_layers": 4,
+            "cross_attention_layers": [1, 3],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "intermediate_size": 32,
+            "image_size": 28,
+            "patch_size": 14,
+            "max_num_tiles": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 64,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        image_token_index=290,
+        attn_implementation=attention,
+    )
+    torch.manual_seed(3)
+    model = MllamaForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if "gate" in name:
+            parameter.data.fill_(0.5)
+    prompt = ids(1, 40).clamp(max=280)
+    prompt[0, 0] = 290
+    image = {
+        "pixel_values": torch.randn(1, 1, 1, 3, 28, 28, generator=torch.Generator().manual_seed(1)),
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.int64),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.int64),
+        "cross_attention_mask": torch.ones(1, 40, 1, 1, dtype=torch.int64),
+    }
+    cache = TurboQuantCache(config, **EXACT)
+    assert [type(layer) for layer in cache.layers] == [TurboQuantLayer, CrossAttentionLayer] * 2
+    logits = {}
+    for each in (DynamicCache(config=config), cache):
+        with torch.no_grad():
+            model(prompt, past_key_values=each, **image)
+            seen = torch.ones(1, 3, 1, 1, dtype=torch.int64)
+            step = model(ids(1, 3), past_key_values=each, cross_attention_mask=seen)
+        logits[type(each)] = step.logits
+    difference = (logits[TurboQuantCache] - logits[DynamicCache]).norm() / logits[DynamicCache].norm()
+    assert 0 < difference < 0.03
+    assert cache.layers[1].get_seq_length() == 5
+    cache.crop(-3)
+    assert (cache.get_seq_length(), cache.layers[1].get_seq_length()) == (40, 5)
 
 
 def test_images_in_the_prompt(attention):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from turboquant_hf._compat import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from turboquant_hf.cross import CrossAttentionLayer
 from turboquant_hf.static import TurboQuantStaticLayer
 
 RESET = "reset() forgets everything."
@@ -163,7 +164,7 @@ def attention_lengths(layers: Sequence[Any]) -> dict[int, int]:
     lengths = {
         index: layer.get_seq_length()
         for index, layer in enumerate(layers)
-        if isinstance(layer, CacheLayerMixin) and layer.is_initialized
+        if isinstance(layer, CacheLayerMixin) and layer.is_initialized and not isinstance(layer, CrossAttentionLayer)
     }
     on_device = {index: length for index, length in lengths.items() if isinstance(length, torch.Tensor)}
     if on_device:

@@ -7,7 +7,15 @@ from typing import Any
 from turboquant_core import TurboQuantConfig
 from turboquant_core.layer_bits import read_layer_bits
 from turboquant_core.model_identity import ModelIdentity
-from turboquant_hf._compat import DynamicLayer, DynamicSlidingWindowLayer, PreTrainedConfig, StaticLayer
+from turboquant_hf._compat import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    PreTrainedConfig,
+    StaticLayer,
+)
+from turboquant_hf.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.sliding import TurboQuantSlidingLayer
 from turboquant_hf.static import TurboQuantStaticLayer
@@ -17,7 +25,13 @@ from turboquant_hf.support import held_layers, layer_attention
 DEFAULT_SINK_TOKENS = 1
 DEFAULT_RECENT_TOKENS = 8
 
-COMPRESSED_KINDS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+COMPRESSED_KINDS = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    StaticLayer,
+)
 """Layers of transformers in whose place a compressed one comes."""
 
 
@@ -109,6 +123,11 @@ def compressed_layer(layer: Any, preset: str, kept: Mapping[str, int], options: 
         return TurboQuantLayer(preset, **kept, **options)
     if type(layer) is DynamicSlidingWindowLayer:
         return TurboQuantSlidingLayer(layer.sliding_window, preset, **options)
+    if type(layer) is LinearAttentionAndFullAttentionLayer:
+        return TurboQuantHybridLayer(preset, number_of_states=layer.number_of_states, **kept, **options)
+    if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
+        states = layer.number_of_states
+        return TurboQuantHybridSlidingLayer(layer.sliding_window, preset, number_of_states=states, **options)
     if type(layer) is StaticLayer:
         return TurboQuantStaticLayer(layer.max_cache_len, preset, **kept, **options)
     return layer

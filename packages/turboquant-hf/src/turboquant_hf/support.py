@@ -16,6 +16,7 @@ from turboquant_hf._compat import (
     takes_dynamic_cache,
     transformers_layers,
 )
+from turboquant_hf.cross import CrossAttentionLayer
 
 LayerKind = Literal[
     "full attention",
@@ -104,7 +105,8 @@ def held_layers(config: PreTrainedConfig, max_length: int | None) -> list[object
         raise TypeError(f"config is {type(config).__name__}; pass the model's configuration, model.config")
     check_decoder(config)
     layers = transformers_layers(config, max_length)
-    for held in _layers(config):
+    attention = tuple(_layers(config))
+    for held in attention:
         if held.kind == "MLA":
             raise ValueError(
                 f"layer {held.index} of this {config.model_type} model uses multi-head latent attention (kv_lora_rank "
@@ -122,6 +124,9 @@ def held_layers(config: PreTrainedConfig, max_length: int | None) -> list[object
                 f"layer {index} of this {config.model_type} model is a {type(layer).__name__}, which TurboQuantCache "
                 f"does not know. {REMEDY}"
             )
+    for held in attention:
+        if held.kind == "cross-attention":
+            layers[held.index] = CrossAttentionLayer()
     return layers
 
 
