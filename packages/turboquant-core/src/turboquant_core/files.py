@@ -19,7 +19,7 @@ _MAX_JSON_INTEGER = 2**63 - 1
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, wait_for_disk: bool = True) -> Iterator[Path]:
     """A new file in the same folder, which takes the place of `path` when it is complete.
 
     If it is not, for an error or Ctrl-C, it is removed, and what is at `path` stays. A file keeps its mode, and a link
@@ -27,6 +27,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Args:
         path: The file to write.
+        wait_for_disk: Wait until it is on the disk, or it may be empty after a power failure.
 
     Yields:
         The path to write to.
@@ -51,7 +52,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield unfinished
             if target.is_file():
                 shutil.copymode(target, unfinished)
-            _flush_to_disk(unfinished)
+            if wait_for_disk:
+                _flush_to_disk(unfinished)
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -174,7 +176,6 @@ def check_format(header: Mapping[str, object], name: str, version: object) -> No
 
 
 def _flush_to_disk(path: Path) -> None:
-    """Wait until a file is on the disk, or it may be empty after a power failure although it was renamed."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -172,6 +172,7 @@ class TurboQuantCache(Cache):
         """Write everything held to a safetensors file, to be continued with `load`.
 
         Raises:
+            OSError: If the file cannot be written.
             ValueError: If the cache is empty, or has layers that are not compressed.
             RuntimeError: If a call stopped between layers and was not taken back.
         """
@@ -204,7 +205,7 @@ class TurboQuantCache(Cache):
             ValueError: If it is damaged, no cache, or one of another model or version.
         """
         cache = cls(config, offloading=offloading)
-        cache.layers = list(load_layers(Path(path), cache._text_config, torch.device(device)))
+        cache.layers = list(load_layers(Path(path), cache.layers, cache._text_config, torch.device(device)))
         return cache
 
     def _reach_linear(self, layer_idx: int, replaced: str | None = None) -> None:

@@ -62,7 +62,7 @@ class KeptTokens:
     ) -> "KeptTokens":
         """Room for the tokens of (batch_size, num_kv_heads, head_dim)."""
         batch_size, num_kv_heads, head_dim = heads
-        shape = (batch_size, num_kv_heads, sink_tokens + _ring_size(recent_tokens) + 1, head_dim)
+        shape = (batch_size, num_kv_heads, sink_tokens + ring_size_of(recent_tokens) + 1, head_dim)
         # Zeroed: what nobody has written is multiplied with a weight of zero.
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return cls(sink_tokens, recent_tokens, keys, values)
@@ -70,7 +70,7 @@ class KeptTokens:
     @property
     def ring_size(self) -> int:
         """Tokens that the ring has room for."""
-        return _ring_size(self.recent_tokens)
+        return ring_size_of(self.recent_tokens)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is kept."""
@@ -180,5 +180,6 @@ class KeptTokens:
         return torch.arange(start, stop, device=self.keys.device) % max(1, self.ring_size) + self.sink_tokens
 
 
-def _ring_size(recent_tokens: int) -> int:
+def ring_size_of(recent_tokens: int) -> int:
+    """Tokens that the ring of a window has room for."""
     return recent_tokens + MAX_QUERY_LEN if recent_tokens else 0

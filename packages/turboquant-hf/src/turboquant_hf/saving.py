@@ -1,40 +1,41 @@
-"""A cache as a safetensors file."""
+"""A cache as a safetensors file.
 
-import json
+The header has checksums of all tensors, and a checksum of its own. What must be in the file follows from it, and is
+compared with what is before anything is allocated.
+"""
+
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from turboquant_core import TurboQuantConfig
-from turboquant_core.vector_format import OUTLIER_BITS
+from turboquant_core import OutlierQuantizer
+from turboquant_core.files import open_safetensors, reading, replacing
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.codec import LayerCodec
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
+from turboquant_hf.saved_header import DTYPES, KEPT_TENSORS, ROW_STARTS, SavedCache, SavedKept, SavedLayer, stored_name
 from turboquant_hf.states import PagedStates
 
-HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 4
-# What must be the same for keys and values of one model to mean anything to another.
-MODEL_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
 CODEC_TENSORS = ("key_mean", "key_order", "value_order")
-KEPT_TENSORS = ("kept_keys", "kept_values")
-KEPT_FIELDS = ("sink_tokens", "recent_tokens", "num_kept", "is_padded")
+# As safetensors calls them.
+STORED_DTYPES = {
+    torch.uint8: "U8",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+CHECKSUM_THREADS = 4
 AGAIN = "Fill a new cache and save it again."
 
 
@@ -42,9 +43,11 @@ def save_layers(layers: Sequence[object], text_config: PreTrainedConfig, path: P
     """Write the codes of all layers, and what they were quantised with.
 
     Raises:
-        ValueError: If a layer is not compressed or empty.
+        OSError: If the file cannot be written.
+        ValueError: If a layer is not compressed or empty, or layers disagree.
     """
-    tensors, described = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    described, row_starts = [], None
     for index, layer in enumerate(layers):
         if type(layer) is not TurboQuantLayer:
             raise ValueError(
@@ -53,52 +56,54 @@ def save_layers(layers: Sequence[object], text_config: PreTrainedConfig, path: P
             )
         if layer.get_seq_length() == 0:
             raise ValueError(f"layer {index} holds no tokens; feed the model a prompt before saving its cache")
-        states = layer.states
-        for name, tensor in _tensors(states).items():
-            tensors[f"layers.{index}.{name}"] = tensor.contiguous()
-        described.append(
-            {
-                "config": asdict(states.config),
-                "batch_size": states.batch_size,
-                "num_kv_heads": states.num_kv_heads,
-                "num_tokens": states.num_tokens,
-                "dtype": str(layer.dtype).removeprefix("torch."),
-                "kept": _describe(states.kept, states.num_tokens),
-            }
-        )
-    header = {
-        "version": FORMAT_VERSION,
-        "core": _core_version(),
-        "model": {field: getattr(text_config, field, None) for field in MODEL_FIELDS},
-        "layers": described,
-    }
-    save_file(tensors, path, metadata={HEADER: json.dumps(header)})
+        mine = _tensors(layer.states)
+        tensors |= {stored_name(index, name): tensor for name, tensor in mine.items()}
+        described.append(_described(layer, _checksums(mine)))
+        if layer.states.kept is not None and index == 0:
+            row_starts = layer.states.kept.row_starts
+    if row_starts is not None:
+        tensors[ROW_STARTS] = row_starts.cpu()
+    saved = SavedCache(described, None if row_starts is None else _checksum(tensors[ROW_STARTS]))
+    saved.check(text_config)
+    # A file that a power failure cut off is refused when it is loaded: there is no need to wait for the disk.
+    with replacing(path, wait_for_disk=False) as unfinished:
+        try:
+            save_file(tensors, unfinished, metadata=saved.to_metadata(text_config))
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
-def load_layers(path: Path, text_config: PreTrainedConfig, device: torch.device) -> list[TurboQuantLayer]:
+def load_layers(
+    path: Path, layers: Sequence[object], text_config: PreTrainedConfig, device: torch.device
+) -> list[TurboQuantLayer]:
     """The layers of a saved cache.
+
+    Args:
+        path: The file.
+        layers: Those of a new cache for the model.
+        text_config: The configuration of the model.
+        device: Where they are put.
 
     Raises:
         OSError: If there is no such file.
         ValueError: If it is damaged, no cache, or not one of this model or of this version.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            header = _header(file.metadata() or {}, text_config, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with reading(path, "saved cache", AGAIN), open_safetensors(path) as file:
+        saved = SavedCache.from_metadata(file.metadata() or {}, layers, text_config)
+        tensors = {name: tensor.to(device) for name, tensor in _stored(file, saved).items()}
         return [
-            _restore(index, described, tensors, text_config, path) for index, described in enumerate(header["layers"])
+            _restore(
+                layer,
+                {name: tensors[stored_name(index, name)] for name in layer.tensors()},
+                tensors.get(ROW_STARTS),
+                text_config,
+            )
+            for index, layer in enumerate(saved.layers)
         ]
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a part of one ({error}). {AGAIN}") from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has a header that is not a cache's ({error!r}). {AGAIN}") from error
 
 
 def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
-    """What is stored of a layer: whole blocks, with zeros where no token is."""
+    """What is stored of a layer, on the CPU: whole blocks, with zeros where no token is."""
     pages = states.pages[: num_blocks(states.num_tokens)].clone()
     last = page_layout(states.config, pages.shape[1]).views(pages[-1:])
     used = (states.num_tokens - 1) % BLOCK_SIZE + 1
@@ -109,78 +114,70 @@ def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
         named |= {name: getattr(states.codec, name) for name in CODEC_TENSORS}
     if states.kept is not None:
         named |= dict(zip(KEPT_TENSORS, states.kept.in_order(states.num_tokens), strict=True))
-        if states.kept.row_starts is not None:
-            # Layers share it, and safetensors refuses tensors that share memory.
-            named["row_starts"] = states.kept.row_starts.clone()
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
+    return {name: tensor.contiguous().cpu() for name, tensor in named.items() if tensor is not None}
 
 
-def _describe(kept: KeptTokens | None, num_tokens: int) -> dict[str, int] | None:
-    if kept is None:
-        return None
-    num_kept = min(kept.sink_tokens, num_tokens) + num_tokens - kept.first_held(num_tokens)
-    is_padded = kept.row_starts is not None
-    return dict(zip(KEPT_FIELDS, (kept.sink_tokens, kept.recent_tokens, num_kept, is_padded), strict=True))
+def _described(layer: TurboQuantLayer, checksums: dict[str, int]) -> SavedLayer:
+    states, kept = layer.states, None
+    if states.kept is not None:
+        num_sinks = min(states.kept.sink_tokens, states.num_tokens)
+        num_kept = num_sinks + states.num_tokens - states.kept.first_held(states.num_tokens)
+        kept = SavedKept(states.kept.sink_tokens, states.kept.recent_tokens, num_kept)
+    dtype = str(layer.dtype).removeprefix("torch.")
+    return SavedLayer(states.config, states.batch_size, states.num_kv_heads, states.num_tokens, dtype, kept, checksums)
 
 
-def _header(metadata: dict[str, str], text_config: PreTrainedConfig, path: Path) -> dict[str, Any]:
-    if HEADER not in metadata:
-        raise ValueError(f"{path} is a safetensors file, but no cache that TurboQuantCache.save wrote. {AGAIN}")
-    header: dict[str, Any] = json.loads(metadata[HEADER])
-    if header["version"] != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {header['version']}; this one reads {FORMAT_VERSION}. {AGAIN}")
-    if header["core"] != _core_version():
-        raise ValueError(
-            f"{path} holds codes of turboquant-core {header['core']}, which {_core_version()} may read differently. "
-            f"{AGAIN}"
-        )
-    for field, stored in header["model"].items():
-        given = getattr(text_config, field, None)
-        if stored != given:
-            raise ValueError(f"{path} is the cache of a model whose {field} is {stored}; this model's is {given}")
-    if len(header["layers"]) != text_config.num_hidden_layers:
-        raise ValueError(f"{path} has {len(header['layers'])} layers; this model has {text_config.num_hidden_layers}")
-    return header
+def _checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The crc32 of tensors on the CPU."""
+    with ThreadPoolExecutor(CHECKSUM_THREADS) as threads:
+        return dict(zip(tensors, threads.map(_checksum, tensors.values()), strict=True))
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    content: Any = tensor.flatten().view(torch.uint8).numpy()
+    return crc32(content)
+
+
+def _stored(file: Any, saved: SavedCache) -> dict[str, torch.Tensor]:
+    """All tensors of a file, on the CPU; none is read before all have the types and shapes that they must have."""
+    expected = saved.tensors()
+    found = set(file.keys())
+    if missing := sorted(expected.keys() - found):
+        raise ValueError(f"{missing[0]} is missing")
+    if more := sorted(found - expected.keys()):
+        raise ValueError(f"it has a tensor {more[0]!r}, of no layer")
+    for name, (dtype, shape) in expected.items():
+        stored = file.get_slice(name)
+        if (stored.get_dtype(), tuple(stored.get_shape())) != (STORED_DTYPES[dtype], shape):
+            raise ValueError(
+                f"{name} is {stored.get_dtype()} {stored.get_shape()} and must be {STORED_DTYPES[dtype]} {list(shape)}"
+            )
+    tensors = {name: file.get_tensor(name) for name in expected}
+    checksums = saved.checksums()
+    for name, checksum in _checksums(tensors).items():
+        if checksum != checksums.get(name):
+            raise ValueError(f"{name} is damaged: its checksum is another")
+    return tensors
 
 
 def _restore(
-    index: int, described: dict[str, Any], tensors: dict[str, torch.Tensor], text_config: PreTrainedConfig, path: Path
+    layer: SavedLayer, tensors: dict[str, torch.Tensor], row_starts: torch.Tensor | None, text_config: PreTrainedConfig
 ) -> TurboQuantLayer:
-    config = TurboQuantConfig(**described["config"])
-    batch_size, num_kv_heads, num_tokens = (described[name] for name in ("batch_size", "num_kv_heads", "num_tokens"))
-    num_heads = batch_size * num_kv_heads
-    dtype = getattr(torch, described["dtype"])
-
-    def take(name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        tensor = tensors.get(f"layers.{index}.{name}")
-        if tensor is None or tensor.dtype != dtype or tensor.shape != shape:
-            found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"{path}: {name} of layer {index} are {found} and must be {dtype} {list(shape)}. {AGAIN}")
-        return tensor
-
-    pages = take("pages", torch.uint8, num_blocks(num_tokens), num_heads, page_layout(config, num_heads).head_bytes)
-    kept = None
-    if described["kept"] is not None:
-        sinks, recent, num_kept, is_padded = (described["kept"][field] for field in KEPT_FIELDS)
-        kept = KeptTokens.empty(sinks, recent, (batch_size, num_kv_heads, config.head_dim), dtype, pages.device)
-        shape = (batch_size, num_kv_heads, num_kept, config.head_dim)
-        keys, values = (take(name, dtype, *shape) for name in KEPT_TENSORS)
-        kept.restore(keys, values, num_tokens)
-        if is_padded:
-            kept.row_starts = take("row_starts", torch.int32, batch_size)
+    config, dtype, pages, kept = layer.config, DTYPES[layer.dtype], tensors["pages"], None
+    if layer.kept is not None:
+        heads = (layer.batch_size, layer.num_kv_heads, config.head_dim)
+        kept = KeptTokens.empty(layer.kept.sink_tokens, layer.kept.recent_tokens, heads, dtype, pages.device)
+        keys, values = (tensors[name] for name in KEPT_TENSORS)
+        kept.restore(keys, values, layer.num_tokens)
+        if row_starts is not None and not bool(((row_starts >= 0) & (row_starts <= layer.num_tokens)).all()):
+            raise ValueError(f"{ROW_STARTS} are not all from 0 to the {layer.num_tokens:,} tokens of a row")
+        kept.row_starts = row_starts
     codec = None
-    if kept is None or num_tokens > kept.sink_tokens:
-        vectors = (num_heads, config.head_dim)
-        codec = LayerCodec(
-            config,
-            take("key_mean", torch.float32, *vectors) if config.center_keys else None,
-            take("key_order", torch.int64, *vectors) if config.key_bits in OUTLIER_BITS else None,
-            take("value_order", torch.int64, *vectors) if config.value_bits in OUTLIER_BITS else None,
-        )
-    states = PagedStates.restore(config, batch_size, num_tokens, pages, codec, kept)
+    if layer.has_codes:
+        codec = LayerCodec(config, *(tensors.get(name) for name in CODEC_TENSORS))
+        for bits, order in ((config.key_bits, codec.key_order), (config.value_bits, codec.value_order)):
+            if order is not None:
+                # Refuses an order that does not name every channel once.
+                OutlierQuantizer(bits, order)
+    states = PagedStates.restore(config, layer.batch_size, layer.num_tokens, pages, codec, kept)
     return TurboQuantLayer.restore(states, dtype, text_config)
-
-
-def _core_version() -> str:
-    """The part of core's version that the meaning of codes depends on."""
-    return ".".join(version("turboquant-core").split(".")[:2])
