@@ -197,7 +197,9 @@ class PagedStates:
         sinks_end = kept.sinks_end
         if isinstance(sinks_end, torch.Tensor):
             sinks_end = sinks_end[:, None, None]
-        near = ((last > query - kept.recent_tokens) & (last >= sinks_end)).view(-1, self._num_new, num_recent)
+        near = (last > query - kept.recent_tokens) & (last >= sinks_end)
+        # Not view(-1, ...): where there is none that size is not known.
+        near = near if near.ndim == 3 else near[None]
         far = near.new_ones(len(near), self._num_new, length - num_recent)
         return keys, values, torch.cat([far, ~near, near], dim=-1)
 
