@@ -1,6 +1,7 @@
 """What the codec covers, and the errors for what it does not."""
 
 from numbers import Integral, Real
+from typing import TypeGuard
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
 MIN_BITS, MAX_BITS = 1, 8
@@ -31,9 +32,10 @@ def check_bits(bits: float) -> int:
     return int(bits)
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether a value is a whole number by its type; True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    # Operations ask at every call, and an abstract class answers slowly.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_int(name: str, value: object, least: int, most: int | None = None, remedy: str = "") -> int:
@@ -42,10 +44,8 @@ def check_int(name: str, value: object, least: int, most: int | None = None, rem
     Raises:
         ValueError: If it is another or no int; 2.0 and True are none.
     """
-    if isinstance(value, Integral) and is_int(value):
-        number = int(value)
-        if number >= least and (most is None or number <= most):
-            return number
+    if is_int(value) and value >= least and (most is None or value <= most):
+        return int(value)
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
     raise ValueError(f"{name} is {value!r}; it must be an int {limits}. {remedy}".rstrip())
 
@@ -56,7 +56,7 @@ def check_number(name: str, value: object, least: float, most: float, remedy: st
     Raises:
         ValueError: If it is another or no number; NaN and True are none.
     """
-    if isinstance(value, Real) and not isinstance(value, bool) and least <= float(value) <= most:
+    if isinstance(value, float | Real) and not isinstance(value, bool) and least <= float(value) <= most:
         return float(value)
     raise ValueError(f"{name} is {value!r}; it must be a number from {least:g} to {most:g}. {remedy}".rstrip())
 

@@ -305,12 +305,24 @@ def test_first_positions_that_do_not_fit_are_gathered_clamped(device, monkeypatc
 
 @pytest.mark.parametrize(
     "cu_seqlens",
-    [[0, 20, 200], [-4, 20, 30], [10, 20, 15], [30, 10, 40], [0, 0, -1], [*INT32, 70], [0, 50, INT32[1]]],
+    [
+        [0, 20, 200],
+        [-4, 20, 30],
+        [10, 20, 15],
+        [30, 10, 40],
+        [0, 0, -1],
+        [*INT32, 70],
+        [0, 50, INT32[1]],
+        [0, 50, 20, 60],
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("starts", [None, [5, -7]], ids=str)
+@pytest.mark.parametrize("starts", [None, [5, -7, 3]], ids=str)
 def test_offsets_that_do_not_fit_are_gathered_clamped(device, monkeypatch, cu_seqlens, starts):
-    assert_gathers_what_fits(device, monkeypatch, [[0, 1], [2, 3]], [20, 30], starts, cu_seqlens, 70)
+    rows = slice(len(cu_seqlens) - 1)
+    starts = None if starts is None else starts[rows]
+    table, lens = [[0, 1], [2, 3], [1, 2]][rows], [20, 30, 25][rows]
+    assert_gathers_what_fits(device, monkeypatch, table, lens, starts, cu_seqlens, 70)
 
 
 @bounded

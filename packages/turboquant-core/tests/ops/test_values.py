@@ -6,15 +6,23 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.ops import cache_gather, cache_update, decode_attention
+from turboquant_core.ops import _values, cache_gather, cache_update, decode_attention
 
 LAYOUT = KVCacheLayout(TurboQuantConfig(64), num_kv_heads=2, block_size=16)
 POISON = 0xA5
 
 
 @pytest.fixture(autouse=True)
-def checked(monkeypatch):
-    monkeypatch.setenv("TURBOQUANT_CHECK_VALUES", "1")
+def check_values(monkeypatch):
+    """Sets the variable, to 1 at first; it is read again after the test."""
+
+    def set_to(value):
+        monkeypatch.setenv("TURBOQUANT_CHECK_VALUES", value)
+        _values._asked_for.cache_clear()
+
+    set_to("1")
+    yield set_to
+    _values._asked_for.cache_clear()
 
 
 def int32(values):
@@ -119,8 +127,8 @@ def test_what_cannot_be_gathered_is_named(changes, message):
 
 
 @pytest.mark.parametrize("value", ["", "0", "no"])
-def test_unless_asked_for_nothing_is_looked_at(monkeypatch, value):
-    monkeypatch.setenv("TURBOQUANT_CHECK_VALUES", value)
+def test_unless_asked_for_nothing_is_looked_at(check_values, value):
+    check_values(value)
     update(pages(), [64])
     attend(seq_lens=int32([20, 49]))
     gather(seq_lens=int32([20, 33]))

@@ -1,10 +1,12 @@
 """The opt-in check of what tensors hold: TURBOQUANT_CHECK_VALUES=1 has every call wait for the device and look.
 
-Without it an operation drops or clamps what does not fit, see `turboquant_core.ops._bounds`.
+The variable is read once, at the first call. Without it an operation drops or clamps what does not fit, see
+`turboquant_core.ops._bounds`.
 """
 
 import os
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -16,9 +18,13 @@ VARIABLE = "TURBOQUANT_CHECK_VALUES"
 
 def checks_values() -> bool:
     """Whether values are checked; not while a CUDA graph is captured, which nothing may wait for."""
-    if os.environ.get(VARIABLE, "0").lower() not in ("1", "true", "yes", "on"):
-        return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return _asked_for() and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+# Every call of an operation asks, and reading the environment takes the host longer than all other checks.
+@cache
+def _asked_for() -> bool:
+    return os.environ.get(VARIABLE, "0").lower() in ("1", "true", "yes", "on")
 
 
 def check_stored_values(
