@@ -11,8 +11,8 @@ from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache, DynamicCache, with_cache
-from turboquant_hf.attention import ATTENTION
 from turboquant_hf.demo.run import long_text
+from turboquant_hf.dispatch import ATTENTION
 from turboquant_hf.eval.attention import attending
 from turboquant_hf.models import load_model
 from turboquant_hf.scoring import kl_divergence

@@ -8,7 +8,8 @@ from transformers.masking_utils import create_causal_mask
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import CompressedDynamicCache, TurboQuantCache
-from turboquant_hf.attention import hand_over, turboquant_attention
+from turboquant_hf.attention import turboquant_attention
+from turboquant_hf.handover import Stored, hand_over
 from turboquant_hf.states import PagedStates
 
 EXACT = {"key_bits": 8, "value_bits": 8}
@@ -212,6 +213,10 @@ def stored(num_tokens=50, **options):
     return states, states.dequantize(torch.float32)
 
 
+def placeholders(states):
+    return hand_over(Stored(states, None), (1, 2, states.num_tokens, 64), torch.float32)
+
+
 @pytest.mark.parametrize("options", [{}, {"key_bits": 2.5, "value_bits": 2.5}])
 @pytest.mark.parametrize("query_len", [1, 5])
 def test_no_mask_is_a_causal_one(sharp_model, query_len, options):
@@ -220,7 +225,7 @@ def test_no_mask_is_a_causal_one(sharp_model, query_len, options):
     mask = torch.ones(query_len, 50, dtype=torch.bool).tril(50 - query_len)[None, None]
     expected, _ = turboquant_attention(module, query, *dense, mask)
     # What a window means is in the mask; there is none where it is longer than what is stored.
-    actual, _ = turboquant_attention(module, query, *hand_over(states, torch.float32), None, sliding_window=8)
+    actual, _ = turboquant_attention(module, query, *placeholders(states), None, sliding_window=8)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -230,7 +235,7 @@ def test_no_mask_hides_nothing_where_attention_is_not_causal(sharp_model, query_
     module.is_causal = False
     states, dense = stored()
     expected, _ = turboquant_attention(module, query, *dense, None)
-    actual, _ = turboquant_attention(module, query, *hand_over(states, torch.float32), None)
+    actual, _ = turboquant_attention(module, query, *placeholders(states), None)
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 

@@ -1,15 +1,5 @@
-"""`attn_implementation="turboquant"`: attention that decodes on a layer's codes.
+"""`attn_implementation="turboquant"`: attention that decodes on a layer's codes, which `handover` brings."""
 
-A model's attention calls `update` of the cache and then the attention function, which is given the keys that `update`
-returned and not the cache. So a layer that is to be read as codes returns keys and values of the right shape whose
-every element is NaN, and hangs its states on the keys. A model that looks at the keys itself, or another attention
-function, turns everything into NaN: loudly wrong, never subtly.
-
-`update` does not see the mask either. So the first tokens are stored as if none were padding, and stored again when
-attention finds that rows begin with some.
-"""
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,14 +7,9 @@ import torch
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from turboquant_hf.dense import dense_attention, is_causal
+from turboquant_hf.dispatch import ATTENTION
+from turboquant_hf.handover import Prompt, Stored, taken_over
 from turboquant_hf.masks import Rows, check_mask, mask_of_stored, over_parts, prompt_starts, rows_of, turboquant_mask
-from turboquant_hf.states import PagedStates
-from turboquant_hf.tables import not_a_number
-
-ATTENTION = "turboquant"
-_STATES = "turboquant_states"
-_RECENT = "turboquant_recent"
-_STORE_AGAIN = "turboquant_store_again"
 
 
 def register() -> None:
@@ -39,37 +24,6 @@ def reads_codes(text_config: PreTrainedConfig | None) -> bool:
     return text_config is not None and text_config._attn_implementation == ATTENTION
 
 
-def hand_over(
-    states: PagedStates, dtype: torch.dtype, recent: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Placeholders [batch_size, num_kv_heads, num_tokens, head_dim] for keys that carry the states, and for values.
-
-    Args:
-        states: What is stored.
-        dtype: Type of the placeholders.
-        recent: What `PagedStates.append_parts` gave; goes with the keys, too.
-    """
-    nan = not_a_number(dtype, states.pages.device)
-    shape = (states.batch_size, states.num_kv_heads, states.read_length, states.config.head_dim)
-    keys, values = nan.expand(shape), nan.expand(shape)
-    setattr(keys, _STATES, states)
-    if recent is not None:
-        setattr(keys, _RECENT, recent)
-    return keys, values
-
-
-def hand_over_prompt(
-    keys: torch.Tensor, store_again: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-) -> None:
-    """Have attention tell a layer where the rows of a padded prompt start.
-
-    Args:
-        keys: What `update` returns.
-        store_again: Called with keys, values and starts int32 [batch_size] if a row begins with padding.
-    """
-    setattr(keys, _STORE_AGAIN, store_again)
-
-
 def turboquant_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -82,7 +36,7 @@ def turboquant_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend on the codes that the keys carry; without any, or where no kernel serves the call, on dense keys.
+    """Attend on the codes that keys and values stand for; if none, or where no kernel serves the call, on dense keys.
 
     Args:
         module: The model's attention.
@@ -100,10 +54,10 @@ def turboquant_attention(
         [batch_size, query_len, num_heads, head_dim], and None for weights, which are never formed.
     """
     check_mask(attention_mask)
-    states: PagedStates | None = getattr(key, _STATES, None)
+    given = taken_over(module, key, value)
     options = {"softcap": softcap, "sinks": s_aux, **kwargs}
-    if states is not None:
-        query_len, num_tokens = query.shape[2], key.shape[2]
+    if isinstance(given, Stored):
+        states, query_len, num_tokens = given.states, query.shape[2], key.shape[2]
         causal, position_bias = query_len == 1 or is_causal(module, **kwargs), kwargs.get("position_bias")
         rows = None if dropout or position_bias is not None else _rows_of_call(attention_mask, causal)
         if rows is not None and states.has_kernel and query_len <= MAX_QUERY_LEN:
@@ -113,7 +67,7 @@ def turboquant_attention(
             return output if rows.doubt is None else output + rows.doubt.to(output.dtype), None
         parts = None
         if states.parts_calls:
-            key, value, parts = states.dequantize_parts(key.dtype, getattr(key, _RECENT, None))
+            key, value, parts = states.dequantize_parts(key.dtype, given.recent)
             # Layers that share a cache may compute the last of the new tokens alone.
             parts = parts[:, -query_len:]
             if position_bias is not None:
@@ -121,20 +75,20 @@ def turboquant_attention(
         else:
             key, value = states.dequantize(key.dtype)
         attention_mask = mask_of_stored(attention_mask, query, num_tokens, causal, parts)
-    elif attention_mask is not None and query.shape[2] == key.shape[2]:
-        _leave_out_padding(key, value, attention_mask)
-        # A static cache has masks for all that it can hold, and hands a prompt over as it is.
-        attention_mask = attention_mask[..., : key.shape[2]]
+    elif isinstance(given, Prompt):
+        key, value = given.keys, given.values
+        if attention_mask is not None:
+            _leave_out_padding(given, attention_mask)
+            # A static cache has masks for all that it can hold.
+            attention_mask = attention_mask[..., : key.shape[2]]
     return dense_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
-def _leave_out_padding(key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor) -> None:
+def _leave_out_padding(prompt: Prompt, attention_mask: torch.Tensor) -> None:
     """Have a prompt whose rows begin with padding stored again, with where they start."""
-    store_again = getattr(key, _STORE_AGAIN, None)
-    if store_again is not None:
-        row_starts = prompt_starts(attention_mask, key.shape[2])
-        if row_starts is not None:
-            store_again(key, value, row_starts)
+    row_starts = prompt_starts(attention_mask, prompt.keys.shape[2])
+    if row_starts is not None:
+        prompt.store_again(prompt.keys, prompt.values, row_starts)
 
 
 def _rows_of_call(attention_mask: torch.Tensor | None, causal: bool) -> Rows | None:

@@ -8,7 +8,8 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
-from turboquant_hf.attention import hand_over, hand_over_prompt, reads_codes
+from turboquant_hf.attention import reads_codes
+from turboquant_hf.handover import Prompt, Stored, hand_over
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.lasting import lasting
 from turboquant_hf.states import PagedStates
@@ -130,11 +131,14 @@ class TurboQuantLayer(CacheLayerMixin):
         if states.is_empty:
             states.append(key_states, value_states)
             if reads_codes(self._text_config):
-                hand_over_prompt(key_states, self.store_again)
+                self._before_decoding()
+                return hand_over(Prompt(key_states, value_states, self.store_again), key_states.shape, self.dtype)
             return self._prompt(key_states, value_states)
         num_new = key_states.shape[-2]
         if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or states.parts_calls):
-            return hand_over(states, self.dtype, states.append_parts(key_states, value_states))
+            recent = states.append_parts(key_states, value_states)
+            shape = (states.batch_size, states.num_kv_heads, states.read_length, self.config.head_dim)
+            return hand_over(Stored(states, recent), shape, self.dtype)
         return states.extend(key_states, value_states, self.dtype)
 
     @lasting
@@ -242,8 +246,11 @@ class TurboQuantLayer(CacheLayerMixin):
         if states is not None:
             raise AttributeError(f"{name} of a {type(self).__name__} cannot be set: it stores codes. Use update().")
 
+    def _before_decoding(self) -> None:
+        """What there is to do before tokens attend on codes."""
+
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What attention of the first tokens reads."""
+        """What another attention reads for the first tokens."""
         return key_states, value_states
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:

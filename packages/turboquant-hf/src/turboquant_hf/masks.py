@@ -8,6 +8,7 @@ import torch
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import ops
 from turboquant_hf._compat import sdpa_mask
+from turboquant_hf.dispatch import check_dispatch
 from turboquant_hf.lasting import lasting
 
 _FACTS = "turboquant_facts"
@@ -55,7 +56,11 @@ def turboquant_mask(
 
     Where a few tokens attend on stored ones, it is compared with causal attention from a first token of every row on,
     and what it amounts to is attached for `turboquant_attention`.
+
+    Raises:
+        ValueError: If the model attends by code of its own.
     """
+    check_dispatch(kwargs.get("config"))
     mask = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs
     )
@@ -88,7 +93,8 @@ def prompt_starts(mask: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
         None where no row begins with padding, or the mask is not made by `turboquant_mask`.
     """
     facts = _facts(mask)
-    if facts is None or not facts.hides_padding:
+    # Layers that share a cache may compute the last of the new tokens alone.
+    if facts is None or not facts.hides_padding or mask.shape[2] != num_tokens:
         return None
     is_compiling = torch.compiler.is_compiling()
     if facts.starts is not None and not is_compiling:

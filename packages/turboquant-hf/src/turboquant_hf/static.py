@@ -7,7 +7,6 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import ops
-from turboquant_hf.attention import reads_codes
 from turboquant_hf.codec import LayerCodec
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.lasting import lasting
@@ -290,11 +289,11 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         kept = self._new_kept(batch_size, num_kv_heads)
         return StaticPagedStates(self.config, batch_size, num_kv_heads, self.device, self._max_length, kept)
 
+    def _before_decoding(self) -> None:
+        if self.states.pages.is_cuda and not torch.compiler.is_compiling() and self.states.has_kernel:
+            self.states.warm_up()
+
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if reads_codes(self._text_config):
-            if key_states.is_cuda and not torch.compiler.is_compiling() and self.states.has_kernel:
-                self.states.warm_up()
-            return key_states, value_states
         room = (0, 0, 0, self._max_length - key_states.shape[-2])
         return torch.nn.functional.pad(key_states, room), torch.nn.functional.pad(value_states, room)
 

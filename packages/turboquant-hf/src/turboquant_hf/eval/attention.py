@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache
-from turboquant_hf.attention import ATTENTION
+from turboquant_hf.dispatch import ATTENTION
 from turboquant_hf.layer import TurboQuantLayer
 
 

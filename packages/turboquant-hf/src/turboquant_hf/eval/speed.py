@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache, with_cache
-from turboquant_hf.attention import ATTENTION
+from turboquant_hf.dispatch import ATTENTION
 from turboquant_hf.eval.attention import attending
 from turboquant_hf.eval.prefill import fill
 from turboquant_hf.eval.results import Speed
