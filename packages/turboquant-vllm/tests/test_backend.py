@@ -125,7 +125,6 @@ def test_pages_may_leave_a_process_whose_means_others_know(monkeypatch, settings
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8; TurboQuant takes auto"),
         ({"attn_type": "encoder_only"}, "attn_type is encoder_only"),
         ({"alibi_slopes": [1.0]}, "ALiBi is not supported"),
-        ({"kv_sharing_target_layer_name": "layers.3"}, "shares the cache of layers.3"),
         ({"extra": {"chunk_lookback": 3}}, "chunk_lookback=3"),
     ],
 )
@@ -135,7 +134,6 @@ def test_a_layer_that_would_be_wrong_is_refused(fields, message):
         "kv_cache_dtype": "auto",
         "attn_type": "decoder",
         "alibi_slopes": None,
-        "kv_sharing_target_layer_name": None,
         "extra": {"chunk_lookback": -1},
     }
     check_layer(**fine)

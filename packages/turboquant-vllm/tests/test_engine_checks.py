@@ -54,6 +54,7 @@ def test_an_engine_like_most_is_served(config):
     [
         ("parallel_config", "decode_context_parallel_size", 2, "decode_context_parallel_size is 2.*serves 1"),
         ("parallel_config", "prefill_context_parallel_size", 4, "prefill_context_parallel_size is 4.*serves 1"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill is set.*Leave"),
         ("attention_config", "use_non_causal", True, "use_non_causal is set"),
         (
             None,

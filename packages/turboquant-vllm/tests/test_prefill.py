@@ -28,6 +28,8 @@ class Case:
     sinks: bool = False
     centred: bool = True
     most_grouped_tokens: int = 0
+    # Whether another layer stored the rows' own keys and values, and they are given to this one no more.
+    shares: bool = False
 
 
 CASES = {
@@ -42,6 +44,12 @@ CASES = {
     "sinks and window": Case(sinks=True, window=24),
     "softcap and window": Case(softcap=2.0, window=24),
     "head_dim 64": Case(head_dim=64, num_heads=9, num_kv_heads=3),
+    "shared": Case(shares=True),
+    "shared, no context": Case(context_lens=(0, 0, 0), shares=True),
+    "shared, softcap": Case(softcap=2.0, shares=True),
+    "shared, window": Case(window=24, shares=True),
+    "shared, window, no context": Case(context_lens=(0, 0, 0), window=24, shares=True),
+    "head_dim 512": Case(head_dim=512, num_heads=4, num_kv_heads=2, shares=True),
     "one row": Case(context_lens=(300,), query_lens=(40,)),
     "on codes": Case(context_lens=(100, 17, 64), most_grouped_tokens=64),
     "on codes, without a mean": Case(centred=False, most_grouped_tokens=64),
@@ -111,9 +119,8 @@ class Inputs:
             case.head_dim**-0.5, case.window, case.softcap, flash_version(self.queries.device, case)
         )
         out = torch.full_like(self.queries, math.nan)
-        Prefill(attention, self.layout, self.sinks)(
-            self.queries, self.keys[self.own], self.values[self.own], self.pages, self.rows, self.mean, out
-        )
+        own = None if case.shares else (self.keys[self.own], self.values[self.own])
+        Prefill(attention, self.layout, self.sinks)(self.queries, own, self.pages, self.rows, self.mean, out)
         return out
 
     def exact(self, dtype=torch.float64):
@@ -130,7 +137,7 @@ class Inputs:
             key, value = key.double() @ rotation, value.double() @ rotation
             if self.mean is not None:
                 key = key + self.mean.double()
-            if case.window is None or not any(case.context_lens):
+            if not case.shares and (case.window is None or not any(case.context_lens)):
                 picked = self.own[first : first + own]
                 key[context:], value[context:] = self.keys[picked].double(), self.values[picked].double()
             group = case.num_heads // case.num_kv_heads

@@ -1,7 +1,11 @@
-from importlib.metadata import entry_points, requires
+import tomllib
+from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import vllm
+from packaging.requirements import Requirement
+from packaging.version import Version
 from vllm.config import cache
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -9,6 +13,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 import turboquant_vllm
 from turboquant_vllm import _compat
 from turboquant_vllm.settings import PRESETS
+
+
+def dependencies():
+    return tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]["dependencies"]
 
 
 def test_vllm_finds_the_plugin_and_may_load_it_twice():
@@ -39,10 +47,17 @@ def test_an_untried_vllm_is_warned_of(monkeypatch):
         _compat.check_version()
 
 
-def test_metadata_asks_for_vllm_and_a_bounded_core():
-    required = requires("turboquant-vllm")
-    assert any(line.startswith("vllm") for line in required)
-    assert any(line.startswith("turboquant-core") and "<" in line for line in required)
+def test_metadata_asks_for_the_versions_of_vllm_that_were_tried_and_no_newer_one():
+    (asked,) = (found for line in dependencies() if (found := Requirement(line)).name == "vllm")
+    newest = Version(_compat.TESTED[-1])
+    for version in (str(_compat.OLDEST), *(f"{tested}.5" for tested in _compat.TESTED)):
+        assert version in asked.specifier
+    for version in ("0.28.1", f"{newest.major}.{newest.minor + 1}.0"):
+        assert version not in asked.specifier
+
+
+def test_metadata_asks_for_a_bounded_core():
+    assert any(line.startswith("turboquant-core") and "<" in line for line in dependencies())
 
 
 @pytest.mark.skipif(not hasattr(cache, "register_kv_cache_dtype"), reason="vLLM before 0.33 has no such hook")

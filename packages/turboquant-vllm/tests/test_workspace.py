@@ -65,6 +65,7 @@ def kernels_of_a_gpu(monkeypatch):
         ({"sinks": True}, WORKSPACE_TOKENS),
         ({"centred": False}, WORKSPACE_TOKENS),
         ({"window": 300}, WORKSPACE_TOKENS),
+        ({"shares": True}, WORKSPACE_TOKENS + 2 * 256),
         # Longer than the workspace: a row's window is dequantised whole.
         ({"window": 2900}, 2900 - 1 + 64),
     ],
@@ -89,7 +90,8 @@ def test_prefill_takes_no_more_than_the_profile_run(kernels_of_a_gpu, options, n
     sinks = torch.empty(NUM_HEADS) if "sinks" in options else None
     mean = torch.empty(NUM_KV_HEADS, HEAD_DIM) if options.get("centred", True) else None
     layer = Prefill(VarlenAttention(1.0, window, None, None), LAYOUT, sinks)
-    arguments = (query, key, key, LAYOUT.allocate(1), rows, mean, torch.empty_like(query))
+    own = None if "shares" in options else (key, key)
+    arguments = (query, own, LAYOUT.allocate(1), rows, mean, torch.empty_like(query))
     # What is made once, for all layers, is not counted.
     layer(*arguments)
     with PeakMemory() as taken:

@@ -1,6 +1,6 @@
 """What turboquant-vllm serves, where turboquant-hf can read it too: neither imports the other."""
 
-HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 """head_dim that the backend takes: those that its kernels are tested at."""
 
 BLOCK_SIZE_MULTIPLE = 16

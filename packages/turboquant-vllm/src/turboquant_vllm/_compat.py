@@ -10,6 +10,7 @@ import torch
 import vllm
 from packaging.version import Version
 
+# The bounds that pyproject.toml asks for.
 OLDEST = Version("0.29.0")
 TESTED = ("0.29", "0.31", "0.32", "0.33")
 

@@ -39,6 +39,9 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(layer_names)).items():
         impl = layer.impl
+        if impl.key_mean.is_settled:
+            # The layer whose cache this one shares has had it.
+            continue
         # Where there are more ranks than KV heads, vLLM gives several ranks the same one.
         total = impl.num_kv_heads * world_size
         if impl.num_kv_heads == 1:

@@ -71,6 +71,8 @@ def _attention_problems(config: Any) -> Iterator[str]:
         yield f"use_non_causal is set, and TurboQuant attends causally. {INSTEAD}"
     if envs.VLLM_BATCH_INVARIANT:
         yield "TurboQuant's results vary with the batch by rounding. Unset VLLM_BATCH_INVARIANT."
+    if config.cache_config.kv_sharing_fast_prefill:
+        yield "kv_sharing_fast_prefill is set, which TurboQuant does not serve. Leave --kv-sharing-fast-prefill out."
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
             yield f"{name} is {size}; TurboQuant serves 1. Use tensor or pipeline parallelism."

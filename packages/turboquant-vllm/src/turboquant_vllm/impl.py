@@ -48,7 +48,6 @@ class TurboQuantImpl(AttentionImpl[Any]):
             kv_cache_dtype=kv_cache_dtype,
             attn_type=attn_type,
             alibi_slopes=alibi_slopes,
-            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
             extra=extra,
         )
         self.num_heads = num_heads
@@ -59,6 +58,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self.sliding_window = sliding_window
         self.softcap = logits_soft_cap or None
         self.sinks = sinks
+        self._shares_with = kv_sharing_target_layer_name
         self.config = settings.cache_config(head_size)
         self._settings = settings
         # Which layer this is shows once the model is built; a file that does not fit is refused here.
@@ -77,7 +77,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Prepare what depends on weights; after a reload at the addresses that CUDA graphs have."""
-        if self._layer_pages is not None:
+        if self._shares_with is not None:
+            self._share()
+        elif self._layer_pages is not None:
             name, layer = self._layer_pages.layer_of(self)
             if self._layer_pages.is_skipped(name, layer):
                 self._leave_uncompressed(layer, act_dtype)
@@ -107,15 +109,18 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: TurboQuantMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend with query [num_tokens, num_heads, head_dim] and write `output` of the same shape."""
+        """Attend with query [num_tokens, num_heads, head_dim] and write `output` of the same shape.
+
+        A layer that shares the cache of another is given no keys and values, and reads all from the codes.
+        """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("TurboQuant does not quantise its output; turn the fusion of that off")
         if attn_metadata is None:
@@ -142,8 +147,23 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if rows := attn_metadata.prefill:
             tokens = slice(first, first + rows.num_tokens)
             prefill = Prefill(self.varlen, layout, self.sinks)
-            prefill(query[tokens], key[tokens], value[tokens], pages, rows, self._mean, output[tokens])
+            own = None if key is None or value is None else (key[tokens], value[tokens])
+            prefill(query[tokens], own, pages, rows, self._mean, output[tokens])
         return output
+
+    def _share(self) -> None:
+        """Read what the layer whose cache this one shares has stored, as that one stores it.
+
+        Raises:
+            ValueError: If that one stays uncompressed.
+        """
+        other = self._engine_config.compilation_config.static_forward_context[self._shares_with].impl
+        if not isinstance(other, TurboQuantImpl):
+            raise ValueError(
+                f"{self._shares_with} stays uncompressed, and a layer that shares its cache is served by TurboQuant. "
+                "Leave --kv-cache-dtype-skip-layers out."
+            )
+        self.config, self.key_mean = other.config, other.key_mean
 
     def _leave_uncompressed(self, layer: Any, act_dtype: torch.dtype) -> None:
         """Leave the layer to vLLM's own backend from now on."""
@@ -163,8 +183,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, KVCacheLayout]:
         """Pages of vLLM's uint8 [num_blocks, num_kv_heads, block_size, slot_bytes], whose planes lie otherwise."""
         num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-        # A view, which fails where flatten would copy and what is written would be lost.
-        return kv_cache.view(num_blocks, num_kv_heads, -1), _layout(self.config, num_kv_heads, block_size)
+        layout = _layout(self.config, num_kv_heads, block_size)
+        # A view, which fails where flatten would copy and what is written would be lost. vLLM's slots may be larger.
+        return kv_cache.view(num_blocks, num_kv_heads, -1)[..., : layout.head_bytes], layout
 
     def _profile(self, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Take what prefill takes at most, for vLLM to leave that much free."""
@@ -174,6 +195,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
             # A row's window is dequantised whole.
             longest = self._engine_config.model_config.max_model_len
             num_tokens = max(num_tokens, min(self.sliding_window - 1 + most, longest))
+        if self._shares_with is not None:
+            # Its own tokens are dequantised, and rotated back.
+            num_tokens += 2 * most
         take_workspace(query, self.num_kv_heads, num_tokens)
         return output.zero_()
 
@@ -186,7 +210,7 @@ def _flash_version(head_size: int, sinks: torch.Tensor | None) -> int:
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     version = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
-    if version is None:
+    if version is None or (head_size > 256 and version < 4):
         raise ValueError(
             f"vLLM has no FlashAttention for head_size {head_size} on this GPU, which TurboQuant prefills with. "
             + INSTEAD

@@ -31,8 +31,7 @@ class Prefill:
     def __call__(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor] | None,
         pages: torch.Tensor,
         rows: PrefillRows,
         key_mean: torch.Tensor | None,
@@ -42,25 +41,25 @@ class Prefill:
 
         Args:
             query: [num_tokens, num_heads, head_dim].
-            key: [num_tokens, num_kv_heads, head_dim], as given.
-            value: The same for values.
+            own: Keys and values [num_tokens, num_kv_heads, head_dim], as given; None to read what is stored of them.
             pages: uint8 [num_blocks, num_kv_heads, head_bytes].
             rows: Of the query.
             key_mean: float32 [num_kv_heads, head_dim], subtracted from stored keys; None if none was.
             out: Like `query`, written.
         """
-        if not rows.max_context_len:
-            self._own(query, key, value, rows, out)
-            return
         # A softcap bends, and sinks compete with, the logits of whole keys. Else the mean's own score moves all logits
         # of a token alike: without it everywhere, nothing changes.
         added_mean = key_mean if self.attention.softcap or self.sinks is not None else None
-        if self.attention.window is not None:
+        if self.attention.window is not None and rows.max_context_len:
             self._windowed(query, pages, rows, added_mean, out)
             return
-        if key_mean is not None and added_mean is None:
+        key, value = own or self._own_as_stored(query, pages, rows, added_mean)
+        if not rows.max_context_len:
+            self._own(query, key, value, rows, out)
+            return
+        if own is not None and key_mean is not None and added_mean is None:
             key = torch.sub(key, key_mean, out=torch.empty_like(key))
-        own = self._own(query, key, value, rows)
+        on_own = self._own(query, key, value, rows)
         context = self._dequantised_context(query, pages, rows, added_mean)
         if rows.groups is not None:
             on_codes = attend_in_groups(
@@ -74,7 +73,7 @@ class Prefill:
             )
             context = on_codes if context is None else merge(context, on_codes)
         assert context is not None
-        merge(context, own, out)
+        merge(context, on_own, out)
 
     def _own(
         self,
@@ -97,6 +96,23 @@ class Prefill:
             sinks=self.sinks,
             out=out,
         )
+
+    def _own_as_stored(
+        self, query: torch.Tensor, pages: torch.Tensor, rows: PrefillRows, added_mean: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the rows' tokens, from their codes."""
+        key, value, _ = cache_gather(
+            pages,
+            rows.block_table,
+            rows.context_lens + rows.query_start_loc.diff(),
+            self.layout,
+            starts=rows.context_lens,
+            cu_seqlens=rows.query_start_loc,
+            key_mean=added_mean,
+            dtype=query.dtype,
+            max_tokens=rows.num_tokens,
+        )
+        return self._unrotated(key), self._unrotated(value)
 
     def _dequantised_context(
         self,

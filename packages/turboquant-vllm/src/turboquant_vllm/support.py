@@ -9,6 +9,7 @@ from turboquant_vllm.settings import PRESETS
 DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (*DTYPES, torch.float32)
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *PRESETS)
+LARGEST_HEAD_DIM = max(HEAD_DIMS)
 INSTEAD = "Leave --attention-backend out to serve this model uncompressed."
 
 
@@ -18,7 +19,6 @@ def check_layer(
     kv_cache_dtype: str,
     attn_type: str,
     alibi_slopes: object,
-    kv_sharing_target_layer_name: str | None,
     extra: dict[str, object],
 ) -> None:
     """Refuse a layer that would be attended wrongly: on CPUs vLLM does not ask the hooks.
@@ -37,10 +37,6 @@ def check_layer(
         raise ValueError(f"attn_type is {attn_type}; TurboQuant serves decoder attention. {INSTEAD}")
     if alibi_slopes is not None:
         raise ValueError(f"ALiBi is not supported by TurboQuant. {INSTEAD}")
-    if kv_sharing_target_layer_name is not None:
-        raise ValueError(
-            f"a layer that shares the cache of {kv_sharing_target_layer_name} is not supported by TurboQuant. {INSTEAD}"
-        )
     for name, value in extra.items():
         if value is not None and value != -1:
             raise ValueError(f"a layer with {name}={value!r} is not supported by TurboQuant. {INSTEAD}")

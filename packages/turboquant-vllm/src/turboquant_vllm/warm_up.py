@@ -79,4 +79,4 @@ def _prefill(
     )
     pages = torch.zeros(1, layout.num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
     mean = None if impl.key_mean is None else impl.key_mean.mean
-    Prefill(impl.varlen, layout, impl.sinks)(query, key, key, pages, rows, mean, torch.empty_like(query))
+    Prefill(impl.varlen, layout, impl.sinks)(query, (key, key), pages, rows, mean, torch.empty_like(query))
