@@ -124,7 +124,8 @@ def fill(cache: Cache, config: LlamaConfig, batch_size: int, context: int) -> No
     for layer_idx in range(config.num_hidden_layers):
         states = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", generator=generator) for _ in range(2)]
         for tokens in (slice(0, context - 1), slice(context - 1, context)):
-            cache.update(*(x[:, :, tokens] for x in states), layer_idx)
+            # Of a layer: a call of the cache would have to reach all of them.
+            cache.layers[layer_idx].update(*(x[:, :, tokens] for x in states))
 
 
 def gate(cache: TurboQuantCache, num_heads: int) -> float:

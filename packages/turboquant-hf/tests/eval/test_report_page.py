@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 from importlib.metadata import entry_points
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from turboquant_core.commands import app
@@ -126,6 +128,66 @@ def test_what_cannot_be_read(continued, tmp_path):
         assert outcome.exit_code == 2
         assert reason in " ".join(outcome.output.split())
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "reason"),
+    [
+        (("results", "quality/tq4", "bytes_per_token"), 0, "bytes_per_token of Quality is 0"),
+        (("results", "quality/tq4", "bytes_per_token"), 1e308, "is 1e+308, which is no measurement"),
+        (("results", "quality/tq4", "bytes_per_token"), -5.0, "is -5"),
+        (("results", "quality/tq4", "mean_kl"), -1e308, "is -1e+308"),
+        (("results", "quality/tq4", "num_tokens"), -1, "is -1"),
+        (("results", "speed/tq4", "reference_tokens_per_second"), 0.0, "is 0"),
+        (("results", "layers/tq4", "layers", 0, "index"), 1, "has a layer twice"),
+        (("settings", "greedy_tokens"), 0, "no number of tokens"),
+        (("settings", "needle_depths"), [2.0], "a depth is none"),
+        (("settings", "needle_lengths"), list(range(1, 2000)), "no list of 1000"),
+        (("settings", "caches"), [["tq4"]], "a name is no text"),
+    ],
+)
+def test_numbers_that_were_not_measured(continued, tmp_path, where, value, reason):
+    path = continued(lambda name: True)
+    data = json.loads(path.read_text())
+    part = data
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    path.write_text(json.dumps(data))
+    outcome = run(path, "--out", tmp_path / "report.html")
+    assert outcome.exit_code == 2
+    assert reason in " ".join(outcome.output.split())
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_file_that_does_not_say_its_command(continued, tmp_path):
+    path, page = continued(lambda name: True), tmp_path / "report.html"
+    data = json.loads(path.read_text())
+    del data["command"]
+    path.write_text(json.dumps(data))
+    assert run(path, "--out", page, "--model-card", tmp_path / "card.md").exit_code == 0
+    assert "Made by" not in page.read_text()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_run_file_ends_it_otherwise(finished, tmp_path, data):
+    """Anything in the place of any part of a run file is refused in a line, or shown."""
+    content = json.loads(finished[0].read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        part = content
+        while True:
+            key = data.draw(st.sampled_from(sorted(part) if isinstance(part, dict) else range(len(part))))
+            if not isinstance(part[key], dict | list) or not part[key] or data.draw(st.booleans()):
+                break
+            part = part[key]
+        part[key] = data.draw(st.sampled_from([None, 0, -3, 1.5, "two", 1e308, 10**30, [], {}, True, [[]], "", [0.5]]))
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    outcome = run(path, "--out", tmp_path / "report.html", "--model-card", tmp_path / "card.md", "--json", "-")
+    assert outcome.exit_code in (0, 1, 2), outcome.exception
+    assert "bug: " not in outcome.output, outcome.output
+    assert isinstance(json.loads(outcome.stdout, parse_constant=pytest.fail), dict)
 
 
 def test_a_folder_that_is_not_there(finished, tmp_path):

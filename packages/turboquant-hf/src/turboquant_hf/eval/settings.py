@@ -17,6 +17,9 @@ PACKAGES = ("torch", "transformers", "turboquant-core", "turboquant-hf", "optimu
 
 FINGERPRINT_WEIGHTS = 8
 
+MAX_ITEMS = 1000
+"""Most caches, lengths or depths of a run."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -55,7 +58,7 @@ class Settings:
         """The settings that `to_dict` wrote.
 
         Raises:
-            ValueError: If a field is missing, unknown or of another type.
+            ValueError: If a field is missing, unknown, of another type, or nothing that can be measured.
         """
         names = [field.name for field in fields(cls)]
         if sorted(data) != sorted(names):
@@ -64,10 +67,16 @@ class Settings:
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         settings = cls(**values)
-        numbers = (settings.num_tokens, settings.chunk_size, settings.layer_tokens, settings.greedy_tokens)
         lists = (settings.caches, settings.measurements, settings.needle_lengths, settings.needle_depths)
-        if not all(isinstance(number, int) for number in numbers) or not all(isinstance(x, tuple) for x in lists):
-            raise ValueError("a setting is of another type")
+        if not all(isinstance(items, tuple) and len(items) <= MAX_ITEMS for items in lists):
+            raise ValueError(f"a setting is no list of {MAX_ITEMS} at most")
+        numbers = (settings.num_tokens, settings.chunk_size, settings.layer_tokens, settings.greedy_tokens)
+        if not all(type(number) is int and number > 0 for number in (*numbers, *settings.needle_lengths)):
+            raise ValueError("a setting is no number of tokens")
+        if not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in settings.needle_depths):
+            raise ValueError("a depth is none from 0 to 1")
+        if not all(isinstance(name, str) for name in (*settings.caches, *settings.measurements)):
+            raise ValueError("a name is no text")
         if unknown := [name for name in settings.measurements if name not in MEASUREMENTS]:
             raise ValueError(f"there is no measurement {unknown[0]!r}")
         return settings

@@ -38,7 +38,8 @@ def bytes_per_token(filled: Cache, empty: Cache, num_tokens: int) -> float:
         held = keys.shape[-2]
         starts = [0, *range(max(STEP, held - WINDOW // 2), held, STEP)]
         for start, end in zip(starts, [*starts[1:], held], strict=True):
-            empty.update(keys[:, :, start:end].clone(), values[:, :, start:end].clone(), layer_index)
+            # Of a layer, not of the cache, whose calls reach all layers in turn.
+            empty.layers[layer_index].update(keys[:, :, start:end].clone(), values[:, :, start:end].clone())
     return cache_nbytes(empty) / num_tokens
 
 

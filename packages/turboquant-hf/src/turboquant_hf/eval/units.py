@@ -82,8 +82,9 @@ def check_result(unit: Unit, data: object, settings: Settings) -> None:
     elif unit.measurement == "speed":
         Speed.from_dict(data)
     elif unit.measurement == "layers":
-        for layer in _only(data, "layers", list):
-            LayerError.from_dict(layer)
+        indices = [LayerError.from_dict(layer).index for layer in _only(data, "layers", list)]
+        if indices != sorted(set(indices)):
+            raise ValueError(f"{unit.name} has a layer twice, or in another order")
     elif unit.measurement == "needle":
         for name, score in _only(data, "caches", dict).items():
             if name not in (UNCOMPRESSED, *settings.caches):
