@@ -52,7 +52,18 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("head_dim", "key_bits", "value_bits"),
-    [(128, 4, 4), (64, 3, 8), (80, 5, 6), (96, 2, 3), (192, 6, 2), (256, 8, 5), (8, 4, 3)],
+    [
+        (128, 4, 4),
+        (64, 3, 8),
+        (80, 5, 6),
+        (96, 2, 3),
+        (192, 6, 2),
+        (256, 8, 5),
+        (8, 4, 3),
+        (72, 4, 5),
+        (160, 3, 4),
+        (512, 4, 8),
+    ],
 )
 @pytest.mark.parametrize("starts", [None, [0, 5, 31, 40]], ids=["from the start", "from within"])
 def test_kernel_gathers_what_the_reference_gathers(device, head_dim, key_bits, value_bits, starts, dtype):

@@ -26,7 +26,10 @@ CASES = [
     (192, 4, 3, torch.bfloat16, "unbiased", "least_squares", False),
     (256, 4, 4, torch.bfloat16, "unbiased", "least_squares", True),
     (256, 2, 5, torch.float32, "norm", "unbiased", True),
+    (72, 4, 5, torch.float16, "unbiased", "least_squares", True),
+    (160, 3, 4, torch.float32, "unbiased", "least_squares", True),
     (512, 8, 4, torch.float16, "unbiased", "least_squares", False),
+    (512, 4, 4, torch.bfloat16, "unbiased", "least_squares", True),
     (8, 3, 4, torch.float16, "unbiased", "least_squares", False),
 ]
 
@@ -79,7 +82,8 @@ def assert_codes_agree(x, mean, bits, actual, expected):
     head_dim = x.shape[-1]
     actual, expected = (unpack(codes.cpu(), bits, head_dim).int() for codes in (actual, expected))
     differ = actual != expected
-    assert differ.sum() <= 1 + 1e-4 * differ.numel()
+    # Boundaries of 8 bits at head_dim 512 lie closest.
+    assert differ.sum() <= 1 + 2e-4 * differ.numel()
     assert ((actual - expected).abs() <= 1).all()
     centred = (x.float() if mean is None else x.float() - mean).cpu().double()
     y = centred / centred.norm(dim=-1, keepdim=True) @ Rotation(head_dim).matrix.T

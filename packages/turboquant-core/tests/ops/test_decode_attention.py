@@ -136,7 +136,9 @@ def test_every_width_is_more_accurate_than_eager_bfloat16(device, case, path):
     assert_accurate(inputs, path, *attend(inputs, path))
 
 
-HEAD_DIMS = [(64, 3, 2), (80, 5, 4), (96, 2, 3), (192, 4, 6), (256, 8, 5)]
+HEAD_DIMS = [
+    (8, 6, 4), (64, 3, 2), (72, 4, 5), (80, 5, 4), (96, 2, 3), (160, 3, 4), (192, 4, 6), (256, 8, 5), (512, 4, 4),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -551,6 +551,12 @@ def test_what_cannot_run_is_refused(card, path, capability, layout, hip, message
         paths.choose_path(path, layout, GPU)
 
 
+def test_other_head_dims_take_the_next_path(card):
+    card((9, 0))
+    for head_dim in (8, 72, 80, 160, 192, 504, 512):
+        assert paths.choose_path("auto", KVCacheLayout(TurboQuantConfig(head_dim), 1, 16), GPU) == "fp16"
+
+
 @pytest.mark.usefixtures("looks_for_gluon")
 def test_fragments_without_gluon_are_refused(card, monkeypatch):
     card((9, 0))

@@ -1,4 +1,4 @@
-"""What a Gluon kernel compiles to, where there is no GPU to run it on."""
+"""What a kernel compiles to, where there is no GPU to run it on."""
 
 import re
 import subprocess
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 _TYPES = {
@@ -57,7 +58,9 @@ class Recorder:
 
     def compile(self, arch: int, folder: Path) -> Compiled:
         """The kernel as that launch would compile it for an architecture such as 90; files go to the folder."""
-        source = GluonASTSource(self.kernel, *_signature(self.kernel, self.arguments))
+        source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
+            self.kernel, *_signature(self.kernel, self.arguments)
+        )
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
         cubin = folder / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

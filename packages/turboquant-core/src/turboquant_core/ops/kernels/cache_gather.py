@@ -12,7 +12,9 @@ from turboquant_core.ops.kernels.codes import channels, load_codes, load_scales
 from turboquant_core.ops.kernels.split_rotation import padded_octet
 from turboquant_core.ops.reference.cache_gather import empty_output
 
-BLOCK_TOKENS = 32
+# Tokens of a program times their channels: what its registers hold.
+BLOCK_ELEMENTS = 32 * 256
+MAX_BLOCK_TOKENS = 32
 # Rows are padded to a power of two, at least this: every size is another kernel to compile.
 MIN_BLOCK_BATCH = 16
 
@@ -39,9 +41,11 @@ def cache_gather(
     key_centroids, value_centroids = (
         codebook_tables(config.head_dim, bits, pages.device, torch.float32)[0] for bits in (key_bits, value_bits)
     )
+    octet = padded_octet(config.head_dim)
+    block_tokens = min(MAX_BLOCK_TOKENS, BLOCK_ELEMENTS // (8 * octet))
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(pages):
-        _gather_kernel[(triton.cdiv(max_tokens, BLOCK_TOKENS), layout.num_kv_heads)](
+        _gather_kernel[(triton.cdiv(max_tokens, block_tokens), layout.num_kv_heads)](
             keys,
             values,
             pages,
@@ -62,7 +66,7 @@ def cache_gather(
             num_kv_heads=layout.num_kv_heads,
             block_size=layout.block_size,
             head_dim=config.head_dim,
-            padded_octet=padded_octet(config.head_dim),
+            padded_octet=octet,
             key_bits=key_bits,
             value_bits=value_bits,
             key_codes=layout.key_codes.offset,
@@ -75,7 +79,7 @@ def cache_gather(
             has_starts=starts is not None,
             has_mean=rotated_key_mean is not None,
             block_batch=max(MIN_BLOCK_BATCH, triton.next_power_of_2(batch)),
-            block_tokens=BLOCK_TOKENS,
+            block_tokens=block_tokens,
         )
     return keys, values
 

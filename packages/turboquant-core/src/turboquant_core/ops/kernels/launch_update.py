@@ -83,8 +83,8 @@ def update_launch(
     programs_per_sm = min(most, processor.shared_bytes // resident_bytes)
     max_registers = REGISTERS_OF_SMALL_PROGRAM if programs_per_sm == MAX_SMALL_PROGRAMS_PER_SM else None
     if channels > 128 or not programs_per_sm:
-        # The rotation is read in slices of 16 KiB; more warps hold the wider accumulators.
-        num_warps = max(8, channels // 32)
+        # The rotation is read in slices of 16 KiB; twice the warps, and half the rows at 512, hold the accumulators.
+        num_warps, block_rows = 8, min(block_rows, 16384 // channels)
         block_k, num_stages, depth, programs_per_sm = 8192 // channels, 2, 1, 1
     blocks = -(-num_tokens // block_rows)
     pairs_per_head = max(1, processor.num_sms * programs_per_sm // (2 * num_kv_heads))

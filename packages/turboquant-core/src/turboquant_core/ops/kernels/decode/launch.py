@@ -55,6 +55,7 @@ class DecodeLaunch:
         stages: Tiles in flight: the one that is worked on and those on their way.
         prepare_heads: Query heads of a program that prepares.
         prepare_positions: Operand positions that it rotates to.
+        prepare_channels: Channels that it multiplies at a time.
         merge_heads: Query heads of a program that merges.
         merge_slots: Partial results that it reads at a time.
         merge_channels: Output channels that it un-rotates to at a time.
@@ -70,6 +71,7 @@ class DecodeLaunch:
     stages: int
     prepare_heads: int
     prepare_positions: int
+    prepare_channels: int
     merge_heads: int
     merge_slots: int
     merge_channels: int
@@ -114,7 +116,9 @@ def portable_launch(shape: DecodeShape, card: Card) -> DecodeLaunch:
     # tl.dot takes at least sixteen rows.
     columns = 16 if shape.num_columns <= 16 or shape.head_dim > 128 else 32
     tile = 64 if shape.head_dim <= 128 else 32
-    return _launch(shape, card, columns, tile=tile, resident=4, num_warps=2)
+    # Above 256 channels twice the warps hold the tile.
+    resident, num_warps = (4, 2) if shape.head_dim <= 256 else (2, 4)
+    return _launch(shape, card, columns, tile=tile, resident=resident, num_warps=num_warps)
 
 
 def _launch(
@@ -136,11 +140,12 @@ def _launch(
     num_workers = max(1, min(programs // (shape.num_kv_heads * padded // columns), most_tiles))
     # Few rows have many partial results each: a program for every head reads many at a time. Many rows have few: a
     # program un-rotates sixteen heads at once on the tensor cores.
-    many_slots = num_workers > 16 * shape.batch
+    # Sixteen heads of more than 256 channels, as operands of an exact product, would not fit the registers.
+    many_slots = num_workers > 16 * shape.batch or shape.head_dim > 256
     num_query_heads = shape.batch * shape.num_kv_heads * shape.num_columns
     # Small calls are latency: many programs that each read little of the rotation.
     small = num_query_heads <= 16 * card.num_multiprocessors
-    narrow = 1 if shape.head_dim <= 128 else 2
+    narrow = 1 if shape.head_dim <= 128 else 2 if shape.head_dim <= 256 else 4
     return DecodeLaunch(
         columns=columns,
         padded_columns=padded,
@@ -150,6 +155,7 @@ def _launch(
         stages=stages,
         prepare_heads=16 if small else 64,
         prepare_positions=32 if small else 64,
+        prepare_channels=256 if shape.head_dim <= 256 else 64,
         merge_heads=1 if many_slots else 16,
         merge_slots=(128 if many_slots else 4) // narrow,
         merge_channels=128 // narrow if many_slots else 64,

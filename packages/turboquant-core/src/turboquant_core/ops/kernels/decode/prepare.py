@@ -40,6 +40,7 @@ def prepare_kernel(
     block_batch: tl.constexpr,
     block_heads: tl.constexpr,
     block_dim: tl.constexpr,
+    block_channels: tl.constexpr,
     block_positions: tl.constexpr,
     precision: tl.constexpr,
     overlap: tl.constexpr,
@@ -57,26 +58,35 @@ def prepare_kernel(
         tl.program_id(0) * block_heads + tl.arange(0, block_heads),
         query_start_loc, batch, num_heads, num_tokens, query_len, group,
     )  # fmt: skip
-    channel = tl.arange(0, block_dim)
-    real = channel < head_dim
-    source = query + token * query_token_stride + head * query_head_stride
-    q = tl.load(source[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0).to(tl.float32)
-    # A rotation keeps lengths: over the query's length every coordinate is at most one, and float16 holds it.
-    size = tl.sqrt(tl.sum(q * q, axis=1))
-    size = tl.where(size > 0, size, 1.0)
     kv_head = head // group
     place = (row.to(tl.int64) * (num_heads // group) + kv_head) * num_columns + column
     position = tl.program_id(1) * block_positions + tl.arange(0, block_positions)
-    matrix = tl.load(rotation + channel[:, None] + position[None, :] * head_dim, mask=real[:, None], other=0.0)
-    # [heads, channels] x [channels, positions]
-    rotated = tl.dot(q, matrix, input_precision=precision) / size[:, None]
-    tl.store(operand + place[:, None] * num_positions + position[None, :], rotated.to(tl.float16), mask=used[:, None])
+    squares = tl.zeros([block_heads], tl.float32)
+    mean_score = tl.zeros([block_heads], tl.float32)
+    rotated = tl.zeros([block_heads, block_positions], tl.float32)
+    for base in range(0, block_dim, block_channels):
+        channel = base + tl.arange(0, block_channels)
+        real = channel < head_dim
+        source = query + token * query_token_stride + head * query_head_stride
+        q = tl.load(source[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0).to(tl.float32)
+        squares += tl.sum(q * q, axis=1)
+        if key_mean is not None:  # noqa: SIM102
+            if tl.program_id(1) == 0:
+                means = key_mean + row.to(tl.int64) * mean_row_stride + kv_head * head_dim
+                mean = tl.load(means[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0)
+                mean_score += tl.sum(q * mean, axis=1)
+        matrix = tl.load(rotation + channel[:, None] + position[None, :] * head_dim, mask=real[:, None], other=0.0)
+        # [heads, channels] x [channels, positions]
+        rotated = tl.dot(q, matrix, rotated, input_precision=precision)
+    # A rotation keeps lengths: over the query's length every coordinate is at most one, and float16 holds it.
+    size = tl.sqrt(squares)
+    size = tl.where(size > 0, size, 1.0)
+    rotated = (rotated / size[:, None]).to(tl.float16)
+    tl.store(operand + place[:, None] * num_positions + position[None, :], rotated, mask=used[:, None])
     if tl.program_id(1) == 0:
         tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
         if key_mean is not None:
-            means = key_mean + row.to(tl.int64) * mean_row_stride + kv_head * head_dim
-            mean = tl.load(means[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0)
-            tl.store(bias + place, tl.sum(q * mean, axis=1) * (scale * LOG2_E), mask=used)
+            tl.store(bias + place, mean_score * (scale * LOG2_E), mask=used)
 
 
 @triton.jit

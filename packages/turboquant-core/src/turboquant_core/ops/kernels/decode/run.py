@@ -67,7 +67,7 @@ def run_decode_attention(
     )  # fmt: skip
     # Triton's own next_power_of_2 and cdiv take the host many times as long: they are functions of its compiler.
     block_dim = 1 << (head_dim - 1).bit_length()
-    precision = "tf32x3" if device.type == "cuda" and card_of(device).capability >= (8, 0) else "ieee"
+    precision = "tf32x3" if card_of(device).capability >= (8, 0) else "ieee"
     heads = batch * query_len * num_heads
     block_positions = min(launch.prepare_positions, num_positions)
     prepare_kernel[(-(-heads // launch.prepare_heads), num_positions // block_positions)](
@@ -76,7 +76,8 @@ def run_decode_attention(
         key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0, query_len, call.row_capacity,
         group=group, num_columns=padded, head_dim=head_dim, num_positions=num_positions, tile=launch.tile,
         window=window, block_batch=padded_batch(batch), block_heads=launch.prepare_heads, block_dim=block_dim,
-        block_positions=block_positions, precision=precision, overlap=launch.overlap, num_warps=4,
+        block_channels=min(launch.prepare_channels, block_dim), block_positions=block_positions, precision=precision,
+        overlap=launch.overlap, num_warps=4,
     )  # fmt: skip
     if path == "fragment":
         from turboquant_core.ops.kernels.decode.run_fragment import run_fragment

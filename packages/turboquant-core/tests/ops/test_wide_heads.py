@@ -1,0 +1,61 @@
+"""What the kernels compile to at head_dim 512, where a tile takes four times the registers of one at 128."""
+
+COMPILE = """
+import os
+from pathlib import Path
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.ops.kernels import cache_gather, cache_update
+from turboquant_core.ops.kernels.decode import run, run_portable
+from turboquant_core.ops.kernels.decode.launch import Card
+from turboquant_core.ops.kernels.launch_update import Processor
+from turboquant_core.testing.compiled import Recorder
+
+BATCH = 32
+layout = KVCacheLayout(TurboQuantConfig(512, 4, 4), 2, 16)
+pages = layout.allocate(1)
+ints, means = torch.zeros(BATCH + 1, dtype=torch.int32), torch.zeros(2, 512)
+block_table, lengths = ints[:BATCH].view(BATCH, 1), ints[:BATCH]
+
+def record(module, name):
+    setattr(module, name, Recorder(getattr(module, name)))
+    return getattr(module, name)
+
+def report(arch, shared_bytes, folder):
+    run.card_of = lambda device: Card(divmod(arch, 10), 132)
+    cache_update._processor = lambda device: Processor(132, shared_bytes)
+    kernels = [
+        record(cache_update, "_update_kernel"), record(cache_gather, "_gather_kernel"),
+        record(run, "prepare_kernel"), record(run_portable, "portable_kernel"), record(run, "combine_kernel"),
+    ]
+    key = torch.zeros(100, 2, 512, dtype=torch.bfloat16)
+    cache_update.cache_update(key, key, pages, torch.zeros(100, dtype=torch.int64), layout, key_mean=means)
+    cache_gather.cache_gather(
+        pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, dtype=torch.bfloat16,
+        max_tokens=100,
+    )
+    query = torch.zeros(BATCH, 8, 512, dtype=torch.bfloat16)
+    run.run_decode_attention(
+        query, layout.views(pages), block_table, lengths, layout.config, "fp16",
+        run.choose_launch("fp16", layout.config, BATCH, 2, 4, 16, query.device), scale=1.0, query_len=1,
+        query_start_loc=None, seq_starts=None, window=0, softcap=0.0, sinks=None, key_mean=means,
+        out=torch.empty_like(query), lse=None,
+    )
+    for kernel in kernels:
+        compiled = kernel.compile(arch, Path(folder))
+        print(kernel.kernel.__name__, compiled.shared_bytes, compiled.stack_bytes)
+"""
+# What a program may use on an A100.
+SHARED_BYTES = 163 * 1024
+
+
+def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    printed = run_python(f"{COMPILE}\nreport(80, {SHARED_BYTES}, {str(tmp_path)!r})").splitlines()
+    assert len(printed) == 5
+    for line in printed:
+        name, shared_bytes, stack_bytes = line.split()
+        assert int(shared_bytes) <= SHARED_BYTES, name
+        # A register or two of a thread may go to memory; hundreds would take most of the time.
+        assert int(stack_bytes) <= 32, name
