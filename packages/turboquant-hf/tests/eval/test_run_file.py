@@ -1,7 +1,12 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from turboquant_core.testing.damage import damaged_bytes, damaged_json, read_or_refused
 from turboquant_hf.eval.run_file import RunFile, read_run_file
 from turboquant_hf.eval.summary import summarise
 
@@ -19,6 +24,61 @@ def test_results_are_there_after_each(tmp_path):
         assert read_run_file(run.path).results == run.results
     assert len(run.results) == 3
     assert list(tmp_path.iterdir()) == [run.path]
+
+
+HEADER = {"settings": {"seed": 1, "lengths": (1, 2)}, "environment": {}, "model": {}}
+
+
+def test_two_runs_of_one_file_keep_the_results_of_both(tmp_path):
+    path = tmp_path / "run.json"
+    first, second = RunFile(path, HEADER), RunFile(path, HEADER)
+    for number in range(2):
+        first.add(f"first/{number}", {})
+        second.add(f"second/{number}", {})
+    assert read_run_file(path).results.keys() == {"first/0", "first/1", "second/0", "second/1"}
+
+
+def test_runs_that_write_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "run.json"
+    begin = Barrier(3)
+
+    def write(name):
+        run = RunFile(path, HEADER)
+        begin.wait()
+        for number in range(20):
+            run.add(f"{name}/{number}", {"number": number})
+
+    # The lock is of an open file, and every run opens its own: threads are to it as processes are.
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(write, ("a", "b", "c")))
+    assert len(read_run_file(path).results) == 60
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_with_other_settings_is_not_written_over(tmp_path):
+    path = tmp_path / "run.json"
+    RunFile(path, {**HEADER, "settings": {"seed": 2, "lengths": [1, 2]}}).add("theirs", {})
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match=r"another run meanwhile, with other settings: seed is 2 there and 1 here\. "):
+        RunFile(path, HEADER).add("ours", {})
+    path.write_text("damaged")
+    with pytest.raises(ValueError, match="damaged or half-written"):
+        RunFile(path, HEADER).add("ours", {})
+    path.write_bytes(content)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@given(random=st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_read_or_refused_by_name(tmp_path, random):
+    path = tmp_path / "run.json"
+    data = {"format": "turboquant eval", "version": 1, **HEADER, "results": {"quality/tq4": {"mean_kl": 0.5}}}
+    content = damaged_json(data, random).encode("utf-8", "surrogatepass")
+    content = content if random.random() < 0.6 else damaged_bytes(content, random)
+    run = read_or_refused(read_run_file, path, content, "run file")
+    if run is not None:
+        assert all(isinstance(run.header[section], dict) for section in HEADER)
+        assert isinstance(run.results, dict)
 
 
 def test_numbers_that_json_has_not_are_refused(tmp_path):

@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from turboquant_core.files import write_atomically
+from filelock import FileLock
+
+from turboquant_core.files import read_json, write_atomically
 
 EVAL = "turboquant eval"
 VERSION = 1
@@ -31,10 +34,25 @@ class RunFile:
         self.results = dict(results or {})
 
     def add(self, unit: str, result: Mapping[str, Any]) -> None:
-        """Keep a result, in the file too."""
-        self.results[unit] = dict(result)
-        data = {"format": self.command, "version": VERSION, **self.header, "results": self.results}
-        write_atomically(self.path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        """Keep a result, in the file too, beside those that another run has written there meanwhile.
+
+        Raises:
+            OSError: If the file cannot be written.
+            ValueError: If it is damaged now, or of a run with other settings; it stays as it is.
+        """
+        with _alone(self.path):
+            found = read_run_file(self.path, self.command) if self.path.exists() else None
+            if found is not None:
+                for section in SECTIONS[:-1]:
+                    if differences := list(found.differences(section, _as_json(self.header[section]))):
+                        raise ValueError(
+                            f"{self.path} was written by another run meanwhile, with other {section}: "
+                            f"{'; '.join(differences)}. It is left as it is; name another file"
+                        )
+                self.results |= found.results
+            self.results[unit] = dict(result)
+            data = {"format": self.command, "version": VERSION, **self.header, "results": self.results}
+            write_atomically(self.path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
     def differences(self, section: str, expected: Mapping[str, Any]) -> Iterator[str]:
         """What a section of the file says otherwise, one sentence each."""
@@ -52,7 +70,7 @@ def read_run_file(path: Path, command: str = EVAL) -> RunFile:
         ValueError: If it is damaged, or something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is no run file, or damaged or half-written: {error}") from None
     if not isinstance(data, dict) or data.get("format") != command:
@@ -65,6 +83,23 @@ def read_run_file(path: Path, command: str = EVAL) -> RunFile:
     results = data.pop("results")
     header = {key: value for key, value in data.items() if key not in ("format", "version")}
     return RunFile(path, header, results, command)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keep others from writing a run file in between; they wait as long."""
+    lock = path.with_name(f"{path.name}.lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            # While it is held: who waits for it sees that it is gone, and makes another.
+            with suppress(OSError):
+                lock.unlink()
+
+
+def _as_json(section: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(section))
 
 
 def _say(value: object) -> str:
