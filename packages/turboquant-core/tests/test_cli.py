@@ -170,6 +170,7 @@ def test_an_unknown_subcommand_is_refused(run):
     assert status == 2
     assert "No such command 'sing'" in errors
     assert "Did you mean 'greet'" in run("gret")[2]
+    assert json.loads(run("gret", "--json", "-")[1])["format"] == "turboquant --json"
     assert imported() == set()
 
 
@@ -369,6 +370,11 @@ def test_help_and_version_take_no_time(run_python, arguments):
     seconds, *modules = said.splitlines()[-1].split()
     assert float(seconds) < 1
     assert not {"torch", "transformers", "scipy", "numpy", "turboquant_hf"} & set(modules)
+
+
+def test_little_is_imported_before_ctrl_c_is_seen_to(run_python):
+    loaded = set(run_python("import sys, turboquant_core.cli; print(*sys.modules)").split())
+    assert not {"typer", "rich", "email", "importlib.metadata", "turboquant_core.commands"} & loaded
 
 
 def test_the_installed_script_is_this_command():

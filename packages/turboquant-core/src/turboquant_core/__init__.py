@@ -1,10 +1,7 @@
 """TurboQuant: vectors of a KV cache as a few bits per coordinate, after arXiv 2504.19874."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-__version__ = version("turboquant-core")
 
 __all__ = [
     "PRESETS",
@@ -23,6 +20,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    __version__: str
     from turboquant_core._public import (
         PRESETS,
         Codebook,
@@ -42,6 +40,8 @@ else:
 
     def __getattr__(name: str) -> Any:
         # Not before one of them is asked for: torch takes seconds to import, and `turboquant --help` does without.
+        if name == "__version__":
+            return import_module("importlib.metadata").version("turboquant-core")
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         public = import_module("turboquant_core._public")

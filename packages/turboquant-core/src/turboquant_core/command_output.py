@@ -185,4 +185,4 @@ def _check_output(path: Path, marker: str | None, force: bool) -> None:
 
 
 def _json_format(command: str) -> str:
-    return f"turboquant {command} --json"
+    return " ".join(filter(None, ("turboquant", command, "--json")))
