@@ -13,7 +13,8 @@ pytestmark = pytest.mark.skipif(
     reason="needs a GPU and compute-sanitizer",
 )
 
-# Every path that can run here, on pages and vectors that end where their memory does.
+# Every path that can run here, on pages and vectors that end where their memory does, with values that fit and with
+# slots, blocks, lengths and offsets that do not.
 KERNELS = """
 import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
@@ -30,22 +31,36 @@ for head_dim, key_bits, value_bits, dtype in [
     key, value = (torch.randn(83, 2, head_dim, device=device, dtype=dtype) for _ in range(2))
     slots = torch.randperm(96, device=device)[:83]
     slots[5] = -1
+    wrong_slots = slots.clone()
+    wrong_slots[10:15] = torch.tensor([96, 97, 2**31, 2**62, -2**63])
     pages = layout.allocate(6, device)
     mean = torch.randn(2, head_dim, device=device)
     for path in ("warpgroup", "triton"):
         if path == "triton" or warpgroup_obstacle(layout, key, value, pages) is None:
             for key_mean in (None, mean):
-                cache_update(key, value, pages, slots, layout, key_mean=key_mean, path=path)
+                for given in (wrong_slots, slots):
+                    cache_update(key, value, pages, given, layout, key_mean=key_mean, path=path)
             seen.add(path)
     table = torch.arange(6, dtype=torch.int32, device=device).view(2, 3)
     lens = torch.tensor([48, 17], dtype=torch.int32, device=device)
+    int32 = lambda *values: torch.tensor(values, dtype=torch.int32, device=device)
+    wrong = (int32(*[6, 2**30, -1, -2**31, 5, 2**31 - 1]).view(2, 3), int32(2**31 - 1, 49))
+    wrong_offsets = (int32(0, 2**31 - 1, -3), int32(5, 2, 9), int32(-2**31, 1, 2**31 - 1))
     cache_gather(pages, table, lens, layout, max_tokens=65)
+    for offsets in (None, *wrong_offsets):
+        cache_gather(pages, *wrong, layout, starts=int32(-2**31, 7), cu_seqlens=offsets, max_tokens=65)
     sinks = torch.zeros(8, device=device)
     for path in get_args(KernelPath):
         if obstacle(path, layout, device, pages) is None:
             for query_len, options in ((1, {}), (3, {"window": 20, "softcap": 9.0, "sinks": sinks, "key_mean": mean})):
                 query = torch.randn(2 * query_len, 8, head_dim, device=device, dtype=dtype)
-                decode_attention(query, pages, table, lens, layout, path=path, return_lse=True, **options)
+                for given in ((table, lens), wrong, (table, int32(-2**31, -1))):
+                    decode_attention(query, pages, *given, layout, path=path, return_lse=True, **options)
+                for offsets in wrong_offsets:
+                    decode_attention(
+                        query, pages, *wrong, layout, path=path, query_start_loc=offsets, max_query_len=3,
+                        seq_starts=int32(-2**31, 2**31 - 1), **options,
+                    )
             seen.add(path)
 torch.cuda.synchronize()
 print("ran", *sorted(seen))
