@@ -8,6 +8,7 @@ from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from turboquant_hf.dense import dense_attention, is_causal
 from turboquant_hf.dispatch import ATTENTION
+from turboquant_hf.gradients import without_gradient
 from turboquant_hf.handover import Prompt, Stored, taken_over
 from turboquant_hf.masks import Rows, check_mask, mask_of_stored, over_parts, prompt_starts, rows_of, turboquant_mask
 
@@ -61,9 +62,11 @@ def turboquant_attention(
         causal, position_bias = query_len == 1 or is_causal(module, **kwargs), kwargs.get("position_bias")
         rows = None if dropout or position_bias is not None else _rows_of_call(attention_mask, causal)
         if rows is not None and states.has_kernel and query_len <= MAX_QUERY_LEN:
-            output = states.attend(
-                query, scale=scaling, seq_starts=rows.starts, window=rows.window, softcap=softcap, sinks=s_aux
-            )
+            options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+            with torch.no_grad():
+                output = states.attend(query, seq_starts=rows.starts, window=rows.window, **options)
+            if given.wants_gradient or (query.requires_grad and torch.is_grad_enabled()):
+                output = without_gradient(output)
             return output if rows.doubt is None else output + rows.doubt.to(output.dtype), None
         parts = None
         if states.parts_calls:
@@ -74,6 +77,8 @@ def turboquant_attention(
                 options["position_bias"] = over_parts(position_bias, num_tokens, parts)
         else:
             key, value = states.dequantize(key.dtype)
+        if given.wants_gradient:
+            key, value = without_gradient(key), without_gradient(value)
         attention_mask = mask_of_stored(attention_mask, query, num_tokens, causal, parts)
     elif isinstance(given, Prompt):
         key, value = given.keys, given.values

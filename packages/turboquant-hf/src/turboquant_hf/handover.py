@@ -76,10 +76,12 @@ class Stored(NamedTuple):
     Attributes:
         states: What is stored, theirs included.
         recent: What `PagedStates.append_parts` gave.
+        wants_gradient: Whether a backward pass would need the gradient of what is stored.
     """
 
     states: PagedStates
     recent: tuple[torch.Tensor, torch.Tensor] | None
+    wants_gradient: bool = False
 
 
 class Placeholder(torch.Tensor):

@@ -9,6 +9,7 @@ from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention import reads_codes
+from turboquant_hf.gradients import without_gradient
 from turboquant_hf.handover import Prompt, Stored, hand_over
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.lasting import lasting
@@ -62,6 +63,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self._preset = preset
         self._overrides = overrides
         self._text_config = text_config
+        self._has_gradient = False
 
     @classmethod
     def restore(cls, states: PagedStates, dtype: torch.dtype, text_config: PreTrainedConfig | None) -> Self:
@@ -128,6 +130,7 @@ class TurboQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         states = self.states
         self._check(key_states, value_states)
+        wants_gradient = self._wants_gradient(key_states, value_states)
         if states.is_empty:
             states.append(key_states, value_states)
             if reads_codes(self._text_config):
@@ -138,8 +141,9 @@ class TurboQuantLayer(CacheLayerMixin):
         if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or states.parts_calls):
             recent = states.append_parts(key_states, value_states)
             shape = (states.batch_size, states.num_kv_heads, states.read_length, self.config.head_dim)
-            return hand_over(Stored(states, recent), shape, self.dtype)
-        return states.extend(key_states, value_states, self.dtype)
+            return hand_over(Stored(states, recent, wants_gradient), shape, self.dtype)
+        keys, values = states.extend(key_states, value_states, self.dtype)
+        return (without_gradient(keys), without_gradient(values)) if wants_gradient else (keys, values)
 
     @lasting
     def store_again(self, key_states: torch.Tensor, value_states: torch.Tensor, row_starts: torch.Tensor) -> None:
@@ -245,6 +249,14 @@ class TurboQuantLayer(CacheLayerMixin):
         # The base class sets None.
         if states is not None:
             raise AttributeError(f"{name} of a {type(self).__name__} cannot be set: it stores codes. Use update().")
+
+    def _wants_gradient(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
+        """Whether a backward pass from what reads these, or what is stored, would go on through them."""
+        is_recorded = torch.is_grad_enabled()
+        if self.states.is_empty:
+            self._has_gradient = False
+        self._has_gradient |= is_recorded and (key_states.requires_grad or value_states.requires_grad)
+        return is_recorded and self._has_gradient
 
     def _before_decoding(self) -> None:
         """What there is to do before tokens attend on codes."""

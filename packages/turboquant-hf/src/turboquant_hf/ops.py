@@ -84,6 +84,12 @@ def first_seen(mask: torch.Tensor) -> torch.Tensor:
     return _first_seen(mask)
 
 
+def refuse_gradient(gradient: torch.Tensor) -> torch.Tensor:
+    """Raise RuntimeError, when it runs and not when a graph is traced."""
+    refused: torch.Tensor = torch.ops.turboquant_hf.refuse_gradient(gradient)
+    return refused
+
+
 def _pack(codec: LayerCodec) -> Codec:
     config = codec.config
     return (
@@ -174,6 +180,19 @@ def _first_seen_shape(mask: torch.Tensor) -> torch.Tensor:
     return mask.new_empty(len(mask), dtype=torch.int64)
 
 
+def _refuse_gradient(gradient: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(
+        "backward() needs the gradient of keys and values that TurboQuantCache stores as codes, which have none: what "
+        "makes them, such as k_proj and v_proj, would learn nothing. Train without a cache (use_cache=False), with a "
+        "DynamicCache, or with everything in the cache's first call; for a prefix that is not trained, freeze what "
+        "makes keys and values. To run forward only, use torch.no_grad()."
+    )
+
+
+def _refuse_gradient_shape(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.new_empty(())
+
+
 _library = torch.library.Library("turboquant_hf", "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -193,3 +212,4 @@ _register(
     _attend_shapes,
 )
 _register("first_seen(Tensor mask) -> Tensor", _first_seen, _first_seen_shape)
+_register("refuse_gradient(Tensor gradient) -> Tensor", _refuse_gradient, _refuse_gradient_shape)
