@@ -120,7 +120,8 @@ class Commands(TyperGroup):
         if (target := json_target(arguments)) is not None:
             name = next((argument for argument in arguments if argument in self.commands), "")
             with suppress(OSError, CommandError):
-                check_outputs([json_output(name, target)], {}, force="--force" in arguments)
+                # Not by force: what is there may be the very file that was refused.
+                check_outputs([json_output(name, target)], {})
                 write_json(name, {"error": str(ended)}, target)
         _discard_unwritten()
         return ended.status

@@ -131,6 +131,7 @@ def test_files_of_others_are_kept(tuned, tmp_path, said):
         assert reason in said(outcome)
     assert notes.read_text() == "{}"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.json"]
+    assert read_layer_bits(tuned[0]).layer_bits
 
 
 def test_interrupted_it_goes_on_and_gives_the_same(tuned, tiny_model_folder, tmp_path, monkeypatch, said):
