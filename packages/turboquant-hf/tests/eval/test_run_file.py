@@ -117,7 +117,7 @@ def test_bytes_that_are_no_text(tmp_path):
     [
         (lambda data: data.pop("settings"), "no section 'settings'"),
         (lambda data: data["settings"].pop("seed"), "settings are caches"),
-        (lambda data: data["settings"].update(num_tokens="many"), "of another type"),
+        (lambda data: data["settings"].update(num_tokens="many"), "no number of tokens"),
         (lambda data: data["settings"].update(caches=["tq5"]), "no cache 'tq5'"),
         (lambda data: data["settings"].update(measurements=["taste"]), "no measurement 'taste'"),
         (lambda data: data["model"].pop("name"), "'model' has no name"),

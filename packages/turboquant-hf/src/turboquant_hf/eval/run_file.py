@@ -76,7 +76,9 @@ def read_run_file(path: Path, command: str = EVAL) -> RunFile:
     if not isinstance(data, dict) or data.get("format") != command:
         raise ValueError(f"{path} is no run file of `{command}`")
     if data.get("version") != VERSION:
-        raise ValueError(f"{path} is a run file of version {data.get('version')}; this turboquant-hf reads {VERSION}")
+        raise ValueError(
+            f"{path} is a run file of version {data.get('version')!s:.40}; this turboquant-hf reads {VERSION}"
+        )
     for section in SECTIONS:
         if not isinstance(data.get(section), dict):
             raise ValueError(f"{path} is a damaged run file: it has no section {section!r}")
