@@ -139,8 +139,8 @@ def test_hopper_takes_warpgroups_unless_there_is_little_to_do(hopper):
     ("reason", "arguments"),
     [
         ("head_dim is 96, and it takes 64 and 128", {"layout": KVCacheLayout(TurboQuantConfig(96, 4, 4), 2, 16)}),
-        ("key_bits is 8, and it takes up to 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 8, 4), 2, 16)}),
-        ("value_bits is 6, and it takes up to 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 4, 6), 2, 16)}),
+        ("key_bits is 8, and it takes 2, 3, 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 8, 4), 2, 16)}),
+        ("value_bits is 6, and it takes 2, 3, 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 4, 6), 2, 16)}),
         ("key is torch.float32, and it takes", {"key": vectors(dtype=torch.float32)}),
         (r"value starts at .* strides \[264, .* multiples of 16", {"value": vectors(stride=264)}),
         (r"pages starts at .* multiples of 4", {"pages": pages_of(padding=2)}),

@@ -8,6 +8,7 @@ from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 
+from turboquant_core.config import WHOLE_BITS
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.scale import SCALE_DTYPE
 
@@ -66,7 +67,8 @@ def check_whole_bits(layout: KVCacheLayout) -> None:
     for name in ("key_bits", "value_bits"):
         bits = getattr(layout.config, name)
         if bits != int(bits):
-            raise ValueError(f"{name} is {bits}; cache operations store whole bits. Use 2, 3, 4, 5, 6 or 8.")
+            known = ", ".join(map(str, WHOLE_BITS))
+            raise ValueError(f"{name} is {bits}; cache operations store whole bits. Use one of {known}.")
 
 
 def check_pages(pages: torch.Tensor, layout: KVCacheLayout) -> None:

@@ -23,6 +23,8 @@ Values are float16 centroids in every one. In Triton's interpreter all but "frag
 
 SUBTILE = 16
 FRAGMENT_HEAD_DIMS = (64, 128, 256)
+# Widths that it looks up in registers; the other kernels gather centroids of any.
+FRAGMENT_BITS = (2, 3, 4, 5, 6, 8)
 # Strides in words, and in scales, that Triton sees to be multiples of sixteen.
 FRAGMENT_ALIGNMENT = 64
 MIN_CAPABILITY: dict[KernelPath, tuple[int, int]] = {"fragment": (8, 0), "fp16": (7, 5), "int8": (7, 5), "fp8": (8, 9)}
@@ -79,6 +81,9 @@ def _layout_obstacle(layout: KVCacheLayout) -> str | None:
     if layout.config.head_dim not in FRAGMENT_HEAD_DIMS:
         known = ", ".join(map(str, FRAGMENT_HEAD_DIMS))
         return f"head_dim is {layout.config.head_dim}, and it takes {known}"
+    for name in ("key_bits", "value_bits"):
+        if (bits := getattr(layout.config, name)) not in FRAGMENT_BITS:
+            return f"{name} is {bits}, and it looks up {', '.join(map(str, FRAGMENT_BITS))}"
     if layout.config.value_bits == 8:
         return "value_bits is 8, whose outermost centroids its polynomial misses by more than a short row averages out"
     if layout.block_size % SUBTILE:

@@ -18,7 +18,7 @@ UpdatePath = Literal["auto", "warpgroup", "triton", "reference"]
 
 WARPGROUP_CAPABILITY = (9, 0)
 WARPGROUP_HEAD_DIMS = (64, 128)
-WARPGROUP_MAX_BITS = 4
+WARPGROUP_BITS = (2, 3, 4)
 WARPGROUP_DTYPES = (torch.float16, torch.bfloat16)
 # Copies are of sixteen bytes, and Triton sees strides to be multiples of sixteen elements.
 WARPGROUP_ALIGNMENT = 16
@@ -75,8 +75,8 @@ def _layout_obstacle(layout: KVCacheLayout) -> str | None:
     if config.head_dim not in WARPGROUP_HEAD_DIMS:
         return f"head_dim is {config.head_dim}, and it takes {' and '.join(map(str, WARPGROUP_HEAD_DIMS))}"
     for name in ("key_bits", "value_bits"):
-        if getattr(config, name) > WARPGROUP_MAX_BITS:
-            return f"{name} is {getattr(config, name)}, and it takes up to {WARPGROUP_MAX_BITS}"
+        if (bits := getattr(config, name)) not in WARPGROUP_BITS:
+            return f"{name} is {bits}, and it takes {', '.join(map(str, WARPGROUP_BITS))}"
     return None
 
 

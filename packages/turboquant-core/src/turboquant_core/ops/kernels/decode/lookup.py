@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from turboquant_core.codebook import lloyd_max_codebook
+from turboquant_core.ops.paths import FRAGMENT_BITS
 
 MAX_PRMT_BITS = 4
 # Coefficients of a polynomial. Errors of 0.0015 to 0.0033 of a standard deviation: rounding centroids to bfloat16 costs
@@ -63,7 +64,13 @@ class Lookup:
 
 @cache
 def lookup(head_dim: int, bits: int) -> Lookup:
-    """The look-up of codes of `bits` bits at `head_dim`."""
+    """The look-up of codes of `bits` bits at `head_dim`.
+
+    Raises:
+        ValueError: If there is none of that width.
+    """
+    if bits not in FRAGMENT_BITS:
+        raise ValueError(f"bits is {bits}, and this looks up {', '.join(map(str, FRAGMENT_BITS))}")
     return _prmt_lookup(head_dim, bits) if bits <= MAX_PRMT_BITS else _polynomial_lookup(head_dim, bits)
 
 

@@ -1,0 +1,66 @@
+"""A width that a cache takes is served by a path, or refused by it by name."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from turboquant_core import KVCacheLayout, TurboQuantConfig, config
+from turboquant_core.ops import cache_gather, cache_update, decode_attention
+from turboquant_core.ops.kernels.decode.lookup import lookup
+from turboquant_core.ops.paths import FRAGMENT_BITS, card_obstacle
+from turboquant_core.ops.update_paths import warpgroup_obstacle
+from turboquant_core.testing import gaussian
+
+
+@pytest.fixture
+def new_width(monkeypatch):
+    """Seven bits, which the codec has and no cache yet."""
+    monkeypatch.setattr(config, "CACHE_BITS", (*config.CACHE_BITS, 7))
+    return 7
+
+
+def test_gathering_kernels_serve_a_new_width(device, new_width):
+    layout = KVCacheLayout(TurboQuantConfig(64, new_width, new_width), 1, 16)
+    key, value = gaussian(40, 64, seed=1).to(device).view(2, 20, 1, 64)
+    pages, expected_pages = layout.allocate(2, device), layout.allocate(2, device)
+    slots = torch.arange(20, device=device)
+    cache_update(key, value, expected_pages, slots, layout, path="reference")
+    cache_update(key, value, pages, slots, layout, path="triton")
+    assert (pages != expected_pages).float().mean() < 0.001
+    query = gaussian(2, 64, seed=2).to(device).view(1, 2, 64)
+    block_table = torch.tensor([[0, 1]], dtype=torch.int32, device=device)
+    lengths = torch.tensor([20], dtype=torch.int32, device=device)
+    expected = decode_attention(query, pages, block_table, lengths, layout, path="reference")
+    for path in ("portable", "fp16", "int8"):
+        found = decode_attention(query, pages, block_table, lengths, layout, path=path)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    gathered = [
+        cache_gather(pages, block_table, lengths, layout, max_tokens=20, dtype=torch.float32, path=path)[:2]
+        for path in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*gathered)
+
+
+@pytest.mark.parametrize("name", ["key_bits", "value_bits"])
+def test_fragments_name_a_width_that_they_do_not_look_up(new_width, name):
+    layout = KVCacheLayout(TurboQuantConfig(64, **{"key_bits": 4, "value_bits": 4, name: new_width}), 1, 16)
+    assert card_obstacle("fragment", layout, (9, 0)) == f"{name} is 7, and it looks up 2, 3, 4, 5, 6, 8"
+    with pytest.raises(ValueError, match="bits is 7, and this looks up 2, 3, 4, 5, 6, 8"):
+        lookup(64, new_width)
+
+
+def test_fragments_look_up_what_they_say():
+    for bits in FRAGMENT_BITS:
+        assert lookup(64, bits).words == (1 if bits <= 4 else 2)
+
+
+@pytest.mark.parametrize("bits", [1, 7])
+def test_warpgroups_name_a_width_that_they_do_not_look_up(monkeypatch, bits):
+    monkeypatch.setattr(config, "CACHE_BITS", (*config.CACHE_BITS, bits))
+    monkeypatch.setattr("turboquant_core.ops.update_paths.interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    layout = KVCacheLayout(TurboQuantConfig(64, 4, bits), 1, 16)
+    on_card = SimpleNamespace(device=torch.device("cuda"))
+    assert warpgroup_obstacle(layout, on_card, on_card, on_card) == f"value_bits is {bits}, and it takes 2, 3, 4"
