@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.layers import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
@@ -243,3 +243,9 @@ def test_windows_take_the_static_layers_of_transformers():
     cache = new_cache(model, key_bits=8, value_bits=8)
     assert cache.is_compileable
     assert torch.equal(generate(model, ids(), cache), generate(model, ids(), DynamicCache(config=config)))
+
+
+def test_a_model_with_windows_only_is_told_to_leave_max_length_out(tiny_config):
+    config = tiny_config(MistralConfig, sliding_window=8)
+    with pytest.raises(ValueError, match=r"max_length=70 leaves sliding windows .*mistral.*Leave max_length"):
+        TurboQuantCache(config, max_length=70)

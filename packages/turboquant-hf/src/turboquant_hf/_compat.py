@@ -135,6 +135,7 @@ __all__ = [
     "LinearAttentionLayer",
     "PreTrainedConfig",
     "StaticLayer",
+    "StaticSlidingWindowLayer",
     "decoder_class",
     "gguf_weights_in_full",
     "sdpa_attention_forward",

@@ -14,6 +14,7 @@ from turboquant_hf._compat import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     PreTrainedConfig,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 from turboquant_hf.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
 from turboquant_hf.layer import TurboQuantLayer
@@ -76,6 +77,11 @@ def build_layers(
             else compressed_layer(layer, preset, kept, {"text_config": text_config, **options})
         )
     if not any(isinstance(layer, TurboQuantLayer) for layer in built):
+        if max_length is not None and any(isinstance(layer, StaticSlidingWindowLayer) for layer in layers):
+            raise ValueError(
+                f"max_length={max_length} leaves sliding windows uncompressed, and this {config.model_type} model has "
+                "no other attention layer to compress. Leave max_length out: a cache that grows compresses windows."
+            )
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         left = f" that is not in skip_layers {sorted(skipped)}" if skipped else ""
         raise ValueError(
