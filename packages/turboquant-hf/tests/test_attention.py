@@ -5,10 +5,13 @@ import pytest
 import torch
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
+from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention import register, turboquant_attention
 from turboquant_hf.eval.attention import attending
+from turboquant_hf.handover import Stored, hand_over
+from turboquant_hf.kept import KeptTokens
 from turboquant_hf.states import PagedStates
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -206,3 +209,39 @@ def test_a_position_bias_with_softcap_is_refused(tiny_model):
     module, bias = tiny_model.model.layers[0].self_attn, torch.zeros(1, 2, 5, 5, device=DEVICE)
     with pytest.raises(ValueError, match="softcap or sinks together with a position_bias are not supported"):
         turboquant_attention(module, *[states] * 3, None, softcap=2.0, position_bias=bias)
+
+
+@pytest.mark.parametrize("asked", ["output_attentions", "head_mask", "sinks"])
+def test_what_only_eager_attention_gives_is_refused(tiny_model, asked):
+    states = torch.randn(1, 2, 5, 64, device=DEVICE)
+    module = tiny_model.model.layers[0].self_attn
+    with pytest.raises(ValueError, match=f'attn_implementation="eager" for {asked}'):
+        turboquant_attention(module, *[states] * 3, None, **{asked: True})
+    turboquant_attention(module, *[states] * 3, None, output_attentions=False, head_mask=None)
+
+
+def test_weights_are_not_left_out_in_silence(fused_model, prompt):
+    with pytest.raises(ValueError, match="forms no weights"):
+        fused_model(prompt, output_attentions=True)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 1.0}, {"scaling": 0.3}, {"scaling": None}, {"position_bias": True}])
+@pytest.mark.parametrize("query_len", [1, 5, 12])
+def test_dropout_scaling_and_a_position_bias_on_stored_tokens(tiny_model, options, query_len):
+    torch.manual_seed(0)
+    module, query = tiny_model.model.layers[0].self_attn, torch.randn(1, 4, query_len, 64, device=DEVICE)
+    kept = KeptTokens.empty(1, 8, (1, 2, 64), torch.float32, DEVICE)
+    states = PagedStates(TurboQuantConfig(64, 8, 8), 1, 2, DEVICE, kept)
+    keys, values = torch.randn(2, 1, 2, 50 + query_len, 64, device=DEVICE)
+    states.append(keys[:, :, :50], values[:, :, :50])
+    recent = states.append_parts(keys[:, :, 50:], values[:, :, 50:])
+    if "position_bias" in options:
+        options = {"position_bias": torch.randn(1, 4, query_len, 50 + query_len, device=DEVICE)}
+    handed = hand_over(Stored(states, recent), keys.shape, torch.float32)
+    mask = torch.ones(query_len, 50 + query_len, dtype=torch.bool, device=DEVICE).tril(50)[None, None]
+    outputs = [
+        turboquant_attention(module, query, *pair, given, **options)[0]
+        for pair, given in (((keys, values), mask), (handed, mask), (handed, None))
+    ]
+    for output in outputs[1:]:
+        assert (output - outputs[0]).norm() <= 0.03 * outputs[0].norm()

@@ -12,6 +12,13 @@ from turboquant_hf.gradients import without_gradient
 from turboquant_hf.handover import Prompt, Stored, taken_over
 from turboquant_hf.masks import Rows, check_mask, mask_of_stored, over_parts, prompt_starts, rows_of, turboquant_mask
 
+# Arguments of attention functions that others than SDPA take.
+_REFUSED = {
+    "output_attentions": "forms no weights that could be given",
+    "head_mask": "has no mask of heads",
+    "sinks": "knows sinks of heads (s_aux), and none of each token",
+}
+
 
 def register() -> None:
     """Tell transformers of the attention and of its mask; once or often."""
@@ -53,8 +60,16 @@ def turboquant_attention(
 
     Returns:
         [batch_size, query_len, num_heads, head_dim], and None for weights, which are never formed.
+
+    Raises:
+        TypeError: If the mask is no bool or additive tensor.
+        ValueError: If weights are asked for, or something that SDPA does not take.
+        RuntimeError: If the model has changed the keys or values that the cache gave it.
     """
     check_mask(attention_mask)
+    for asked, why in _REFUSED.items():
+        if kwargs.get(asked) is not None and kwargs[asked] is not False:
+            raise ValueError(f'attn_implementation="{ATTENTION}" {why}. Use attn_implementation="eager" for {asked}.')
     given = taken_over(module, key, value)
     options = {"softcap": softcap, "sinks": s_aux, **kwargs}
     if isinstance(given, Stored):
