@@ -39,6 +39,14 @@ EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_util
 CACHE_ARGUMENT = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 """How a model and `generate` take a cache; from transformers 5.24 on the other name gives a warning."""
 
+CODES_NOT_READ = {
+    "bigbird_pegasus": "tells attention neither of a mask nor that it is causal",
+    "diffllama": "changes keys and values after it has stored them",
+    "doge": "changes keys and values after it has stored them",
+    "jetmoe": "changes keys and values after it has stored them",
+}
+"""Model types that attend through `AttentionInterface` and still cannot attend on codes, each with the reason."""
+
 HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
 """Whether `QuantizedCache` has the backend "fp8", as from transformers 5.21 on."""
 
@@ -117,6 +125,7 @@ def transformers_layers(config: PreTrainedConfig, max_length: int | None) -> lis
 
 __all__ = [
     "CACHE_ARGUMENT",
+    "CODES_NOT_READ",
     "EMPTY_LAYERS",
     "ENCODER_MODEL_TYPES",
     "HAS_FP8_CACHE",

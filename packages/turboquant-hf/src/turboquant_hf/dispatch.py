@@ -2,7 +2,7 @@
 
 import torch
 
-from turboquant_hf._compat import PreTrainedConfig, decoder_class
+from turboquant_hf._compat import CODES_NOT_READ, PreTrainedConfig, decoder_class
 
 ATTENTION = "turboquant"
 _own_attention: dict[type[PreTrainedConfig], str | None] = {}
@@ -15,14 +15,22 @@ def check_dispatch(config: PreTrainedConfig | None) -> None:
         return
     kind = type(config)
     if kind not in _own_attention:
-        model = decoder_class(config)
-        is_own = model is not None and not model._can_set_attn_implementation()
-        _own_attention[kind] = model.__name__ if is_own else None
-    if (name := _own_attention[kind]) is not None:
+        _own_attention[kind] = own_attention(config)
+    if (why := _own_attention[kind]) is not None:
         raise ValueError(
-            f"{name} does not attend through transformers' AttentionInterface, and so not with "
-            f'attn_implementation="{ATTENTION}". {other_attention(config)}'
+            f'{why}, and so does not attend with attn_implementation="{ATTENTION}". {other_attention(config)}'
         )
+
+
+def own_attention(config: PreTrainedConfig) -> str | None:
+    """Why the model of a configuration cannot attend on codes, beginning with its name; None if it can."""
+    model = decoder_class(config)
+    if model is None:
+        return None
+    if not model._can_set_attn_implementation():
+        return f"{model.__name__} does not attend through transformers' AttentionInterface"
+    reason = CODES_NOT_READ.get(config.get_text_config(decoder=True).model_type)
+    return None if reason is None else f"{model.__name__} {reason}"
 
 
 def other_attention(config: PreTrainedConfig | None) -> str:

@@ -440,7 +440,9 @@ class PagedStates:
 
 def tokens_first(states: torch.Tensor) -> torch.Tensor:
     """[batch_size, num_heads, num_tokens, head_dim] as [num_tokens, batch_size * num_heads, head_dim]."""
-    return states.detach().permute(2, 0, 1, 3).flatten(1, 2)
+    # Inkling's keys come with channels apart, and operations want those of a head side by side.
+    states = states.detach() if states.stride(-1) == 1 else states.detach().contiguous()
+    return states.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _grown(needed: int) -> int:

@@ -184,7 +184,7 @@ def _head_dim(layer: PreTrainedConfig) -> int:
         if not heads:
             raise ValueError(
                 f"{type(layer).__name__} names no head_dim and no num_attention_heads; TurboQuantCache needs a model "
-                "with attention layers"
+                f"with attention layers. {REMEDY}"
             )
         head_dim = layer.hidden_size // heads
     return int(head_dim)

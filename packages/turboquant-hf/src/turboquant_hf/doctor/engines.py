@@ -1,15 +1,14 @@
 """How each engine serves every layer with a preset, and why."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from typing import Literal
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops.paths import FASTEST_FIRST, card_obstacle
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, HEAD_DIMS, MIN_CAPABILITY
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.cache import TurboQuantCache
+from turboquant_hf.dispatch import own_attention
 from turboquant_hf.doctor.attention import ModelAttention
 from turboquant_hf.doctor.checkpoint import Checkpoint
 from turboquant_hf.doctor.sizes import has_whole_bits
@@ -141,10 +140,7 @@ def _no_fused_attention(config: PreTrainedConfig, preset: str) -> str | None:
     """Why transformers cannot attend on the codes; None if it can."""
     if not has_whole_bits(preset):
         return f"{preset} has fractional bits, which the kernels do not read"
-    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if model is not None and not model._can_set_attn_implementation():
-        return f"{model.__name__} does not attend through transformers' AttentionInterface"
-    return None
+    return own_attention(config)
 
 
 def _uncompressed(layer: LayerAttention) -> LayerPath:
