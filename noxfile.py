@@ -173,7 +173,7 @@ def mutants(session: nox.Session, package: str) -> None:
     install(session, *PARTS[package], groups=("test", "mutants"))
     if package == "vllm":
         install_vllm(session, VLLM)
-    session.env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     with session.chdir(f"packages/turboquant-{package}"):
         session.run("mutmut", "run", *session.posargs)
         session.run("mutmut", "export-cicd-stats")

@@ -56,16 +56,17 @@ def write(
 
 
 def _put(field: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:
-    """Write [num_tokens, heads, n] into a field [blocks, heads, slots, n]; nothing is written at negative slots.
+    """Write [num_tokens, heads, n] into a field [blocks, heads, slots, n]; nothing is written at slots that are none.
 
     Which they are is not looked at, for a graph could not: in their place the first token is written again, and if it
     has no slot either, what is there already.
     """
-    first, written = slots[:1], slots >= 0
-    slots = torch.where(written, slots, first).clamp(min=0)
+    capacity = len(field) * BLOCK_SIZE
+    written = (slots >= 0) & (slots < capacity)
+    slots = torch.where(written, slots, slots[:1]).clamp(min=0, max=capacity - 1)
     new = torch.where(written[:, None, None], new, new[:1])
     at = (slots // BLOCK_SIZE, slice(None), slots % BLOCK_SIZE)
-    field[at] = torch.where(first >= 0, new, field[at])
+    field[at] = torch.where(written[:1], new, field[at])
 
 
 def read(pages: torch.Tensor, count: int, codec: LayerCodec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
