@@ -43,6 +43,7 @@ CODES_NOT_READ = {
     "bigbird_pegasus": "tells attention neither of a mask nor that it is causal",
     "diffllama": "changes keys and values after it has stored them",
     "doge": "changes keys and values after it has stored them",
+    "inkling2_text": "has a sink for every token",
     "jetmoe": "changes keys and values after it has stored them",
 }
 """Model types that attend through `AttentionInterface` and still cannot attend on codes, each with the reason."""

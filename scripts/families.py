@@ -1,0 +1,273 @@
+"""Try TurboQuantCache on a small model of every decoder family that transformers has, and write docs/families.md.
+
+Run without arguments it writes the page; the tests run one family each and compare the page's row.
+"""
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from turboquant_hf import TurboQuantCache
+from turboquant_hf._compat import with_cache
+from turboquant_hf.doctor.attention import model_attention
+from turboquant_hf.doctor.engines import by_transformers
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+ATTENTIONS = ("eager", "sdpa", "turboquant")
+VOCAB = 300
+PROMPT, CHUNKS = 40, (1, 3, 8, 20)
+CACHE: dict[str, Any] = {"key_bits": 8, "value_bits": 8}
+# Codes of 8 bits are off by this share of a vector's norm.
+NOISE = 0.0065
+# A right answer's error is that of such noise; one of another mask, window or layer is several times as large.
+MOST_NOISE = 4.0
+LEAST_BOUND = 5e-4
+
+HEAD = """# Model families
+
+Every decoder family of transformers {version} that `AutoModelForCausalLM` knows, {all} of them, as a small random
+model: logits with `TurboQuantCache` at 8 bits after a prompt and in chunks, against `DynamicCache`. "right" is an
+error that noise of 8 bits explains: {right} families are right under at least one attention. {refused} are refused
+where the cache is made, with this message. "not offered" is an attention that transformers does not have for the
+family, and "-" a family that is not run here, for the reason that is given. `turboquant doctor` says the same of each.
+
+`python scripts/families.py` writes this page, and the tests compare each row with it.
+
+| family | eager | sdpa | turboquant | |
+|---|---|---|---|---|
+"""
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    **dict.fromkeys(("n_embd", "d_model", "embed_dim", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "d_inner", "decoder_ffn_dim"), 96),
+    "encoder_ffn_dim": 96,
+    "n_positions": 512,
+    # All experts, so that noise changes no choice.
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    "n_group": 1,
+    "topk_group": 1,
+    "is_decoder": True,
+}
+
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+LINEAR_FIRST = {"layer_types": ["linear_attention", "full_attention"]}
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16}
+PER_LAYER_INPUT = {"vocab_size_per_layer_input": VOCAB, "layer_types": ["sliding_attention", "full_attention"] * 2}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 8},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+    "gemma3n": SHARED | PER_LAYER_INPUT | {"laurel_rank": 8, "activation_sparsity_pattern": None},
+    "gemma3n_text": SHARED | PER_LAYER_INPUT | {"laurel_rank": 8, "activation_sparsity_pattern": None},
+    "gemma4": SHARED | PER_LAYER_INPUT | {"global_head_dim": 32, "attention_k_eq_v": True},
+    "gemma4_text": SHARED | PER_LAYER_INPUT | {"global_head_dim": 32, "attention_k_eq_v": True},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "n_mamba_heads": 4, "num_mem_blocks": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), LINEAR_FIRST),
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MLA),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one family.
+
+    Attributes:
+        family: Model type.
+        results: Attention to "right", or to why not.
+        reason: Why the cache refuses the family, or transformers does not run it; empty where neither.
+    """
+
+    family: str
+    results: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"| {self.family} | {' | '.join(self.results)} | {self.reason} |"
+
+
+def configuration(family: str) -> Any:
+    """A small configuration of a family's text model."""
+    kind = type(CONFIG_MAPPING[family]().get_text_config(decoder=True))
+    named = {each.name for each in fields(kind)} | set(kind.attribute_map)
+    return kind(**{name: value for name, value in SMALL.items() if name in named} | OVERRIDES.get(family, {}))
+
+
+def tokens(num_tokens: int) -> torch.Tensor:
+    """int64 [2, num_tokens], the same at every call."""
+    return torch.randint(5, VOCAB - 50, (2, num_tokens), generator=torch.Generator().manual_seed(num_tokens))
+
+
+def step_logits(model: Any, cache: Any, noise: float = 0.0) -> torch.Tensor:
+    """Logits [2, num_tokens, vocab_size] of chunks after a prompt, with noise on what is stored of the prompt."""
+    logits = []
+    with torch.no_grad():
+        model(tokens(PROMPT), **with_cache(cache))
+        for layer in cache.layers if noise else []:
+            for name in ("keys", "values"):
+                states = getattr(layer, name, None)
+                if states is not None:
+                    spread = noise * states.norm(dim=-1, keepdim=True) / states.shape[-1] ** 0.5
+                    setattr(layer, name, states + spread * torch.randn_like(states))
+        for size in CHUNKS:
+            logits.append(model(tokens(size), **with_cache(cache)).logits)
+    return torch.cat(logits, dim=1)
+
+
+def error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The median over tokens of the relative error; a NaN counts as infinite."""
+    errors = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(errors.nan_to_num(torch.inf).median())
+
+
+def build(family: str) -> Any:
+    """A small model, with weights that let attention matter."""
+    config = configuration(family)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if count > 20e6:
+        raise ValueError(f"{count:,} parameters")
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def check_refusal(family: str, message: str) -> str:
+    """The message, which has to say what to do."""
+    if not any(word in message for word in ("Use ", "use ", "pass ", "Run ", "holds ", "Leave ")):
+        raise AssertionError(f"{family} is refused without a remedy: {message}")
+    return message
+
+
+def try_family(family: str) -> Row:
+    """Run a family under every attention.
+
+    Raises:
+        AssertionError: If an answer is neither right nor refused with a remedy, or doctor says something else.
+    """
+    try:
+        model = build(family)
+    except Exception as problem:
+        return _not_run(family, problem)
+    config = model.config
+    try:
+        cache = TurboQuantCache(config, **CACHE)
+    except ValueError as refusal:
+        assert not _doctor(config), f"doctor says that {family} is served"
+        return Row(family, ("refused",) * len(ATTENTIONS), check_refusal(family, str(refusal)))
+    try:
+        expected = step_logits(model, DynamicCache(config=config))
+        torch.manual_seed(1)
+        bound = MOST_NOISE * error(step_logits(model, DynamicCache(config=config), NOISE), expected) + LEAST_BOUND
+    except Exception as problem:
+        return _not_run(family, problem)
+    results, reason = [], ""
+    for attention in ATTENTIONS:
+        try:
+            model.set_attn_implementation(attention)
+        except ValueError:
+            results.append("not offered")
+            continue
+        if config._attn_implementation != attention:
+            # As when it is loaded so.
+            config._attn_implementation = attention
+            if attention != "turboquant":
+                results.append("not offered")
+                continue
+        try:
+            found = error(step_logits(model, TurboQuantCache(config, **CACHE)), expected)
+        except (ValueError, RuntimeError) as refusal:
+            if attention != "turboquant":
+                raise AssertionError(f"{family} under {attention}: {refusal}") from refusal
+            reason = check_refusal(family, str(refusal))
+            results.append("refused")
+            continue
+        assert found < bound, f"{family} under {attention} is {found:.4f} off, and noise explains {bound:.4f}"
+        results.append("right")
+    found_paths = _doctor(config)
+    assert ("fused" in found_paths) == (results[-1] == "right"), (
+        f"doctor says {found_paths} of {family}, which is {results[-1]}"
+    )
+    shapes = {layer.index: layer for layer in model_attention(config).layers}
+    for index, layer in enumerate(cache.layers):
+        states = getattr(layer, "states", None)
+        if states is not None:
+            assert (shapes[index].head_dim, shapes[index].num_kv_heads) == (states.config.head_dim, states.num_kv_heads)
+    return Row(family, tuple(results), reason)
+
+
+def _not_run(family: str, problem: Exception) -> Row:
+    first = " ".join(str(problem).split())[:100].replace("|", "/")
+    return Row(family, ("-",) * len(ATTENTIONS), f"not run: {type(problem).__name__} {first}")
+
+
+def _doctor(config: Any) -> set[Any]:
+    """How `turboquant doctor` says that layers are served; empty for a model that is not."""
+    try:
+        attention = model_attention(config)
+    except ValueError:
+        return set()
+    return {path.path for path in by_transformers(config, attention, "tq4", (9, 0)).layers} - {"uncompressed"}
+
+
+def families() -> list[str]:
+    """Every decoder family that this version of transformers has."""
+    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
+
+
+def page(rows: list[Row]) -> str:
+    """The page, with a table of all families."""
+    count = sum("right" in row.results for row in rows)
+    refused = sum(set(row.results) == {"refused"} for row in rows)
+    return HEAD.format(version=transformers.__version__, all=len(rows), right=count, refused=refused) + "".join(
+        f"{row}\n" for row in rows
+    )
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    found = []
+    for name in sys.argv[1:] or families():
+        try:
+            found.append(try_family(name))
+            print(found[-1], flush=True)
+        except AssertionError as problem:
+            print(f"WRONG {problem}", flush=True)
+    if not sys.argv[1:]:
+        PAGE.write_text(page(found), encoding="utf-8")
