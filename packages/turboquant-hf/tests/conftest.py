@@ -7,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.demo.run import CHAT_PROMPT, QUESTION, long_text
@@ -58,6 +58,47 @@ def tiny_model():
 @pytest.fixture
 def prompt():
     return torch.randint(1500, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+class Along(LogitsProcessor):
+    """Leaves one token each time: that of a given text int64 [batch_size, length]."""
+
+    def __init__(self, text):
+        self._text = text
+
+    def __call__(self, input_ids, scores):
+        # Drafts look beyond the last token.
+        at = min(input_ids.shape[1], self._text.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, self._text[: len(scores), at, None], 0.0)
+
+
+@pytest.fixture(scope="session")
+def assert_says_the_same():
+    """Along the text that a model writes from one cache, it says from another what the noise of codes explains.
+
+    Two texts that a model writes freely part where tokens are equally likely, or a coordinate lies on a boundary
+    between two codes, by the rounding of a processor.
+    """
+
+    def check(model, prompt, found, expected, *, tolerance=0.05, found_options=None, **options):
+        common = {
+            "attention_mask": torch.ones_like(prompt),
+            "max_new_tokens": 12,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+            **options,
+        }
+        before = model.generate(prompt, past_key_values=expected, **common)
+        along = LogitsProcessorList([Along(before.sequences)])
+        now = model.generate(prompt, past_key_values=found, logits_processor=along, **common | (found_options or {}))
+        assert torch.equal(now.sequences, before.sequences)
+        expected_logits, found_logits = (torch.stack(answer.logits) for answer in (before, now))
+        errors = (found_logits - expected_logits).norm(dim=-1) / expected_logits.norm(dim=-1)
+        assert errors.max() < tolerance
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,9 @@ def test_generates_with_every_preset(tiny_model, prompt, preset):
     assert cache.get_seq_length() == 59
 
 
-def test_eight_bits_give_the_uncompressed_text(tiny_model, prompt):
-    expected = generate(tiny_model, prompt, DynamicCache(config=tiny_model.config))
+def test_eight_bits_say_what_the_uncompressed_cache_says(tiny_model, prompt, assert_says_the_same):
     cache = TurboQuantCache(tiny_model.config, key_bits=8, value_bits=8)
-    assert torch.equal(generate(tiny_model, prompt, cache), expected)
+    assert_says_the_same(tiny_model, prompt, cache, DynamicCache(config=tiny_model.config))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +99,7 @@ def test_a_second_turn_continues_from_the_codes(tiny_model, prompt):
     assert cache.get_seq_length() == held + 1 + 40 + 19
 
 
-def test_sliding_window_layers_compress_within_their_window():
+def test_sliding_window_layers_compress_within_their_window(assert_says_the_same):
     config = Gemma3TextConfig(
         vocab_size=200,
         hidden_size=64,
@@ -117,8 +116,7 @@ def test_sliding_window_layers_compress_within_their_window():
     cache = TurboQuantCache(config, key_bits=8, value_bits=8)
     assert [isinstance(layer, TurboQuantSlidingLayer) for layer in cache.layers] == [True, False] * 2
     prompt = torch.randint(200, (1, 30), generator=torch.Generator().manual_seed(1))
-    expected = generate(model, prompt, DynamicCache(config=config))
-    assert torch.equal(generate(model, prompt, cache), expected)
+    assert_says_the_same(model, prompt, cache, DynamicCache(config=config))
     assert {layer.kind for layer in cache.memory_report().layers} == {"turboquant 8/8 bits"}
 
 

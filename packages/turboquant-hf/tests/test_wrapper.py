@@ -33,13 +33,13 @@ def test_keys_and_values_may_have_bits_of_their_own(tiny_model, prompt):
     assert cache.layers[0].config.value_bits == 3
 
 
-def test_drafts_crop_and_reset(tiny_model, prompt):
-    expected = generate(tiny_model, prompt[:1], TurboQuantCache(tiny_model.config))
+def test_drafts_crop_and_reset(tiny_model, prompt, assert_says_the_same):
     cache = DynamicCache()
     CompressedDynamicCache(cache, head_dim=64, bits=4)
-    assert torch.equal(generate(tiny_model, prompt[:1], cache, prompt_lookup_num_tokens=3), expected)
-    cache.reset()
-    assert torch.equal(generate(tiny_model, prompt[:1], cache), expected)
+    for drafts in ({"prompt_lookup_num_tokens": 3}, {}):
+        expected = TurboQuantCache(tiny_model.config)
+        assert_says_the_same(tiny_model, prompt[:1], cache, expected, found_options=drafts)
+        cache.reset()
 
 
 def test_nothing_else_is_touched(tiny_model, prompt):
@@ -58,14 +58,13 @@ def test_a_wrong_head_dim_is_an_error(tiny_model, prompt):
         generate(tiny_model, prompt, cache)
 
 
-def test_leaving_the_context_dequantises(tiny_model, prompt):
+def test_leaving_the_context_dequantises(tiny_model, prompt, assert_says_the_same):
     cache = DynamicCache()
     with CompressedDynamicCache(cache, head_dim=64, bits=8):
         output = generate(tiny_model, prompt, cache)
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * 2
     longer = torch.cat([output, prompt], dim=1)
-    expected = generate(tiny_model, longer, DynamicCache())
-    assert torch.equal(generate(tiny_model, longer, cache), expected)
+    assert_says_the_same(tiny_model, longer, cache, DynamicCache())
 
 
 def test_windows_are_compressed_where_the_cache_knows_of_them():
