@@ -5,9 +5,16 @@ import threading
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
-from turboquant_hf import TurboQuantCache, ops
+from turboquant_hf import CompressedDynamicCache, TurboQuantCache, ops
 from turboquant_hf.kept import KeptTokens
 
 LENGTH = 40
@@ -95,6 +102,15 @@ def filled(model, **options):
     cache = TurboQuantCache(model.config, **options)
     forward(model, ids(LENGTH), cache)
     return cache
+
+
+def wrapped(model, with_config, num_tokens=LENGTH):
+    """A DynamicCache that is compressed; without a configuration its layers are made as they come."""
+    cache = DynamicCache(config=model.config) if with_config else DynamicCache()
+    compressed = CompressedDynamicCache(cache, head_dim=model.config.head_dim, model_config=model.config)
+    if num_tokens:
+        forward(model, ids(num_tokens), cache)
+    return cache, compressed
 
 
 @pytest.mark.parametrize("options", CACHES.values(), ids=CACHES)
@@ -294,9 +310,48 @@ def test_an_operation_on_rows_that_stopped_is_refused_until_reset(model, monkeyp
     assert torch.equal(forward(model, ids(1), cache), forward(model, ids(1), filled(model)))
 
 
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_wrapped_cache_refuses_what_stopped_between_layers(model, with_config):
+    (cache, compressed), (expected, _) = wrapped(model, with_config), wrapped(model, with_config)
+    interrupt(model, ids(3, seed=2), cache)
+    for which in (cache, copy.deepcopy(cache)):
+        with pytest.raises(RuntimeError, match=r"hold \[43, 43, 40, 40\] tokens: .*crop\(-3\)"):
+            forward(model, ids(1, seed=3), which)
+    with pytest.raises(RuntimeError, match=r"crop\(-3\)"):
+        compressed.restore()
+    cache.crop(-3)
+    assert torch.equal(forward(model, ids(4, seed=3), cache), forward(model, ids(4, seed=3), expected))
+    compressed.restore()
+    assert type(cache) is DynamicCache
+    forward(model, ids(1), cache)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_interrupted_prompt_of_a_wrapped_cache_is_refused_until_reset(model, with_config):
+    cache, _ = wrapped(model, with_config, num_tokens=0)
+    interrupt(model, ids(LENGTH, seed=2), cache)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"hold \[4\d, 4\d, 0\].*reset\(\)"):
+            forward(model, ids(1, seed=3), cache)
+    expected, _ = wrapped(model, with_config)
+    cache.reset()
+    forward(model, ids(LENGTH), cache)
+    assert torch.equal(forward(model, ids(4, seed=3), cache), forward(model, ids(4, seed=3), expected))
+
+
+def test_an_error_in_the_block_leaves_the_wrapped_cache_compressed(model):
+    cache, compressed = wrapped(model, with_config=True)
+    interrupt(model, ids(3, seed=2), cache)
+    with pytest.raises(ZeroDivisionError), compressed:
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match=r"crop\(-3\)"):
+        forward(model, ids(1), cache)
+
+
+@pytest.mark.parametrize("new", [filled, lambda model: wrapped(model, with_config=False)[0]], ids=["own", "wrapped"])
 @pytest.mark.parametrize("place", ["inside a layer", "between layers"])
-def test_two_threads_at_once_are_refused(model, place, monkeypatch):
-    cache = filled(model)
+def test_two_threads_at_once_are_refused(model, new, place, monkeypatch):
+    cache = new(model)
     errors, other_is_done = [], []
 
     def other():

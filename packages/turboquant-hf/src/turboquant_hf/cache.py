@@ -10,15 +10,15 @@ from typing import Any, Self
 import torch
 
 from turboquant_core.quantized import storage_nbytes
-from turboquant_hf._compat import Cache, PreTrainedConfig
-from turboquant_hf.calls import CallGuard
+from turboquant_hf._compat import PreTrainedConfig
+from turboquant_hf.guarded import GuardedCache
 from turboquant_hf.lasting import lasting
 from turboquant_hf.layers import build_layers
 from turboquant_hf.report import MemoryReport, layer_tensors, memory_report
 from turboquant_hf.saving import load_layers, save_layers
 
 
-class TurboQuantCache(Cache):
+class TurboQuantCache(GuardedCache):
     """A KV cache that keeps TurboQuant codes instead of keys and values.
 
     ```python
@@ -78,7 +78,6 @@ class TurboQuantCache(Cache):
         )
         super().__init__(layers=layers, offloading=offloading)
         self._text_config = config.get_text_config(decoder=True)
-        self._calls = CallGuard()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A copy serves the same model, and looks at that model's configuration for how it attends.
@@ -87,70 +86,6 @@ class TurboQuantCache(Cache):
         memo[id(self)] = twin
         twin.__dict__.update(deepcopy(self.__dict__, memo))
         return twin
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store keys and values of a layer's new tokens, and return what its attention reads.
-
-        Raises:
-            IndexError: If a static cache has no room for them; in a graph logits turn NaN instead.
-            RuntimeError: If a call before stopped between layers and was not taken back, or another thread is inside.
-        """
-        if torch.compiler.is_compiling():
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._calls.enter(self.layers, layer_idx, key_states.shape[-2])
-        read = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._calls.leave()
-        return read
-
-    def get_conv_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """The convolution state of a linear-attention layer; see `Cache`."""
-        self._reach_linear(layer_idx)
-        return super().get_conv_state(layer_idx, *args, **kwargs)
-
-    def get_recurrent_state(self, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-        """The recurrent state of a linear-attention layer; see `Cache`."""
-        self._reach_linear(layer_idx)
-        return super().get_recurrent_state(layer_idx, *args, **kwargs)
-
-    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Replace the convolution state of a linear-attention layer; see `Cache`."""
-        self._reach_linear(layer_idx, f"convolution {args} {kwargs}")
-        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
-
-    def update_recurrent_state(
-        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        """Replace the recurrent state of a linear-attention layer; see `Cache`."""
-        self._reach_linear(layer_idx, f"recurrence {args} {kwargs}")
-        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens; after a call that stopped between layers, all become as long.
-
-        Raises:
-            ValueError: If the argument is positive.
-            RuntimeError: If a layer cannot take so many back, or has less than what is left.
-        """
-        self._calls.crop(self.layers, tokens_to_remove)
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self._calls.apply(self.layers, "reset")
-        self._calls = CallGuard()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Take the sequences `beam_idx`, int64 [batch_size]."""
-        self._calls.apply(self.layers, "reorder_cache", beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times."""
-        self._calls.apply(self.layers, "batch_repeat_interleave", repeats)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
-        self._calls.apply(self.layers, "batch_select_indices", indices)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Keys, values and window of every layer as of a `DynamicCache`; dequantised one layer at a time."""
@@ -207,10 +142,6 @@ class TurboQuantCache(Cache):
         cache = cls(config, offloading=offloading)
         cache.layers = list(load_layers(Path(path), cache.layers, cache._text_config, torch.device(device)))
         return cache
-
-    def _reach_linear(self, layer_idx: int, replaced: str | None = None) -> None:
-        if not torch.compiler.is_compiling():
-            self._calls.reach_linear(self.layers, layer_idx, replaced)
 
     @property
     def nbytes(self) -> int:

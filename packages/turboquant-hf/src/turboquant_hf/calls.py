@@ -51,7 +51,7 @@ class CallGuard:
                 self._forget_call()
             elif not self._attended:
                 self._check_attention(layers, index, num_new)
-            elif self._continues and not layers[index].is_initialized:
+            elif self._continues and (index >= len(layers) or not layers[index].is_initialized):
                 # The very first call did not reach it.
                 raise RuntimeError(_disagreement(layers, {**attention_lengths(layers), index: 0}))
         except BaseException:

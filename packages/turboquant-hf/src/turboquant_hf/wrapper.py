@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf._compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedConfig
+from turboquant_hf.guarded import guard, unguard
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.layers import compressed_layer, kept_tokens
 from turboquant_hf.report import MemoryReport, memory_report
@@ -21,8 +22,9 @@ class CompressedDynamicCache:
     model.generate(**inputs, past_key_values=cache)
     ```
 
-    The layers of that one cache are replaced by those of `TurboQuantCache`, which new code should use. As a context
-    manager it restores the cache at the end.
+    The layers of that one cache are replaced by those of `TurboQuantCache`, which new code should use, and its calls
+    are guarded as there. As a context manager it restores the cache at the end; after an error it stays
+    compressed, and refuses what was left half done.
 
     Args:
         cache: An empty cache.
@@ -79,14 +81,18 @@ class CompressedDynamicCache:
         cache.layers = [compressed_layer(layer, "tq4", kept, options) for layer in cache.layers]
         if cache.layer_class_to_replicate is not None:
             cache.layer_class_to_replicate = partial(TurboQuantLayer, **{**kept, **options})
+        guard(cache)
 
     def restore(self) -> None:
         """Give the cache layers of its own again, with what is stored dequantised.
 
         Raises:
             ValueError: If a sliding-window layer holds tokens.
+            RuntimeError: If a call stopped between layers and was not taken back.
         """
-        self.cache.layers = [_restored(layer) for layer in self.cache.layers]
+        layers = [_restored(layer) for layer in self.cache.layers]
+        unguard(self.cache)
+        self.cache.layers = layers
         if self.cache.layer_class_to_replicate is not None:
             self.cache.layer_class_to_replicate = DynamicLayer
 
@@ -104,7 +110,8 @@ class CompressedDynamicCache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.restore()
+        if error is None:
+            self.restore()
 
 
 def _restored(layer: Any) -> Any:
