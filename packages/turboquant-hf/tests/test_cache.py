@@ -158,7 +158,7 @@ def test_unknown_options_are_refused_at_once(tiny_config, arguments, message):
         (BertConfig(), "bert model is an encoder, which keeps no KV cache"),
         (T5Config(), "t5 model is an encoder-decoder"),
         (DeepseekV3Config(), r"multi-head latent attention \(kv_lora_rank 512\)"),
-        (FalconMambaConfig(), "FalconMambaConfig names no head_dim and no num_attention_heads"),
+        (FalconMambaConfig(), "falcon_mamba model names no num_attention_heads"),
     ],
     ids=lambda value: type(value).__name__,
 )

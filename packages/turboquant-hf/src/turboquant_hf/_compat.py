@@ -39,14 +39,17 @@ EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_util
 CACHE_ARGUMENT = "cache" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else "past_key_values"
 """How a model and `generate` take a cache; from transformers 5.24 on the other name gives a warning."""
 
+_OWN_CODE = "does not attend through transformers' AttentionInterface"
 CODES_NOT_READ = {
-    "bigbird_pegasus": "tells attention neither of a mask nor that it is causal",
-    "diffllama": "changes keys and values after it has stored them",
-    "doge": "changes keys and values after it has stored them",
+    "bigbird_pegasus": "says that its self-attention is not causal",
+    "cpmant": _OWN_CODE,
+    "diffllama": "splits values after it has stored them",
+    "doge": "makes a mask from the values that it has stored",
+    "git": _OWN_CODE,
     "inkling2_text": "has a sink for every token",
-    "jetmoe": "changes keys and values after it has stored them",
+    "jetmoe": "repeats keys and values after it has stored them",
 }
-"""Model types that attend through `AttentionInterface` and still cannot attend on codes, each with the reason."""
+"""Model types that transformers lets name any attention and that still cannot attend on codes, each with the reason."""
 
 HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
 """Whether `QuantizedCache` has the backend "fp8", as from transformers 5.21 on."""

@@ -7,11 +7,13 @@ keys or values in between is told so at its first token.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.dispatch import ATTENTION, other_attention
 from turboquant_hf.states import PagedStates
 from turboquant_hf.tables import not_a_number
@@ -119,7 +121,9 @@ class Placeholder(torch.Tensor):
                 return held
         # A property's getter is called __get__.
         named = getattr(func, "__self__", func) if getattr(func, "__name__", "") == "__get__" else func
-        raise _refusal(_module_at_work(), f"calls {getattr(named, '__name__', named)} on the keys or values")
+        raise _refusal(
+            next(_modules_at_work(), None), f"calls {getattr(named, '__name__', named)} on the keys or values"
+        )
 
 
 def hand_over(given: Prompt | Stored, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,18 +151,20 @@ def taken_over(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) 
 
 def _refusal(module: torch.nn.Module | None, what: str) -> RuntimeError:
     who = "This model" if module is None else type(module).__name__
+    configs = (getattr(each, "config", None) for each in (module, *_modules_at_work()))
+    config = next((each for each in configs if isinstance(each, PreTrainedConfig)), None)
+    whose = "" if config is None else f", which this {config.model_type} model does not"
     return RuntimeError(
         f'{who} {what} that TurboQuantCache hands over. With attn_implementation="{ATTENTION}" they are codes, and a '
-        f"model has to pass them on to attention as they are. {other_attention(getattr(module, 'config', None))}"
+        f"model has to pass them on to attention as they are{whose}. {other_attention(config)}"
     )
 
 
-def _module_at_work() -> torch.nn.Module | None:
-    """The innermost module that is running."""
-    frame = sys._getframe(1)
+def _modules_at_work() -> Iterator[torch.nn.Module]:
+    """The modules that are running, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_locals.get("self")
         if isinstance(module, torch.nn.Module):
-            return module
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+            yield module
+        frame = frame.f_back

@@ -135,12 +135,17 @@ def check_decoder(config: PreTrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise ValueError(
-            f"this {config.model_type} model is an encoder-decoder; TurboQuantCache holds decoder-only models"
+            f"this {config.model_type} model is an encoder-decoder; TurboQuantCache holds decoder-only models. {REMEDY}"
         )
     if text.model_type in ENCODER_MODEL_TYPES and not getattr(text, "is_decoder", False):
         raise ValueError(
             f"this {config.model_type} model is an encoder, which keeps no KV cache; TurboQuantCache holds "
-            "decoder-only language models"
+            "decoder-only language models. Run it without a cache."
+        )
+    if getattr(text, "num_hidden_layers", None) is None:
+        raise ValueError(
+            f"the configuration of this {config.model_type} model names no num_hidden_layers; TurboQuantCache holds "
+            f"models whose layers are all of one decoder. {REMEDY}"
         )
     if not takes_dynamic_cache(text):
         raise ValueError(
@@ -163,7 +168,12 @@ def _layers(config: PreTrainedConfig) -> Iterator[LayerAttention]:
         kind = "cross-attention" if index in crossing else _kind(cache, named, is_chunked)
         if latent_dim is not None and kind in ("full attention", "sliding window", "other"):
             kind = "MLA"
-        head_dim = _head_dim(layer)
+        if not getattr(layer, "num_attention_heads", None):
+            raise ValueError(
+                f"this {config.model_type} model names no num_attention_heads; TurboQuantCache needs a model with "
+                f"attention layers. {REMEDY}"
+            )
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         yield LayerAttention(
             index=index,
             kind=kind,
@@ -175,19 +185,6 @@ def _layers(config: PreTrainedConfig) -> Iterator[LayerAttention]:
             latent_dim=latent_dim,
             rope_dim=getattr(layer, "qk_rope_head_dim", None) or 0,
         )
-
-
-def _head_dim(layer: PreTrainedConfig) -> int:
-    head_dim = getattr(layer, "head_dim", None)
-    if head_dim is None:
-        heads = getattr(layer, "num_attention_heads", None)
-        if not heads:
-            raise ValueError(
-                f"{type(layer).__name__} names no head_dim and no num_attention_heads; TurboQuantCache needs a model "
-                f"with attention layers. {REMEDY}"
-            )
-        head_dim = layer.hidden_size // heads
-    return int(head_dim)
 
 
 def _num_kv_heads(layer: PreTrainedConfig) -> int:
