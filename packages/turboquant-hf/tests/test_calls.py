@@ -199,11 +199,11 @@ def test_a_copy_is_refused_as_well(model):
         forward(model, ids(1, seed=3), copy.deepcopy(cache))
 
 
-@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize(("record", "max_length"), [(False, None), (True, None), (False, 128)])
 @pytest.mark.parametrize("prompt", [10, LENGTH])
-def test_windows_are_taken_back_or_say_that_they_cannot_be(mistral, prompt, record):
+def test_windows_are_taken_back_or_say_that_they_cannot_be(mistral, prompt, record, max_length):
     def new():
-        cache = TurboQuantCache(mistral.config, **EXACT)
+        cache = TurboQuantCache(mistral.config, max_length=max_length, **EXACT)
         if record:
             cache.activate_past_recording()
         forward(mistral, ids(prompt), cache)

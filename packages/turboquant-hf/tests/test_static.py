@@ -2,7 +2,14 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    MoshiConfig,
+)
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.layers import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
@@ -249,7 +256,70 @@ def test_windows_take_the_static_layers_of_transformers(assert_says_the_same):
     assert_says_the_same(model, ids(), cache, DynamicCache(config=config))
 
 
-def test_a_model_with_windows_only_is_told_to_leave_max_length_out(tiny_config):
-    config = tiny_config(MistralConfig, sliding_window=8)
-    with pytest.raises(ValueError, match=r"max_length=70 leaves sliding windows .*mistral.*Leave max_length"):
-        TurboQuantCache(config, max_length=70)
+@pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
+def windowed(request, tiny_config):
+    config = tiny_config(MistralConfig, sliding_window=16, attn_implementation=request.param)
+    torch.manual_seed(1)
+    return MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("num_tokens", "skip_layers"), [(10, []), (40, []), (40, [0])])
+def test_a_model_with_windows_only(windowed, assert_says_the_same, num_tokens, skip_layers):
+    cache = new_cache(windowed, key_bits=8, value_bits=8, skip_layers=skip_layers)
+    assert cache.is_compileable
+    assert all(cache.is_sliding)
+    prompt = ids(num_tokens=num_tokens)
+    assert_says_the_same(windowed, prompt, cache, DynamicCache(config=windowed.config))
+    cache.reset()
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    expected = DynamicCache(config=windowed.config)
+    assert_says_the_same(windowed, prompt, cache, expected, attention_mask=mask, prefill_chunk_size=20)
+
+
+@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+def test_windows_say_what_those_of_the_growing_cache_say(windowed, preset):
+    prompt = ids(num_tokens=40)
+    expected = steps(windowed, windowed, TurboQuantCache(windowed.config, preset), prompt)
+    cache = new_cache(windowed, preset=preset)
+    torch.testing.assert_close(steps(windowed, windowed, cache, prompt), expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        cache.crop(-20)
+        fresh = new_cache(windowed, preset=preset)
+        steps(windowed, windowed, fresh, prompt)
+        fresh.crop(-19)
+        fresh.crop(-1)
+        actual, wanted = (windowed(ids(num_tokens=12, seed=3), past_key_values=c).logits for c in (cache, fresh))
+    assert torch.equal(actual, wanted)
+    assert cache.get_seq_length() == 36
+
+
+@pytest.mark.parametrize(("backend", "num_tokens"), [("eager", 10), ("aot_eager", 40)])
+def test_one_graph_serves_every_length_of_windows(windowed, backend, num_tokens):
+    prompt = ids(num_tokens=num_tokens)
+    expected = steps(windowed, windowed, TurboQuantCache(windowed.config), prompt, num_steps=10)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(windowed, backend=backend, fullgraph=True, dynamic=False)
+    actual = steps(compiled, windowed, new_cache(windowed), prompt, num_steps=10)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+def test_windows_are_refused_what_would_move_them_or_does_not_fit(windowed, tmp_path):
+    cache = new_cache(windowed)
+    generate(windowed, ids(), cache)
+    with pytest.raises(ValueError, match="batch_repeat_interleave does not go with max_length"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(IndexError, match=r"31 tokens and 40 more come, .* max_length=70"), torch.no_grad():
+        windowed(ids(num_tokens=40), past_key_values=cache)
+    with pytest.raises(ValueError, match="TurboQuantStaticSlidingLayer"):
+        cache.save(tmp_path / "cache.safetensors")
+    with pytest.raises(ValueError, match="sink_tokens=2 was asked for"):
+        new_cache(windowed, sink_tokens=2)
+
+
+def test_a_window_that_no_mask_knows_of_is_refused():
+    with pytest.raises(ValueError, match=r"max_length=70 needs masks .* moshi .*Leave max_length out"):
+        TurboQuantCache(MoshiConfig(sliding_window=8), max_length=70)

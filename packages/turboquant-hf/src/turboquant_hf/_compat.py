@@ -1,6 +1,7 @@
 """Everything that depends on the version of transformers."""
 
 import inspect
+import sys
 from typing import Any
 
 import transformers
@@ -97,6 +98,13 @@ def decoder_class(config: PreTrainedConfig) -> Any:
     return None
 
 
+def masks_windows(config: PreTrainedConfig) -> bool:
+    """Whether the masks of a model know of its windows; Moshi leaves them to a cache that forgets."""
+    model = decoder_class(config)
+    known = () if model is None else vars(sys.modules[model.__module__])
+    return "create_sliding_window_causal_mask" in known or "create_chunked_causal_mask" in known
+
+
 def takes_dynamic_cache(config: PreTrainedConfig) -> bool:
     """Whether the model of a configuration keeps its keys and values in a `DynamicCache`; so for one not known."""
     model = decoder_class(config)
@@ -151,6 +159,7 @@ __all__ = [
     "StaticSlidingWindowLayer",
     "decoder_class",
     "gguf_weights_in_full",
+    "masks_windows",
     "sdpa_attention_forward",
     "sdpa_mask",
     "takes_dynamic_cache",

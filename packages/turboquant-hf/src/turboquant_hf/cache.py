@@ -27,8 +27,8 @@ class TurboQuantCache(GuardedCache):
     ```
 
     Full-attention layers are compressed, and sliding-window layers within their window. Linear-attention layers, those
-    that share another's cache, and with `max_length` those with a window stay as transformers makes them;
-    `memory_report()` says which is which.
+    that share another's cache, and with `max_length` those with a window beside full attention stay as transformers
+    makes them; `memory_report()` says which is which.
 
     Args:
         config: The model's configuration.

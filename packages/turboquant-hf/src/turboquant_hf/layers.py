@@ -15,11 +15,12 @@ from turboquant_hf._compat import (
     PreTrainedConfig,
     StaticLayer,
     StaticSlidingWindowLayer,
+    masks_windows,
 )
 from turboquant_hf.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.sliding import TurboQuantSlidingLayer
-from turboquant_hf.static import TurboQuantStaticLayer
+from turboquant_hf.static import StaticWindowLayer, TurboQuantStaticLayer, TurboQuantStaticSlidingLayer
 from turboquant_hf.support import held_layers, layer_attention
 
 # benchmarks/eval_cache_options.py --kept says what they and others give.
@@ -32,6 +33,7 @@ COMPRESSED_KINDS = (
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
     StaticLayer,
+    StaticWindowLayer,
 )
 """Layers of transformers in whose place a compressed one comes."""
 
@@ -55,6 +57,8 @@ def build_layers(
         FileNotFoundError: If there is no file of bits.
     """
     layers = held_layers(config, max_length)
+    if max_length is not None and not any(type(layer) in COMPRESSED_KINDS for layer in layers):
+        layers = _windows_of_whole_length(layers, config, max_length)
     skipped = {_index(index, len(layers), "skip_layers") for index in skip_layers}
     if isinstance(layer_bits, Mapping):
         bits = _bits_of_layers(layer_bits, layers, skipped)
@@ -77,11 +81,6 @@ def build_layers(
             else compressed_layer(layer, preset, kept, {"text_config": text_config, **options})
         )
     if not any(isinstance(layer, TurboQuantLayer) for layer in built):
-        if max_length is not None and any(isinstance(layer, StaticSlidingWindowLayer) for layer in layers):
-            raise ValueError(
-                f"max_length={max_length} leaves sliding windows uncompressed, and this {config.model_type} model has "
-                "no other attention layer to compress. Leave max_length out: a cache that grows compresses windows."
-            )
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         left = f" that is not in skip_layers {sorted(skipped)}" if skipped else ""
         raise ValueError(
@@ -89,14 +88,25 @@ def build_layers(
             "DynamicCache for it."
         )
     asked = [f"{name}={value}" for name, value in given.items() if value]
-    if asked and all(
-        isinstance(layer, TurboQuantSlidingLayer) for layer in built if isinstance(layer, TurboQuantLayer)
-    ):
+    if asked and all(layer.is_sliding for layer in built if isinstance(layer, TurboQuantLayer)):
         raise ValueError(
             f"{' and '.join(asked)} was asked for, and every compressed layer of this {config.model_type} model is a "
             "sliding window, which keeps codes only. Leave it out; skip_layers keeps whole layers in full precision."
         )
     return built
+
+
+def _windows_of_whole_length(layers: list[object], config: PreTrainedConfig, max_length: int) -> list[object]:
+    """Layers in which windows have room for all tokens: one mask serves all of them, so they are all as long."""
+    if any(isinstance(layer, StaticSlidingWindowLayer) for layer in layers) and not masks_windows(config):
+        raise ValueError(
+            f"max_length={max_length} needs masks that know of the windows of this {config.model_type} model, and its "
+            "masks do not. Leave max_length out: a cache that grows forgets what has left a window."
+        )
+    return [
+        StaticWindowLayer(max_length, layer.max_cache_len) if isinstance(layer, StaticSlidingWindowLayer) else layer
+        for layer in layers
+    ]
 
 
 def kept_tokens(sink_tokens: int | None, recent_tokens: int | None) -> dict[str, int]:
@@ -134,6 +144,8 @@ def compressed_layer(layer: Any, preset: str, kept: Mapping[str, int], options: 
     if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
         states = layer.number_of_states
         return TurboQuantHybridSlidingLayer(layer.sliding_window, preset, number_of_states=states, **options)
+    if type(layer) is StaticWindowLayer:
+        return TurboQuantStaticSlidingLayer(layer.max_cache_len, layer.sliding_window, preset, **options)
     if type(layer) is StaticLayer:
         return TurboQuantStaticLayer(layer.max_cache_len, preset, **kept, **options)
     return layer

@@ -7,6 +7,7 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import ops
+from turboquant_hf._compat import StaticLayer
 from turboquant_hf.codec import LayerCodec
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.lasting import lasting
@@ -296,6 +297,41 @@ class TurboQuantStaticLayer(TurboQuantLayer):
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         room = (0, 0, 0, self._max_length - key_states.shape[-2])
         return torch.nn.functional.pad(key_states, room), torch.nn.functional.pad(value_states, room)
+
+
+class StaticWindowLayer(StaticLayer):
+    """Transformers' static layer with room for all tokens, of which each sees a window, which the mask says.
+
+    Args:
+        max_cache_len: The most tokens of a sequence.
+        sliding_window: Tokens that a token sees, itself included.
+    """
+
+    is_sliding = True
+
+    def __init__(self, max_cache_len: int, sliding_window: int) -> None:
+        super().__init__(max_cache_len)
+        self.sliding_window = sliding_window
+
+
+class TurboQuantStaticSlidingLayer(TurboQuantStaticLayer):
+    """A layer for `torch.compile` whose tokens see a window, which the mask says.
+
+    The codes of all `max_length` tokens are kept, and no sinks or recent tokens. At 4 bits they take more than a window
+    in bfloat16 where `max_length` is some four windows or more.
+
+    Args:
+        max_length: The most tokens of a sequence.
+        sliding_window: Tokens that a token sees, itself included.
+        preset: As for `TurboQuantLayer`.
+        **options: As there.
+    """
+
+    is_sliding = True
+
+    def __init__(self, max_length: int, sliding_window: int, preset: str = "tq4", **options: Any) -> None:
+        super().__init__(max_length, preset, **options)
+        self.sliding_window = sliding_window
 
 
 def _keep_addresses(*tensors: torch.Tensor) -> None:
