@@ -1,4 +1,5 @@
 import gc
+import inspect
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
 from turboquant_core import PRESETS, TurboQuantConfig
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.layers import OPTIONS
 from turboquant_hf.sliding import TurboQuantSlidingLayer
 
 
@@ -143,12 +145,33 @@ def test_fields_override_the_preset(tiny_config):
         ({"preset": "tq9"}, "preset is 'tq9'; it must be one of tq4, "),
         ({"key_bits": 7}, "key_bits is 7; it must be one of 2, "),
         ({"value_bits": 16}, "value_bits is 16"),
+        ({"key_bits": "8"}, "key_bits is '8'; it must be one of 2, "),
+        ({"preset": ["tq4"]}, r"preset is \['tq4'\]; it must be one of tq4, "),
+        ({"max_length": 0}, "max_length is 0; it must be an int of at least 1"),
+        ({"max_length": -5}, "max_length is -5"),
+        ({"max_length": 2.5}, "max_length is 2.5"),
+        ({"max_length": "9"}, "max_length is '9'"),
+        ({"max_length": True}, "max_length is True"),
+        ({"skip_layers": 0}, r"skip_layers is 0; write the indices of layers, such as \[0, -1\]"),
+        ({"skip_layers": [True]}, "skip_layers names layer True"),
+        ({"layer_bits": 5}, r"layer_bits is 5; write \{0: \(key_bits, value_bits\)\}"),
+        ({"layer_bits": {True: (4, 4)}}, "layer_bits names layer True"),
+        ({"layer_bits": {0: ("4", 4)}}, "key_bits is '4'; it must be one of 2, "),
+        ({"layer_bits": {0: (4, 4), -2: (8, 4)}}, "layer_bits names layer 0 twice, once as -2; leave one of them out"),
         ({"key_scale": "mean"}, "scale rule is 'mean'; it must be one of norm, unbiased, least_squares"),
     ],
 )
 def test_unknown_options_are_refused_at_once(tiny_config, arguments, message):
     with pytest.raises(ValueError, match=message):
         TurboQuantCache(tiny_config(), **arguments)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "head_dim"])
+def test_an_option_that_there_is_not_is_refused_with_those_there_are(tiny_config, name):
+    given = {name: 64}
+    with pytest.raises(TypeError, match=f"TurboQuantCache has no option '{name}'; it has preset, .*center_keys"):
+        TurboQuantCache(tiny_config(), **given)
+    assert list(inspect.signature(TurboQuantCache).parameters) == ["config", *OPTIONS, "overrides"]
 
 
 @pytest.mark.parametrize(

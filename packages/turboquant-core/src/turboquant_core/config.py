@@ -89,7 +89,7 @@ def preset_bits(name: str) -> tuple[float, float]:
     Raises:
         ValueError: If there is no such preset.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset is {name!r}; it must be one of {', '.join(PRESETS)}")
     return PRESETS[name]
 
@@ -98,4 +98,4 @@ def check_cache_bits(name: str, bits: float) -> None:
     """Raise ValueError when no cache stores that many bits."""
     if bits not in CACHE_BITS:
         known = ", ".join(str(known) for known in CACHE_BITS)
-        raise ValueError(f"{name} is {bits}; it must be one of {known}")
+        raise ValueError(f"{name} is {bits!r}; it must be one of {known}")

@@ -41,10 +41,11 @@ class TurboQuantCache(GuardedCache):
             that `turboquant tune` wrote, which has them for every layer.
         sink_tokens: First tokens of every sequence that full-attention layers keep as they are.
         recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it.
-        **overrides: Fields of `TurboQuantConfig` that replace the preset's: `key_bits`, `value_bits`, `key_scale`,
-            `value_scale`, `center_keys`.
+        **overrides: Fields of `TurboQuantConfig` that win over the preset's: `key_bits`, `value_bits`, `key_scale`,
+            `value_scale`, `center_keys`. Bits in `layer_bits` win over both.
 
     Raises:
+        TypeError: If config is no model configuration, or there is no such option.
         ValueError: If preset, bits or a layer do not exist, bits are for a layer that is not compressed, a number of
             tokens is none, the model has no layer that this cache can hold or that can keep tokens as they are, a file
             of bits is damaged or of another model, or max_length comes with offloading.

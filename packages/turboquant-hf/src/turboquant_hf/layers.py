@@ -1,10 +1,12 @@
 """Which layers a cache for a model has, and how each stores its tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike
 from typing import Any
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core._checks import check_int, is_int
 from turboquant_core.layer_bits import read_layer_bits
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf._compat import (
@@ -37,6 +39,11 @@ COMPRESSED_KINDS = (
 )
 """Layers of transformers in whose place a compressed one comes."""
 
+OPTIONS = ("preset", "offloading", "max_length", "skip_layers", "layer_bits", "sink_tokens", "recent_tokens")
+"""Arguments of `TurboQuantCache` beside the configuration."""
+OVERRIDES = tuple(field.name for field in fields(TurboQuantConfig) if field.name != "head_dim")
+"""Fields of `TurboQuantConfig` that a cache takes."""
+
 
 def build_layers(
     config: PreTrainedConfig,
@@ -52,10 +59,22 @@ def build_layers(
     """A compressed layer for every attention layer, and transformers' own for the rest; see `TurboQuantCache`.
 
     Raises:
-        TypeError: If `config` is no model configuration.
+        TypeError: If `config` is no model configuration, or an override is of no field.
         ValueError: If options or model do not fit, or a file of bits is damaged or of another model.
         FileNotFoundError: If there is no file of bits.
     """
+    if max_length is not None:
+        max_length = check_int("max_length", max_length, 1, remedy="It is the most tokens of a sequence.")
+    for name in overrides:
+        if name not in OVERRIDES:
+            raise TypeError(f"TurboQuantCache has no option {name!r}; it has {', '.join((*OPTIONS, *OVERRIDES))}")
+    if not isinstance(skip_layers, Iterable):
+        raise ValueError(f"skip_layers is {skip_layers!r}; write the indices of layers, such as [0, -1]")
+    if not isinstance(layer_bits, Mapping | str | PathLike):
+        raise ValueError(
+            f"layer_bits is {layer_bits!r}; write {{0: (key_bits, value_bits)}} for every layer that is meant, or the "
+            "path of a file that `turboquant tune` wrote"
+        )
     layers = held_layers(config, max_length)
     if max_length is not None and not any(type(layer) in COMPRESSED_KINDS for layer in layers):
         layers = _windows_of_whole_length(layers, config, max_length)
@@ -160,6 +179,8 @@ def _bits_of_layers(
         index = _index(given, len(layers), "layer_bits")
         if not isinstance(pair, Sequence) or len(pair) != 2:
             raise ValueError(f"layer_bits of layer {given} are {pair!r}; write (key_bits, value_bits)")
+        if index in bits:
+            raise ValueError(f"layer_bits names layer {index} twice, once as {given}; leave one of them out")
         if index in skipped:
             raise ValueError(f"layer {given} is in layer_bits and in skip_layers; leave it out of one of them")
         if type(layers[index]) not in COMPRESSED_KINDS:
@@ -184,6 +205,6 @@ def _bits_of_file(
 
 def _index(index: int, num_layers: int, option: str) -> int:
     """A layer's index from zero; negative ones count from the last."""
-    if not isinstance(index, int) or not -num_layers <= index < num_layers:
+    if not is_int(index) or not -num_layers <= index < num_layers:
         raise ValueError(f"{option} names layer {index!r}; this model has {num_layers} layers with a cache")
     return index % num_layers
