@@ -3,6 +3,16 @@
 HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 """head_dim that the backend takes: those that its kernels are tested at."""
 
+LARGEST_HEAD_DIM = max(HEAD_DIMS)
+"""A head of this size takes as much of a page as two of half of it, two scales more than are stored of it: pages of
+layers with both sizes, which Gemma 4 has, become equal by their tokens."""
+
+FLASH_HEAD_DIM = 256
+"""Largest head_dim that prefills on every card; larger ones need FlashAttention 4, which has them on one."""
+
+LARGER_HEADS_MAJOR = 9
+"""Major compute capability of that card."""
+
 BLOCK_SIZE_MULTIPLE = 16
 """Pages hold a multiple of so many tokens."""
 

@@ -59,7 +59,7 @@ def test_core_finds_the_command():
         ("llama", {"full attention": 32}, True, True),
         ("qwen2", {"full attention": 3}, True, True),
         ("gemma3", {"sliding window": 10, "full attention": 2}, True, True),
-        ("gemma3n", {"sliding window": 5, "full attention": 1, "shared KV": 4}, False, True),
+        ("gemma3n", {"sliding window": 5, "full attention": 1, "shared KV": 4}, True, True),
         ("qwen3next", {"linear attention": 6, "full attention": 2}, True, True),
         ("gpt-oss", {"sliding window": 2, "full attention": 2}, True, True),
         ("deepseek", {"MLA": 2}, False, False),
@@ -73,6 +73,14 @@ def test_kinds_of_layers_and_who_serves_them(model, name, kinds, vllm, transform
     assert served == {"vllm": vllm, "transformers": transformers}
     assert status == (0 if vllm or transformers else 1)
     assert (data["engines"]["vllm"]["command"] is not None) == vllm
+
+
+@pytest.mark.parametrize(("gpu", "served"), [("A100-80GB", False), ("H200", True), ("B200", False)])
+def test_heads_of_512_need_hopper_in_vllm(model, gpu, served):
+    vllm = found(model("gemma4"), "--gpu", gpu)[1]["engines"]["vllm"]
+    assert vllm["served"] == served
+    assert served or "head_dim is 512, and FlashAttention, which prefills, has it on sm_90 alone" in vllm["refusals"][0]
+    assert found(model("gemma3n"), "--gpu", gpu)[1]["engines"]["vllm"]["served"]
 
 
 def test_what_is_special_about_a_model_is_said(model):

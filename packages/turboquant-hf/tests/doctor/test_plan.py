@@ -112,6 +112,14 @@ def test_what_vllm_counts_for_20_gib(blocks, name, cache, length, num_blocks, to
     assert (found.num_blocks, found.tokens) == (num_blocks, tokens)
 
 
+@pytest.mark.parametrize("cache", ["bf16", "tq4"])
+def test_heads_of_two_sizes_take_equal_pages(blocks, cache):
+    # Nine layers with a window and three without, of which no layer that reads another's cache is one.
+    cut = blocks("gemma4", cache)
+    assert [(pages.tokens, pages.window) for pages in cut.groups] == [(32, 1024)] * 3 + [(16, None)]
+    assert cut.nbytes == 3 * 32 * 2 * (260 if cache == "tq4" else 1024)
+
+
 def test_states_of_linear_attention_fill_a_page(blocks):
     cut = blocks("qwen3next", "bf16")
     # 32 heads of 128 x 128 and a convolution of 8,192 channels over 3 tokens, in bf16.

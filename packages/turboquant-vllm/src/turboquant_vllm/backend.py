@@ -81,9 +81,8 @@ class TurboQuantBackend(AttentionBackend):
                 f"keys have head_size {spec.head_size} and values {spec.head_size_v}; TurboQuant serves equal ones. "
                 + support.INSTEAD
             )
-        # As much as two heads of half the size take, two scales more than are stored: vLLM gives layers of both sizes,
-        # which Gemma 4 has, equal pages by more tokens for the smaller heads, and pads what does not divide.
-        num_heads = 2 if spec.head_size == support.LARGEST_HEAD_DIM else 1
+        # vLLM makes pages equal by more tokens for the smaller heads, and pads what does not divide.
+        num_heads = 2 if spec.head_size == vllm_limits.LARGEST_HEAD_DIM else 1
         config = process_settings().cache_config(spec.head_size // num_heads, cls.layer_bits)
         return replace(spec, dtype=torch.uint8, state_content_bytes=num_heads * config.slot_bytes)
 

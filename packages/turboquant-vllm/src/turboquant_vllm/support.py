@@ -9,7 +9,6 @@ from turboquant_vllm.settings import PRESETS
 DTYPES = (torch.float16, torch.bfloat16)
 CPU_DTYPES = (*DTYPES, torch.float32)
 KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *PRESETS)
-LARGEST_HEAD_DIM = max(HEAD_DIMS)
 INSTEAD = "Leave --attention-backend out to serve this model uncompressed."
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
+from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, LARGEST_HEAD_DIM
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.doctor.attention import ModelAttention
 from turboquant_hf.doctor.cards import GIB
-from turboquant_hf.doctor.sizes import token_bytes
+from turboquant_hf.doctor.sizes import UNCOMPRESSED_ITEMSIZES, token_bytes
 from turboquant_hf.support import LayerAttention
 
 BLOCK_SIZE = BLOCK_SIZE_MULTIPLE
@@ -117,7 +117,9 @@ def kv_memory(memory_gib: float, share: float, weights_bytes: int, tensor_parall
 
 def _pages(layer: LayerAttention, cache: str, tensor_parallel: int) -> Pages:
     heads = max(1, layer.num_kv_heads // tensor_parallel)
-    return Pages(BLOCK_SIZE, BLOCK_SIZE * token_bytes(cache, heads, layer.head_dim), layer.window)
+    parts = 2 if layer.head_dim == LARGEST_HEAD_DIM and cache not in UNCOMPRESSED_ITEMSIZES else 1
+    nbytes = BLOCK_SIZE * token_bytes(cache, parts * heads, layer.head_dim // parts)
+    return Pages(BLOCK_SIZE, nbytes, layer.window)
 
 
 def _beside_states(pages: list[Pages], num_states: int, state_bytes: int) -> list[Pages]:

@@ -5,7 +5,13 @@ from typing import Literal
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops.paths import FASTEST_FIRST, card_obstacle
-from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, HEAD_DIMS, MIN_CAPABILITY
+from turboquant_core.vllm_limits import (
+    BLOCK_SIZE_MULTIPLE,
+    FLASH_HEAD_DIM,
+    HEAD_DIMS,
+    LARGER_HEADS_MAJOR,
+    MIN_CAPABILITY,
+)
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.dispatch import own_attention
@@ -27,7 +33,6 @@ GGUF_REFUSAL = (
 _REFUSED_BY_VLLM = {
     "MLA": "multi-head latent attention caches latents instead of heads",
     "chunked attention": "chunked local attention is not served",
-    "shared KV": "layers that share another layer's cache are not served",
     "other": "a layer of a kind that is not known",
 }
 
@@ -111,6 +116,11 @@ def by_vllm(checkpoint: Checkpoint, attention: ModelAttention, preset: str, capa
         elif layer.has_heads and layer.head_dim not in HEAD_DIMS:
             known = ", ".join(map(str, HEAD_DIMS))
             refusals.append(f"layer {layer.index}: head_dim is {layer.head_dim}; the backend takes {known}")
+        elif layer.has_heads and layer.head_dim > FLASH_HEAD_DIM and capability[0] != LARGER_HEADS_MAJOR:
+            refusals.append(
+                f"layer {layer.index}: head_dim is {layer.head_dim}, and FlashAttention, which prefills, has it on "
+                f"sm_{LARGER_HEADS_MAJOR}0 alone"
+            )
     if not any(layer.has_heads for layer in attention.layers) and not refusals:
         refusals.append("the model has no attention layer to compress")
     if refusals:
