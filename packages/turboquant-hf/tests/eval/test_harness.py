@@ -41,6 +41,14 @@ def plain(tiny_model, served):
     return HFLM(pretrained=tiny_model, tokenizer=served("uncompressed").tokenizer, batch_size=1)
 
 
+def test_dtype_and_attention_are_obeyed(tiny_model_folder):
+    lm = TurboQuantLM(str(tiny_model_folder), device="cpu", dtype="bfloat16", attn_implementation="eager")
+    assert (lm.model.dtype, lm.model.config._attn_implementation) == (torch.bfloat16, "eager")
+    for wrong in ({"dtype": "bfloat17"}, {"attn_implementation": "eagre"}):
+        with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+            TurboQuantLM(str(tiny_model_folder), device="cpu", **wrong)
+
+
 def test_uncompressed_it_says_what_the_harness_says(served, plain):
     lm = served("uncompressed")
     for kind, arguments in (("loglikelihood", PAIRS), ("loglikelihood_rolling", [(LONG,), ("William",)])):

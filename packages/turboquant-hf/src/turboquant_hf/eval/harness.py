@@ -35,17 +35,34 @@ class TurboQuantLM(HFLM):
         pretrained: A hub id, a folder or a GGUF file.
         cache: A preset, "uncompressed", or another cache that `turboquant eval` knows.
         device: A torch device; cuda where there is one unless given.
+        dtype: Of the weights; "auto" is float32 on a CPU, and what the checkpoint has elsewhere.
+        attn_implementation: As for `from_pretrained`; what the model has unless given.
         **kwargs: What the harness's class takes for a model that is loaded already, such as `batch_size` for
             generation, and `max_length`.
 
     Raises:
-        ValueError: If the cache does not exist, or cannot hold the model.
+        ValueError: If the cache, dtype or attention does not exist, or the cache cannot hold the model.
         OSError: If there is no such model.
     """
 
-    def __init__(self, pretrained: str, cache: str = "tq4", device: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        cache: str = "tq4",
+        device: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._named_cache = find_cache(cache)
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+        if named != "auto" and not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype is {dtype}; it must be auto, or a type of torch, such as bfloat16")
         loaded = load_model(pretrained, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if isinstance(named, torch.dtype):
+            loaded.model.to(named)
+        if attn_implementation is not None:
+            loaded.model.set_attn_implementation(attn_implementation)
         super().__init__(pretrained=loaded.model, tokenizer=loaded.tokenizer, **kwargs)
 
     def _new_cache(self) -> Cache:
