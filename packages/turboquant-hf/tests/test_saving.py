@@ -149,12 +149,16 @@ def in_layer(index, **values):
     return lambda header: header["layers"][index].update(values)
 
 
-def without_pages(tensors):
-    del tensors["layers.1.pages"]
+def without_codes(tensors):
+    del tensors["layers.1.key_codes"]
 
 
-def with_short_pages(tensors):
-    tensors["layers.0.pages"] = tensors["layers.0.pages"][..., :-2].contiguous()
+def with_short_codes(tensors):
+    tensors["layers.0.key_codes"] = tensors["layers.0.key_codes"][..., :-2].contiguous()
+
+
+def with_few_scales(tensors):
+    tensors["layers.1.value_scales_least_squares"] = tensors["layers.1.value_scales_least_squares"][:, 1:].contiguous()
 
 
 def without_mean(tensors):
@@ -166,14 +170,14 @@ def with_few_recent(tensors):
 
 
 def with_more(tensors):
-    tensors["layers.2.pages"] = tensors["layers.0.pages"].clone()
+    tensors["layers.2.key_codes"] = tensors["layers.0.key_codes"].clone()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
-        ({"change_header": lambda header: header.update(version=3)}, "format version is 3, and .* reads 5"),
+        ({"change_header": lambda header: header.update(version=3)}, "format version is 3, and .* reads 6"),
         ({"change_header": lambda header: header.update(core="9.9")}, "codes of turboquant-core 9.9"),
         ({"change_header": lambda header: header["model"].clear()}, "the fields of the model must be"),
         ({"change_header": lambda header: header["heads"].clear()}, r"a model with \{\}, and this model has"),
@@ -183,7 +187,9 @@ def with_more(tensors):
         ({"change_header": in_layer(0, num_tokens=41)}, "layer 1: num_tokens is 40, and 41 in layer 0"),
         ({"change_header": in_layer(1, kept=None)}, "layer 1: sink_tokens is 0, and 2 in layer 0"),
         ({"change_header": all_layers(kept=None)}, "it has a tensor 'layers.0.kept_keys', of no layer"),
-        ({"change_header": all_layers(num_tokens=99)}, r"layers.0.pages is U8 \[1, .* must be U8 \[2,"),
+        ({"change_header": all_layers(num_tokens=99)}, r"key_codes is U8 \[4, 40, 32\] and must be U8 \[4, 99, 32\]"),
+        ({"change_header": all_layers(num_tokens=39)}, r"key_codes is U8 \[4, 40, 32\] and must be U8 \[4, 39, 32\]"),
+        ({"change_header": all_layers(num_tokens=64)}, r"key_codes is U8 \[4, 40, 32\] and must be U8 \[4, 64, 32\]"),
         ({"change_header": all_layers(num_tokens=0)}, "layer 0: num_tokens is 0"),
         ({"change_header": all_layers(num_tokens=True)}, "num_tokens of layer 0 is True"),
         ({"change_header": all_layers(batch_size=4, num_kv_heads=1)}, "layers.0.kept_keys is F32"),
@@ -197,12 +203,16 @@ def with_more(tensors):
         ({"change_header": kept(recent_tokens=20)}, "num_kept is 16, and .* it is 21 to 30"),
         ({"change_header": kept(num_kept=0)}, "num_kept is 0, and .* it is 7 to 16"),
         ({"change_header": config(head_dim=64.0)}, "head_dim of the configuration of layer 0 is 64.0"),
-        ({"change_header": config(head_dim=72)}, "layers.0.pages is U8"),
+        ({"change_header": config(head_dim=72)}, "layers.0.key_codes is U8"),
+        ({"change_header": config(key_bits=3, value_bits=5)}, r"layers.0.key_codes is U8 \[4, 40, 32\]"),
         ({"change_header": config(center_keys=1)}, "center_keys of the configuration of layer 0 is 1"),
         ({"change_header": config(key_scale="none")}, "scale"),
+        ({"change_header": config(key_scale="norm")}, "layers.0.key_scales_norm is missing"),
+        ({"change_header": config(value_scale="unbiased")}, "layers.0.value_scales_unbiased is missing"),
         ({"change_header": config(key_bits=7)}, "key_bits is 7; it must be one of"),
-        ({"change_tensors": without_pages}, "layers.1.pages is missing"),
-        ({"change_tensors": with_short_pages}, r"layers.0.pages is U8 \[1, 4, 4350\]"),
+        ({"change_tensors": without_codes}, "layers.1.key_codes is missing"),
+        ({"change_tensors": with_short_codes}, r"layers.0.key_codes is U8 \[4, 40, 30\]"),
+        ({"change_tensors": with_few_scales}, r"layers.1.value_scales_least_squares is F16 \[4, 39, 1\]"),
         ({"change_tensors": without_mean}, "layers.0.key_mean is missing"),
         ({"change_tensors": with_few_recent}, r"layers.1.kept_values is F32 \[2, 2, 15, 64\] and must be F32"),
     ],
@@ -294,13 +304,31 @@ def test_a_full_disk_leaves_the_file_that_was_there(tiny_model, prompt, saved, m
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_no_file_but_a_saved_cache_is_replaced_unasked(tiny_model, prompt, saved, tmp_path):
+    cache = prefilled(tiny_model, prompt)
+    content = saved.read_bytes()
+    cache.save(saved)
+    assert saved.read_bytes() != content
+    foreign = tmp_path / "foreign.txt"
+    foreign.touch()
+    cache.save(foreign)
+    for write in (lambda path: path.write_text("mine"), lambda path: save_file({"a": torch.zeros(1)}, path)):
+        write(foreign)
+        content = foreign.read_bytes()
+        with pytest.raises(FileExistsError, match=r"foreign.txt is no saved cache.* overwrite=True"):
+            cache.save(foreign)
+        assert foreign.read_bytes() == content
+    cache.save(foreign, overwrite=True)
+    assert TurboQuantCache.load(foreign, tiny_model.config).get_seq_length() == 40
+
+
 def test_a_truncated_file_is_refused(tiny_model, saved):
     saved.write_bytes(saved.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"no safetensors file, or is truncated.* save it again"):
         TurboQuantCache.load(saved, tiny_model.config)
 
 
-@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 5}', '{"version": 3}'])
+@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 6}', '{"version": 3}'])
 def test_a_damaged_header_is_refused_by_name(tiny_model, tmp_path, header):
     path = tmp_path / "cache.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={HEADER: header})

@@ -104,16 +104,21 @@ class TurboQuantCache(GuardedCache):
         )
         return int(self.get_max_length())
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write everything held to a safetensors file, to be continued with `load`.
 
+        Args:
+            path: The file. A saved cache that is there is replaced.
+            overwrite: Replace any other file too.
+
         Raises:
+            FileExistsError: If there is a file that is no saved cache, without `overwrite`.
             OSError: If the file cannot be written.
             ValueError: If the cache is empty, or has layers that are not compressed.
             RuntimeError: If a call stopped between layers and was not taken back.
         """
         self._calls.check(self.layers)
-        save_layers(self.layers, self._text_config, Path(path))
+        save_layers(self.layers, self._text_config, Path(path), overwrite=overwrite)
 
     @classmethod
     @lasting

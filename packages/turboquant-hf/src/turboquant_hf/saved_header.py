@@ -13,15 +13,14 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.files import parse_json
 from turboquant_core.model_identity import ModelIdentity
-from turboquant_core.scale import ScaleRule
+from turboquant_core.scale import SCALE_DTYPE, ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.kept import ring_size_of
 from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.paged import num_blocks, page_layout
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 # What a model's identity leaves out, for calibration does not ask for it.
 HEAD_FIELDS = ("num_key_value_heads", "head_dim")
@@ -86,8 +85,11 @@ class SavedLayer:
     def tensors(self) -> TensorTypes:
         """Names of its tensors, with their types and shapes."""
         config, num_heads = self.config, self.batch_size * self.num_kv_heads
-        pages = (num_blocks(self.num_tokens), num_heads, page_layout(config, num_heads).head_bytes)
-        tensors: TensorTypes = {"pages": (torch.uint8, pages)}
+        tensors: TensorTypes = {}
+        for field, name in slot_tensors(config).items():
+            form = config.key_format if field.startswith("key") else config.value_format
+            dtype, size = (SCALE_DTYPE, form.num_scales) if "scales" in field else (torch.uint8, form.code_bytes)
+            tensors[name] = (dtype, (num_heads, self.num_tokens, size))
         if self.kept is not None:
             kept = (self.batch_size, self.num_kv_heads, self.kept.num_kept, config.head_dim)
             tensors |= dict.fromkeys(KEPT_TENSORS, (DTYPES[self.dtype], kept))
@@ -232,6 +234,19 @@ class SavedCache:
 def checksum_of(header: dict[str, Any]) -> int:
     """The crc32 of a header without it."""
     return crc32(json.dumps(header).encode())
+
+
+def slot_tensors(config: TurboQuantConfig) -> dict[str, str]:
+    """The fields of `PageViews`, with the names of a layer's tensors of them, [heads, num_tokens, n].
+
+    Scales are named after the rule that they were made by, which nothing else in them tells.
+    """
+    return {
+        "key_codes": "key_codes",
+        "value_codes": "value_codes",
+        "key_scales": f"key_scales_{config.key_scale}",
+        "value_scales": f"value_scales_{config.value_scale}",
+    }
 
 
 def stored_name(index: int, name: str) -> str:

@@ -21,7 +21,17 @@ from turboquant_hf.codec import LayerCodec
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
-from turboquant_hf.saved_header import DTYPES, KEPT_TENSORS, ROW_STARTS, SavedCache, SavedKept, SavedLayer, stored_name
+from turboquant_hf.saved_header import (
+    DTYPES,
+    HEADER,
+    KEPT_TENSORS,
+    ROW_STARTS,
+    SavedCache,
+    SavedKept,
+    SavedLayer,
+    slot_tensors,
+    stored_name,
+)
 from turboquant_hf.states import PagedStates
 
 CODEC_TENSORS = ("key_mean", "key_order", "value_order")
@@ -39,10 +49,13 @@ CHECKSUM_THREADS = 4
 AGAIN = "Fill a new cache and save it again."
 
 
-def save_layers(layers: Sequence[object], text_config: PreTrainedConfig, path: Path) -> None:
+def save_layers(
+    layers: Sequence[object], text_config: PreTrainedConfig, path: Path, *, overwrite: bool = False
+) -> None:
     """Write the codes of all layers, and what they were quantised with.
 
     Raises:
+        FileExistsError: If there is a file that is no saved cache, and it is not to be overwritten.
         OSError: If the file cannot be written.
         ValueError: If a layer is not compressed or empty, or layers disagree.
     """
@@ -65,6 +78,11 @@ def save_layers(layers: Sequence[object], text_config: PreTrainedConfig, path: P
         tensors[ROW_STARTS] = row_starts.cpu()
     saved = SavedCache(described, None if row_starts is None else _checksum(tensors[ROW_STARTS]))
     saved.check(text_config)
+    if not overwrite and path.is_file() and path.stat().st_size and not _is_ours(path):
+        raise FileExistsError(
+            f"{path} is no saved cache, and would be lost. Save under another name, or pass overwrite=True to replace "
+            "it. Nothing there was changed."
+        )
     # A file that a power failure cut off is refused when it is loaded: there is no need to wait for the disk.
     with replacing(path, wait_for_disk=False) as unfinished:
         try:
@@ -102,14 +120,23 @@ def load_layers(
         ]
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a saved cache, of whichever version."""
+    try:
+        with open_safetensors(path) as file:
+            return HEADER in (file.metadata() or {})
+    except ValueError:
+        return False
+
+
 def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
-    """What is stored of a layer, on the CPU: whole blocks, with zeros where no token is."""
-    pages = states.pages[: num_blocks(states.num_tokens)].clone()
-    last = page_layout(states.config, pages.shape[1]).views(pages[-1:])
-    used = (states.num_tokens - 1) % BLOCK_SIZE + 1
-    for field in vars(last).values():
-        field[:, :, used:] = 0
-    named = {"pages": pages}
+    """What is stored of a layer, on the CPU: its tokens alone, so that their number is a size of every tensor."""
+    pages = states.pages[: num_blocks(states.num_tokens)]
+    views = page_layout(states.config, pages.shape[1]).views(pages)
+    named = {
+        name: getattr(views, field).transpose(0, 1).flatten(1, 2)[:, : states.num_tokens]
+        for field, name in slot_tensors(states.config).items()
+    }
     if states.codec is not None:
         named |= {name: getattr(states.codec, name) for name in CODEC_TENSORS}
     if states.kept is not None:
@@ -160,10 +187,23 @@ def _stored(file: Any, saved: SavedCache) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _pages(layer: SavedLayer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Pages with the tokens of a layer, with zeros where there is none."""
+    stored = {field: tensors[name] for field, name in slot_tensors(layer.config).items()}
+    num_heads, num_tokens, _ = stored["key_codes"].shape
+    layout, blocks = page_layout(layer.config, num_heads), num_blocks(num_tokens)
+    pages = layout.allocate(blocks, stored["key_codes"].device)
+    views = layout.views(pages)
+    for field, slots in stored.items():
+        whole = torch.nn.functional.pad(slots, (0, 0, 0, blocks * BLOCK_SIZE - num_tokens))
+        getattr(views, field).copy_(whole.view(num_heads, blocks, BLOCK_SIZE, -1).transpose(0, 1))
+    return pages
+
+
 def _restore(
     layer: SavedLayer, tensors: dict[str, torch.Tensor], row_starts: torch.Tensor | None, text_config: PreTrainedConfig
 ) -> TurboQuantLayer:
-    config, dtype, pages, kept = layer.config, DTYPES[layer.dtype], tensors["pages"], None
+    config, dtype, pages, kept = layer.config, DTYPES[layer.dtype], _pages(layer, tensors), None
     if layer.kept is not None:
         heads = (layer.batch_size, layer.num_kv_heads, config.head_dim)
         kept = KeptTokens.empty(layer.kept.sink_tokens, layer.kept.recent_tokens, heads, dtype, pages.device)
