@@ -1,13 +1,17 @@
 """Generate greedily with one vLLM engine, described in JSON, and write what came out to a JSON file."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+
+import forced
 
 
 def _logprobs(steps):
@@ -46,19 +50,46 @@ def _sleep(llm, level):
     llm.wake_up()
 
 
+def _sampling(request, text):
+    """Greedy, or along a given text."""
+    return SamplingParams(
+        temperature=0,
+        max_tokens=request["max_tokens"] if text is None else len(text),
+        ignore_eos=True,
+        logprobs=5,
+        prompt_logprobs=request["prompt_logprobs"],
+        extra_args=None if text is None else {forced.FORCED: text},
+    )
+
+
+def _processor():
+    """The processor for the model runner that vLLM takes."""
+    first = not torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+    return forced.ForcedText if first else forced.SecondForcedText
+
+
+def _jitter(size, model):
+    """Have a model's logits differ from what they are by noise, as those of another processor do."""
+    noise = torch.Generator().manual_seed(0)
+
+    def disturb(module, arguments, logits):
+        return logits if logits is None else logits + size * torch.randn(logits.shape, generator=noise)
+
+    model.logits_processor.register_forward_hook(disturb)
+
+
 def main():
     request = json.loads(sys.argv[1])
     if request["references"]:
         _use_references()
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "disable_log_stats": False}
+    texts = request["forced"] or [None] * len(request["prompts"])
+    if any(texts):
+        engine["logits_processors"] = [_processor()]
     llm = LLM(request["model"], **engine | request["engine"])
-    sampling = SamplingParams(
-        temperature=0,
-        max_tokens=request["max_tokens"],
-        ignore_eos=True,
-        logprobs=5,
-        prompt_logprobs=request["prompt_logprobs"],
-    )
+    if jitter := float(os.environ.get("JITTER", "0")):
+        llm.apply_model(partial(_jitter, jitter))
+    sampling = [_sampling(request, text) for text in texts]
     prompts = [_prompt(prompt) for prompt in request["prompts"]]
     lora = LoRARequest("adapter", 1, request["lora"]) if request["lora"] else None
     rounds = []

@@ -1,4 +1,7 @@
-"""The OpenAI-compatible server as a process, asked by OpenAI's client."""
+"""The OpenAI-compatible server as a process, asked by OpenAI's client.
+
+What it says at one time is compared with what it says at another along the text of the first: see `forced.py`.
+"""
 
 import os
 import subprocess
@@ -6,11 +9,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.real_weights
 
+TESTS = Path(__file__).parent
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -31,9 +36,10 @@ def serve(model_folder, log, free_ports):
             # `vllm serve`, but for a look at the metadata of a package called vllm, which the build for CPUs is not.
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder),
             "--attention-backend", "CUSTOM", "--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", "1024", "--port", str(port), *options,
+            "--max-model-len", "1024", "--logits-processors", "forced:ForcedText", "--port", str(port), *options,
         ]  # fmt: skip
-        with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=os.environ) as server:
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+        with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=env) as server:
             try:
                 client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
                 deadline = time.monotonic() + 300
@@ -63,11 +69,39 @@ def client(serve, log):
         yield client
 
 
-def answer(client, messages=QUESTION, **options):
+def ask(client, messages=QUESTION, **options):
     asked = client.chat.completions.create(
         model="smollm2", messages=messages, temperature=0, **{"max_tokens": 20, **options}
     )
-    return asked.choices[0].message.content
+    return asked.choices[0]
+
+
+def answer(client, messages=QUESTION, **options):
+    return ask(client, messages, **options).message.content
+
+
+def said(client, text=None):
+    """The tokens of an answer of 60, and their logprobs; of a text given as tokens, or of the model's own."""
+    extra = {"return_token_ids": True, **({} if text is None else {"vllm_xargs": {"forced": text}})}
+    choice = ask(client, max_tokens=60, logprobs=True, extra_body={**extra, "ignore_eos": True})
+    return choice.token_ids, [token.logprob for token in choice.logprobs.content]
+
+
+@pytest.fixture
+def says_again(assert_near):
+    """Whether a client's server says of a text what was said before."""
+
+    def check(client, before):
+        now = said(client, before[0])
+        assert_near(*(as_of_an_engine(*answer) for answer in (now, before)))
+
+    return check
+
+
+def as_of_an_engine(tokens, logprobs):
+    """As the engines of the other tests answer."""
+    steps = [{str(token): logprob} for token, logprob in zip(tokens, logprobs, strict=True)]
+    return {"tokens": [[tokens]], "logprobs": [[steps]]}
 
 
 def test_a_question_is_answered(client):
@@ -82,41 +116,41 @@ def test_sixteen_clients_at_once(client):
     assert len(set(answers)) > 8
 
 
-def test_a_client_that_leaves_does_no_harm(client):
-    before = answer(client)
+def test_a_client_that_leaves_does_no_harm(client, says_again):
+    before = said(client)
     stream = client.chat.completions.create(
         model="smollm2", messages=[{"role": "user", "content": "Tell me a long story."}], max_tokens=300, stream=True
     )
     for _, _ in zip(range(5), stream, strict=False):
         pass
     stream.close()
-    assert answer(client) == before
+    says_again(client, before)
 
 
-def test_requests_that_fail_leave_others_as_they_are(client):
+def test_requests_that_fail_leave_others_as_they_are(client, says_again):
     import openai
 
-    def ask(messages, **options):
-        try:
-            return answer(client, messages, **options)
-        except openai.BadRequestError as error:
-            return error
+    def refused(messages, **options):
+        with pytest.raises(openai.BadRequestError) as error:
+            ask(client, messages, **options)
+        return str(error.value)
 
-    before = answer(client, max_tokens=60)
+    before = said(client)
     with ThreadPoolExecutor(9) as pool:
-        fine = [pool.submit(ask, QUESTION, max_tokens=60) for _ in range(3)]
-        too_long = [pool.submit(ask, [{"role": "user", "content": "word " * 3000}]) for _ in range(3)]
-        nonsense = [pool.submit(ask, QUESTION, top_p=7) for _ in range(3)]
-    assert [asked.result() for asked in fine] == [before] * 3
-    assert all("1024" in str(asked.result()) for asked in too_long)
-    assert all("top_p" in str(asked.result()) for asked in nonsense)
-    assert answer(client, max_tokens=60) == before
+        fine = [pool.submit(says_again, client, before) for _ in range(3)]
+        too_long = [pool.submit(refused, [{"role": "user", "content": "word " * 3000}]) for _ in range(3)]
+        nonsense = [pool.submit(refused, QUESTION, top_p=7) for _ in range(3)]
+    for request in fine:
+        request.result()
+    assert all("1024" in request.result() for request in too_long)
+    assert all("top_p" in request.result() for request in nonsense)
+    says_again(client, before)
 
 
-def test_a_restart_serves_the_same_text(client, serve):
-    texts = [answer(client, max_tokens=60) for _ in range(2)]
+def test_a_restart_says_the_same(client, serve, says_again):
+    before = said(client)
     with serve() as (_, restarted):
-        assert [answer(restarted, max_tokens=60) for _ in range(2)] == texts
+        says_again(restarted, before)
 
 
 def test_a_server_that_is_refused_says_why(serve, log):

@@ -1,4 +1,4 @@
-"""vLLM's engine on a GPU with real weights: CUDA graphs, drafts and sleep leave the text as it is.
+"""vLLM's engine on a GPU with real weights: CUDA graphs, drafts and sleep leave what it says as it is.
 
 The engines run a few at a time in processes of their own; `--out` keeps what they said.
 """
@@ -35,9 +35,12 @@ COMMON = {
     "gpu_memory_utilization": 0.05,
 }
 AT_ONCE = 4
-FOUR_BIT_TIE = 0.4
-# Six bits are a sixteenth of their error.
-LAYER_BITS_TIE = 0.2
+# Of float16's rounding and of 8-bit codes, along one text of 200 tokens.
+NEAR = {"largest": 0.3, "mean": 0.02}
+# Codes of six bits have four times the error of those of eight; a rounding that takes a coordinate over a boundary of
+# four moves it by sixteen steps of eight.
+NEAR_AT_SIX_BITS = {"largest": 0.6, "mean": 0.06}
+NEAR_AT_FOUR_BITS = {"largest": 1.5, "mean": 0.15}
 SCORED = {"prompt_logprobs": 50, "max_logprobs": 50}
 EIGHT_BITS = {
     "attention_backend": "CUSTOM",
@@ -46,13 +49,15 @@ EIGHT_BITS = {
 FOUR_BITS = {"attention_backend": "CUSTOM"}
 GRAPHS = {"enforce_eager": False}
 DRAFT = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
-ENGINES = {
+FREE = {
     "uncompressed": SCORED,
+    "drafts": {**EIGHT_BITS, **GRAPHS, "speculative_config": DRAFT},
+}
+ENGINES = {
     "graphs": {**EIGHT_BITS, **GRAPHS, **SCORED},
     "eager": EIGHT_BITS,
     "references": {**EIGHT_BITS, "references": True},
     "first_runner": {**EIGHT_BITS, **GRAPHS, "env": {"VLLM_USE_V2_MODEL_RUNNER": "0"}},
-    "drafts": {**EIGHT_BITS, **GRAPHS, "speculative_config": DRAFT},
     "offloading": {**EIGHT_BITS, **GRAPHS, "kv_offloading_size": 2, "rounds": 2, "forget": True},
     "skipped": {**EIGHT_BITS, **GRAPHS, "kv_cache_dtype_skip_layers": ["0", "1"]},
     "four_bits_references": {**FOUR_BITS, "references": True},
@@ -65,10 +70,12 @@ SLEEPER = {**FOUR_BITS, **GRAPHS, **SCORED, "enable_sleep_mode": True, "sleep": 
 def run(generate, model_folder, story, keep):
     """Runs an engine: its answer, or why there is none."""
 
-    def start(name, options):
+    def start(name, options, texts=None):
+        """Along the texts, four for each time that the prompts are asked; without any, freely."""
         begin = time.perf_counter()
+        prompts = [*QUESTIONS, story] * (1 if texts is None else len(texts) // 4)
         try:
-            answer = generate([*QUESTIONS, story], model=model_folder, **COMMON, **options)
+            answer = generate(prompts, model=model_folder, forced=texts, **COMMON, **options)
         except AssertionError as error:
             keep(f"{name}.log", str(error))
             return str(error)[-1500:]
@@ -90,27 +97,28 @@ def layer_bits(model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answers(run, layer_bits):
+    """What the uncompressed cache and drafts say freely, and what the others say along the former's texts."""
     engines = {**ENGINES, "layer_bits": {**layer_bits, **GRAPHS}}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(engines, pool.map(run, engines, engines.values()), strict=True))
+        found = dict(zip(FREE, pool.map(run, FREE, FREE.values()), strict=True))
+        texts = answer_of(found, "uncompressed")["tokens"][0]
+        along = {
+            name: [*texts, *answer_of(found, "drafts")["tokens"][0]] if name == "graphs" else texts for name in engines
+        }
+        found |= dict(zip(engines, pool.map(run, engines, engines.values(), along.values()), strict=True))
+    return found
 
 
 @pytest.fixture(scope="module")
 def four_bits(run, answers):
     """The answer of the engine that sleeps: rounds before the first, after the first and after the second level."""
-    return {"four_bits": run("four_bits", SLEEPER)}
+    return {"four_bits": run("four_bits", SLEEPER, answer_of(answers, "uncompressed")["tokens"][0])}
 
 
 def answer_of(answers, name):
     if isinstance(answers[name], str):
         pytest.fail(f"the engine of {name} failed: {answers[name]}", pytrace=False)
     return answers[name]
-
-
-def same_texts(found, expected):
-    """How many texts are the same to the last token."""
-    pairs = zip(found["tokens"][-1], expected["tokens"][0], strict=True)
-    return sum(text == other for text, other in pairs)
 
 
 @pytest.mark.parametrize("name", ["graphs", "first_runner", "drafts", "layer_bits", "skipped"])
@@ -120,31 +128,44 @@ def test_decode_steps_are_full_graphs(answers, name):
     assert found["second_runner"] is (name != "first_runner")
 
 
-def test_eight_bits_give_the_text_of_the_uncompressed_cache(answers, figures, assert_same_but_for_ties):
+@pytest.fixture
+def check(figures, how_far):
+    """Keeps how far one answer is from another, and holds it to bounds."""
+
+    def compare(name, found, expected, bounds=NEAR):
+        seen = how_far(found, expected)
+        figures(**{f"{measure}_{name}": value for measure, value in seen.items()})
+        assert all(seen[measure] < bound for measure, bound in bounds.items()), seen
+
+    return compare
+
+
+def test_eight_bits_say_what_the_uncompressed_cache_says(answers, texts_of, check):
     found, expected = answer_of(answers, "graphs"), answer_of(answers, "uncompressed")
-    figures(same_texts_eight_bits=same_texts(found, expected))
-    assert_same_but_for_ties(found, expected)
+    check("eight_bits", texts_of(found, slice(4)), expected)
 
 
-@pytest.mark.parametrize("name", ["eager", "references", "first_runner", "drafts", "offloading"])
-def test_the_text_is_that_of_the_graphs(answers, name, figures, assert_same_but_for_ties):
-    found, expected = answer_of(answers, name), answer_of(answers, "graphs")
-    figures(**{f"same_texts_{name}": same_texts(found, expected)})
-    assert_same_but_for_ties(found, expected)
+@pytest.mark.parametrize("name", ["eager", "references", "first_runner", "offloading"])
+def test_it_says_what_the_graphs_say(answers, name, texts_of, check):
+    check(name, answer_of(answers, name), texts_of(answer_of(answers, "graphs"), slice(4)))
 
 
-def test_skipped_layers_stay_uncompressed(answers, figures, assert_same_but_for_ties):
+def test_drafts_say_what_the_graphs_say(answers, texts_of, check):
+    check("drafts", answer_of(answers, "drafts"), texts_of(answer_of(answers, "graphs"), slice(4, 8)))
+
+
+def test_skipped_layers_stay_uncompressed(answers, figures, check):
     found, expected = answer_of(answers, "skipped"), answer_of(answers, "uncompressed")
-    figures(same_texts_skipped=same_texts(found, expected), kv_tokens_skipped=found["kv_tokens"])
-    assert_same_but_for_ties(found, expected)
+    figures(kv_tokens_skipped=found["kv_tokens"])
+    check("skipped", found, expected)
     # 2 of 30 layers take 256 bytes a slot, the others 132.
     assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(30 * 256 / (2 * 256 + 28 * 132), rel=0.01)
 
 
-def test_layers_with_bits_of_their_own(answers, figures, assert_same_but_for_ties):
+def test_layers_with_bits_of_their_own(answers, figures, check):
     found, expected = answer_of(answers, "layer_bits"), answer_of(answers, "uncompressed")
-    figures(same_texts_layer_bits=same_texts(found, expected), kv_tokens_layer_bits=found["kv_tokens"])
-    assert_same_but_for_ties(found, expected, tie=LAYER_BITS_TIE)
+    figures(kv_tokens_layer_bits=found["kv_tokens"])
+    check("layer_bits", found, expected, NEAR_AT_SIX_BITS)
     # Four layers take 2 x 132 and 2 x 116 bytes a slot.
     assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(256 / 124, rel=0.03)
 
@@ -162,12 +183,9 @@ def test_pages_come_back_from_the_memory_of_the_cpu(answers, figures):
     assert found["cached"][1][-1] >= 256
 
 
-def test_four_bits_give_the_text_of_the_references(answers, four_bits, figures, assert_same_but_for_ties):
+def test_four_bits_say_what_their_references_say(answers, four_bits, texts_of, check):
     found, expected = answer_of(four_bits, "four_bits"), answer_of(answers, "four_bits_references")
-    first = found | {"tokens": found["tokens"][:1]}
-    figures(same_texts_four_bits=same_texts(first, expected))
-    # A rounding that takes a coordinate over a boundary moves it by a step of four bits.
-    assert_same_but_for_ties(first, expected, tie=FOUR_BIT_TIE)
+    check("four_bits", texts_of(found, slice(4)), expected, NEAR_AT_FOUR_BITS)
 
 
 def test_the_distribution_stays_near_the_uncompressed_one(answers, four_bits, figures, mean_divergence):
@@ -188,7 +206,7 @@ def test_the_cache_holds_as_many_more_tokens_as_its_slots_are_smaller(answers, f
 
 
 @pytest.mark.parametrize("level", [1, 2])
-def test_the_text_after_a_sleep_is_that_before(four_bits, level, assert_same_but_for_ties):
+def test_it_says_after_a_sleep_what_it_said_before(four_bits, level, texts_of, check):
     found = answer_of(four_bits, "four_bits")
     assert "FULL" in found["cudagraph_mode"]
-    assert_same_but_for_ties(found | {"tokens": found["tokens"][: level + 1]}, found)
+    check(f"sleep_{level}", texts_of(found, slice(4), round_=level), found, NEAR_AT_FOUR_BITS)
