@@ -26,7 +26,13 @@ def test_presets_and_bits(chosen, bits):
             {"bits": 4},
             "turboquant has 'bits'; it may have preset, key_bits, value_bits, center_keys, calibration, layer_bits",
         ),
+        ({"preset": ["tq4"]}, "preset is .'tq4'.; it must be one of tq4"),
+        ({"preset": {}}, "preset is {}; it must be one of tq4"),
         ({"key_bits": 7}, "key_bits is 7; it must be one of"),
+        ({"key_bits": 4.0}, "key_bits is 4.0; it must be an int from 2 to 8. The kernels read codes of whole bits."),
+        ({"value_bits": 3.5}, "value_bits is 3.5; it must be an int from 2 to 8"),
+        ({"value_bits": True}, "value_bits is True"),
+        ({"value_bits": "4"}, "value_bits is '4'"),
         ({"preset": "tq2.5"}, "stores 2.5 bits, which the kernels do not read"),
         ({"center_keys": "yes"}, "center_keys is 'yes'; it must be True or False"),
         ({"calibration": True}, "calibration is True; it must be the path of a file"),
@@ -41,6 +47,20 @@ def test_presets_and_bits(chosen, bits):
 def test_what_is_unknown_is_named(chosen, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Settings.of({"turboquant": chosen})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Turboquant", "turbo_quant", "turboquant-vllm", "turboquant_vllm", "TurboQuantConfig", "turboqaunt", "turboquan"],
+)
+def test_a_slip_in_the_name_of_the_settings_is_refused(name):
+    with pytest.raises(ValueError, match=f"additional_config has '{name}', which nothing reads; write 'turboquant'"):
+        Settings.of({name: {"preset": "tq3"}})
+
+
+def test_settings_of_others_are_left_alone():
+    others = {"torchair_graph_config": {}, "quantization": 1, "turbo": 1, "turbomind": {}, "quant": 1, "": 0, 3: 4}
+    assert Settings.of({**others, "turboquant": {"preset": "tq3"}}) == Settings(preset="tq3")
 
 
 def test_a_preset_may_be_given_as_the_type_of_the_cache():

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from difflib import SequenceMatcher
 from typing import Any
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core._checks import check_int
+from turboquant_core.config import CACHE_BITS, preset_bits
 from turboquant_core.config import PRESETS as ALL_PRESETS
-from turboquant_core.config import preset_bits
 
 KEY = "turboquant"
+# How alike a name with a slip is at least: with a letter missing, or two swapped, it has 0.9.
+_NEAR = 0.8
 # Those of whole bits, which the kernels read.
 PRESETS = tuple(name for name, bits in ALL_PRESETS.items() if all(count == int(count) for count in bits))
 
@@ -34,6 +38,9 @@ class Settings:
     layer_bits: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            if (given := getattr(self, name)) is not None:
+                check_int(name, given, min(CACHE_BITS), max(CACHE_BITS), "The kernels read codes of whole bits.")
         # A head_dim that every format takes: the rest is refused here, before weights are loaded.
         config = self.cache_config(head_dim=128)
         for name in ("key_bits", "value_bits"):
@@ -77,7 +84,11 @@ class Settings:
         Raises:
             ValueError: If a name or a value is unknown, or bits are given twice.
         """
-        chosen = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+        additional_config = additional_config if isinstance(additional_config, Mapping) else {}
+        for name in additional_config:
+            if name != KEY and _means_key(name):
+                raise ValueError(f"additional_config has {name!r}, which nothing reads; write {KEY!r}")
+        chosen = additional_config.get(KEY, {})
         if not isinstance(chosen, Mapping):
             raise ValueError(f'{KEY} is {chosen!r}; it must be an object such as {{"preset": "tq4"}}')
         known = [field.name for field in fields(cls)]
@@ -97,3 +108,9 @@ class Settings:
                     "them"
                 )
         return cls(**chosen)
+
+
+def _means_key(name: object) -> bool:
+    """Whether a name in the additional configuration, which others' settings share, is ours with a slip in it."""
+    letters = "".join(filter(str.isalpha, str(name).lower()))
+    return letters.startswith(KEY) or SequenceMatcher(None, letters, KEY).ratio() > _NEAR
