@@ -247,6 +247,35 @@ def test_sinks_of_a_padded_row_that_come_in_several_calls_take_no_part_in_the_me
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
+@pytest.mark.parametrize("num_new", [MAX_QUERY_LEN, MAX_QUERY_LEN + 4])
+def test_sinks_that_came_after_the_prompt_are_read_as_they_are(num_new, max_length):
+    sinks, padded, stops = 4, 10, (12, 15, 15 + num_new)
+    kept = KeptTokens.empty(sinks, 8, (2, 2, 64), torch.float32, DEVICE)
+    arguments = (TurboQuantConfig(64, 2, 2), 2, 2, DEVICE)
+    states = PagedStates(*arguments, kept) if max_length is None else StaticPagedStates(*arguments, max_length, kept)
+    keys, values = torch.randn(2, 2, 2, stops[-1], 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    states.append(
+        keys[:, :, : stops[0]], values[:, :, : stops[0]], torch.tensor([0, padded], dtype=torch.int32, device=DEVICE)
+    )
+    for start, stop in pairwise(stops):
+        read = states.extend(keys[:, :, start:stop], values[:, :, start:stop], torch.float32)
+    for given, expected in zip(read, (keys, values), strict=True):
+        assert torch.equal(given[0, :, :sinks], expected[0, :, :sinks])
+        assert torch.equal(given[1, :, padded : padded + sinks], expected[1, :, padded : padded + sinks])
+        assert torch.equal(given[:, :, stops[1] : stops[2]], expected[:, :, stops[1] :])
+
+
+@pytest.mark.parametrize(("num_tokens", "sinks"), [(PADDED + 6, 64), (PADDED + 6, PADDED + 6), (PADDED, 64)])
+def test_a_padded_batch_of_no_more_tokens_than_sinks_is_saved_and_loaded(model, ids, num_tokens, sinks, tmp_path):
+    mask, options = padding_mask(), {"preset": "tq2", "sink_tokens": sinks}
+    cache = TurboQuantCache(model.config, **options)
+    feed(model, cache, ids, mask, 0, num_tokens)
+    loaded = save_and_load(cache, model, tmp_path)
+    assert loaded.nbytes == cache.nbytes
+    assert torch.equal(*(feed_calls(model, each, ids, mask, num_tokens) for each in (loaded, cache)))
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
 def test_a_crop_into_padding_lets_the_row_begin_with_what_comes(max_length):
     sinks, padded, remaining = 3, 12, 10
     kept = KeptTokens.empty(sinks, 0, (2, 2, 64), torch.float32, DEVICE)

@@ -77,13 +77,12 @@ class SavedLayer:
         """First tokens that are kept as they are."""
         return 0 if self.kept is None else self.kept.sink_tokens
 
-    @property
-    def has_codes(self) -> bool:
-        """Whether any token is not a sink."""
-        return self.num_tokens > self.sink_tokens
+    def has_codes(self, is_padded: bool) -> bool:
+        """Whether codes of any token are read: of padding, which a mask may show, and of what is not a sink."""
+        return is_padded or self.num_tokens > self.sink_tokens
 
-    def tensors(self) -> TensorTypes:
-        """Names of its tensors, with their types and shapes."""
+    def tensors(self, is_padded: bool) -> TensorTypes:
+        """Names of its tensors, with their types and shapes; `is_padded` where the cache says where rows begin."""
         config, num_heads = self.config, self.batch_size * self.num_kv_heads
         tensors: TensorTypes = {}
         for field, name in slot_tensors(config).items():
@@ -93,7 +92,7 @@ class SavedLayer:
         if self.kept is not None:
             kept = (self.batch_size, self.num_kv_heads, self.kept.num_kept, config.head_dim)
             tensors |= dict.fromkeys(KEPT_TENSORS, (DTYPES[self.dtype], kept))
-        if self.has_codes:
+        if self.has_codes(is_padded):
             vectors = (num_heads, config.head_dim)
             if config.center_keys:
                 tensors["key_mean"] = (torch.float32, vectors)
@@ -147,13 +146,18 @@ class SavedCache:
     layers: list[SavedLayer]
     row_starts: int | None
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether the file says where rows begin."""
+        return self.row_starts is not None
+
     def tensors(self) -> TensorTypes:
         """Names of all tensors in the file, with their types and shapes."""
         tensors: TensorTypes = {}
-        if self.row_starts is not None:
+        if self.is_padded:
             tensors[ROW_STARTS] = (torch.int32, (self.layers[0].batch_size,))
         for index, layer in enumerate(self.layers):
-            tensors |= {stored_name(index, name): stored for name, stored in layer.tensors().items()}
+            tensors |= {stored_name(index, name): stored for name, stored in layer.tensors(self.is_padded).items()}
         return tensors
 
     def checksums(self) -> dict[str, int | None]:
@@ -173,7 +177,7 @@ class SavedCache:
         """
         context = getattr(text_config, "max_position_embeddings", None) or CONTEXT
         first = self.layers[0]
-        if self.row_starts is not None and first.kept is None:
+        if self.is_padded and first.kept is None:
             raise ValueError("rows are padded, and no tokens are kept as they are")
         for index, layer in enumerate(self.layers):
             try:

@@ -112,7 +112,7 @@ def load_layers(
         return [
             _restore(
                 layer,
-                {name: tensors[stored_name(index, name)] for name in layer.tensors()},
+                {name: tensors[stored_name(index, name)] for name in layer.tensors(saved.is_padded)},
                 tensors.get(ROW_STARTS),
                 text_config,
             )
@@ -213,7 +213,7 @@ def _restore(
             raise ValueError(f"{ROW_STARTS} are not all from 0 to the {layer.num_tokens:,} tokens of a row")
         kept.row_starts = row_starts
     codec = None
-    if layer.has_codes:
+    if layer.has_codes(row_starts is not None):
         codec = LayerCodec(config, *(tensors.get(name) for name in CODEC_TENSORS))
         for bits, order in ((config.key_bits, codec.key_order), (config.value_bits, codec.value_order)):
             if order is not None:

@@ -151,6 +151,9 @@ class PagedStates:
         if recent is not None:
             for states, newest in zip(read, recent, strict=True):
                 states[:, :, self._num_tokens - newest.shape[2] :] = newest
+            assert self.kept is not None
+            # The ring has not what came where a padded row has sinks.
+            read = self.kept.with_sinks(*read)
         return read
 
     def append_parts(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
