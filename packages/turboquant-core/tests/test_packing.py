@@ -50,6 +50,14 @@ def test_unpack_undoes_pack_without_padding(head_dim, bits, seed):
     assert torch.equal(unpacked, codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_codes_of_every_integer_type_are_packed_alike(dtype):
+    codes = torch.from_numpy(random_codes((3, 16), 5, seed=0))
+    packed = pack(codes.to(dtype), 5)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(packed, pack(codes, 5))
+
+
 @settings(max_examples=40, deadline=None)
 @given(head_dim=head_dims, bits=all_bits, seed=seeds)
 def test_bytes_follow_the_documented_order(head_dim, bits, seed):
