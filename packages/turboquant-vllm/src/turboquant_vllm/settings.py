@@ -7,7 +7,7 @@ from typing import Any
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core._checks import check_int
-from turboquant_core.config import CACHE_BITS, preset_bits
+from turboquant_core.config import WHOLE_BITS, preset_bits
 from turboquant_core.config import PRESETS as ALL_PRESETS
 
 KEY = "turboquant"
@@ -40,7 +40,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
             if (given := getattr(self, name)) is not None:
-                check_int(name, given, min(CACHE_BITS), max(CACHE_BITS), "The kernels read codes of whole bits.")
+                check_int(name, given, WHOLE_BITS[0], WHOLE_BITS[-1], "The kernels read codes of whole bits.")
         # A head_dim that every format takes: the rest is refused here, before weights are loaded.
         config = self.cache_config(head_dim=128)
         for name in ("key_bits", "value_bits"):
