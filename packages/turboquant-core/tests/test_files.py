@@ -174,7 +174,7 @@ def test_what_is_refused_is_named(tmp_path):
         with reading(tmp_path / "file", "bits", "Write it again."):
             read_json(tmp_path / "file")
     for missing in (tmp_path / "none", tmp_path, Path("/dev/zero")):
-        with pytest.raises(FileNotFoundError, match=r"there is no file .* with bits\. Write it again\."):  # noqa: SIM117
+        with pytest.raises(FileNotFoundError, match=r"there is no file .*, and so no bits\. Write it again\."):  # noqa: SIM117
             with reading(missing, "bits", "Write it again."):
                 pass
 

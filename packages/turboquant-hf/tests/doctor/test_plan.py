@@ -195,6 +195,9 @@ def test_without_a_model_it_is_the_default_one(monkeypatch, model):
         (["--kv-memory", "10", "--preset", "tq5"], "preset is 'tq5'; it must be one of tq4"),
         (["--kv-memory", "10", "--preset", "tq3.5"], "tq3.5 has fractional bits"),
         (["--kv-memory", "10", "--length", "200000"], "the context of"),
+        (["--memory", "nan"], "nan is no number from 0 to 1,048,576."),
+        (["--memory", "x"], "x is no number from 0 to 1,048,576."),
+        (["--memory", "80", "--gpu-memory-utilization", "1.5"], "1.5 is no number from 0 to 1."),
         (["--kv-memory", "10", "--json", "none/plan.json"], "there is no folder none"),
     ],
 )
@@ -225,6 +228,16 @@ def test_a_plot(model, tmp_path):
     assert outcome.exit_code == 0
     assert "<svg" in path.read_text()
     assert run(tmp_path / "llama", "--kv-memory", 10, "--plot", tmp_path / "plan.png").exit_code == 2
+
+
+def test_a_context_below_the_default_length_is_named(model):
+    folder = model("llama")
+    assert "whole context" not in said(run(folder, "--kv-memory", 10))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    outcome = said(run(folder, "--kv-memory", 10))
+    assert "requests are of the model's whole context, 4,096 tokens, and not of 8,192" in outcome
+    assert "whole context" not in said(run(folder, "--kv-memory", 10, "--length", 4096))
 
 
 def test_plotted_lengths_stay_within_the_context():

@@ -7,8 +7,8 @@ from typing import Any
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core._checks import check_int
-from turboquant_core.config import WHOLE_BITS, preset_bits
 from turboquant_core.config import PRESETS as ALL_PRESETS
+from turboquant_core.config import WHOLE_BITS, preset_bits
 
 KEY = "turboquant"
 # How alike a name with a slip is at least: with a letter missing, or two swapped, it has 0.9.

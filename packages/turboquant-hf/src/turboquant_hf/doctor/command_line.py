@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from turboquant_core.command_output import REFUSED, CommandError
-from turboquant_hf.command_line import finite
+from turboquant_hf.command_line import number, with_remedy
 from turboquant_hf.doctor.attention import ModelAttention, model_attention
 from turboquant_hf.doctor.cards import Card, find_card
 from turboquant_hf.doctor.checkpoint import Checkpoint, open_checkpoint
@@ -24,7 +24,7 @@ _SIZES = ("head_dim", "value_dim", "num_heads", "num_kv_heads", "window")
 GpuOption = Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")]
 MemoryOption = Annotated[
     float | None,
-    typer.Option(min=0, max=MAX_GIB, callback=finite, help="Memory of a card in GiB, instead of --gpu."),
+    typer.Option(**number(0, MAX_GIB), help="Memory of a card in GiB, instead of --gpu."),
 ]
 
 
@@ -39,9 +39,8 @@ def open_model(name: str | None, errors: Console) -> tuple[Checkpoint, ModelAtte
         with errors.status(Text(f"reading the headers of {name}")):
             checkpoint = open_checkpoint(name)
     except (OSError, ValueError) as error:
-        raise CommandError(
-            f"cannot read {name}: {error}\nPass a hub id, a folder or a GGUF file that this machine can reach."
-        ) from error
+        remedy = "Pass a hub id, a folder or a GGUF file that this machine can reach."
+        raise CommandError(f"cannot read {name}: {with_remedy(error, remedy)}") from error
     try:
         attention = model_attention(checkpoint.config, checkpoint.tensors or ())
     except ValueError as error:

@@ -15,7 +15,7 @@ from turboquant_core.command_output import (
     write_json,
 )
 from turboquant_core.vllm_limits import MIN_CAPABILITY
-from turboquant_hf.command_line import MAX_TOKENS, ForceOption, JsonOption, ModelArgument, consoles, finite
+from turboquant_hf.command_line import MAX_TOKENS, ForceOption, JsonOption, ModelArgument, consoles, number
 from turboquant_hf.doctor.capacity import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_GIB, kv_memory
 from turboquant_hf.doctor.cards import GIB, Card
 from turboquant_hf.doctor.checkpoint import Checkpoint
@@ -37,31 +37,32 @@ def plan(
         float | None,
         typer.Option(
             "--kv-memory",
-            min=0,
-            max=MAX_GIB,
-            callback=finite,
+            **number(0, MAX_GIB),
             help="GiB for the cache on a card, as vLLM's log gives it, instead of both.",
         ),
     ] = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, max=MAX_CARDS, help="Cards that share the heads.")] = 1,
     length: Annotated[
-        int | None, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a request, prompt and answer.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_TOKENS,
+            help=f"Tokens of a request, prompt and answer. Default: {DEFAULT_LENGTH:,}, or the context if less.",
+        ),
     ] = None,
     preset: Annotated[
         list[str] | None, typer.Option(help="Preset to plan, repeatable. Default: all vLLM serves.")
     ] = None,
     weights: Annotated[
         float | None,
-        typer.Option(min=0, max=MAX_GIB, callback=finite, help="GiB of all weights, instead of the files'."),
+        typer.Option(**number(0, MAX_GIB), help="GiB of all weights, instead of the files'."),
     ] = None,
     gpu_memory_utilization: Annotated[
-        float, typer.Option(min=0, max=1, callback=finite, help="Share of the memory that vLLM takes.")
+        float, typer.Option(**number(0, 1), help="Share of the memory that vLLM takes.")
     ] = MEMORY_SHARE,
     reserve: Annotated[
         float,
-        typer.Option(
-            min=0, max=MAX_GIB, callback=finite, help="GiB of that for activations, CUDA graphs and CUDA itself."
-        ),
+        typer.Option(**number(0, MAX_GIB), help="GiB of that for activations, CUDA graphs and CUDA itself."),
     ] = RESERVE_GIB,
     max_num_batched_tokens: Annotated[
         int,
@@ -106,6 +107,10 @@ def plan(
         said = _explain(total, card, gpu_memory_utilization, weights_bytes, tensor_parallel, reserve)
         if kv_bytes <= 0:
             raise _refused(f"nothing is left for a cache: {said}. Give more cards with --tensor-parallel.")
+    if length is None:
+        length = min(DEFAULT_LENGTH, attention.max_length or DEFAULT_LENGTH)
+        if length < DEFAULT_LENGTH:
+            said += f"; requests are of the model's whole context, {length:,} tokens, and not of {DEFAULT_LENGTH:,}"
     try:
         planned = make_plan(
             checkpoint,
@@ -113,7 +118,7 @@ def plan(
             caches,
             kv_bytes=kv_bytes,
             tensor_parallel=tensor_parallel,
-            length=length or min(DEFAULT_LENGTH, attention.max_length or DEFAULT_LENGTH),
+            length=length,
             batched_tokens=max_num_batched_tokens,
         )
     except ValueError as error:

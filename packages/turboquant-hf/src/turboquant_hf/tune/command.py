@@ -16,8 +16,8 @@ from turboquant_hf.command_line import (
     TextOption,
     chosen_device,
     consoles,
-    finite,
     load,
+    number,
     progress_bar,
     read_text,
 )
@@ -43,9 +43,7 @@ def tune(
     target_bits: Annotated[
         float,
         typer.Option(
-            min=min(WIDTHS),
-            max=max(WIDTHS),
-            callback=finite,
+            **number(min(WIDTHS), max(WIDTHS)),
             help="Bits per coordinate at most, the mean of all layers.",
         ),
     ] = 3.5,
