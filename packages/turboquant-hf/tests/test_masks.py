@@ -253,3 +253,28 @@ def test_a_mask_of_another_length_is_refused(fused_model):
     cache = TurboQuantCache(fused_model.config)
     with pytest.raises(ValueError, match="and 31 tokens are attended to"):
         second_call(fused_model, cache, torch.ones(1, 1, 1, 20, dtype=torch.bool), tokens(1, 1))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize(("max_length", "num_tokens"), [(None, PROMPT + 4), (64, PROMPT + 4), (None, 3), (64, 3)])
+def test_a_mask_of_a_prompt_that_is_not_as_long_is_refused(fused_model, max_length, num_tokens, kind):
+    """SDPA refuses it, too; cut to the prompt it would be somebody else's."""
+    mask = of_kind(torch.ones(1, 1, PROMPT, num_tokens, dtype=torch.bool), kind)
+    cache = TurboQuantCache(fused_model.config, max_length=max_length)
+    with pytest.raises(ValueError, match=rf"{num_tokens}\], and {PROMPT} tokens are attended to"), torch.no_grad():
+        fused_model(tokens(1, PROMPT), attention_mask=mask, past_key_values=cache)
+
+
+def test_a_mask_of_a_prompt_over_all_that_a_static_cache_has_room_for(fused_model):
+    mask = blocks_that_see_each_other(PROMPT)[..., PROMPT:]
+    logits = []
+    for room, cache in (
+        (0, DynamicCache(config=fused_model.config)),
+        (34, TurboQuantCache(fused_model.config, max_length=64)),
+        (34, TurboQuantCache(fused_model.config, max_length=64, skip_layers=[0])),
+    ):
+        given = torch.nn.functional.pad(mask, (0, room))
+        with torch.no_grad():
+            logits.append(fused_model(tokens(2, PROMPT), attention_mask=given, past_key_values=cache).logits)
+    assert error(logits[1], logits[0]) < 1e-4
+    assert error(logits[2], logits[0]) < 1e-4

@@ -9,6 +9,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MoshiConfig,
+    StaticCache,
 )
 
 from turboquant_hf import TurboQuantCache
@@ -78,6 +79,41 @@ def test_left_padding(model, assert_says_the_same):
     mask = torch.ones(2, 24, dtype=torch.int64)
     mask[0, :5] = 0
     assert_says_the_same(model, ids(), new_cache(model), TurboQuantCache(model.config), attention_mask=mask)
+
+
+@pytest.mark.parametrize("skip_layers", [[], [0], [1], None], ids=["none", "first", "last", "all"])
+@pytest.mark.parametrize("num_tokens", [5, 24])
+@pytest.mark.parametrize("num_shown", [None, 0, 30])
+def test_layers_of_transformers_that_stay(model, skip_layers, num_tokens, num_shown):
+    """Queries of a prompt are the first tokens there, of keys that are as many as there is room for."""
+    if skip_layers is None:
+        cache = StaticCache(model.config, max_cache_len=MAX_LENGTH)
+    else:
+        cache = new_cache(model, key_bits=8, value_bits=8, skip_layers=skip_layers)
+    stops = [num_tokens, num_tokens + 1, num_tokens + 4, num_tokens + 16]
+    for start, stop in zip([0, *stops], stops, strict=False):
+        # A mask may be longer than what there is so far.
+        given = None if num_shown is None else torch.ones(2, max(stop, num_shown), dtype=torch.int64)
+        if given is not None:
+            given[:, stop:] = 0
+        whole, cached = ids(num_tokens=stops[-1]), {"attention_mask": given, "past_key_values": cache}
+        with torch.no_grad():
+            actual = model(whole[:, start:stop], **cached).logits
+            expected = model(whole[:, :stop]).logits[:, start:]
+        tolerance = 0.02 if start else 1e-4
+        assert ((actual - expected).norm(dim=-1) < tolerance * expected.norm(dim=-1)).all()
+
+
+def test_the_mask_of_a_prompt_is_no_larger_than_the_prompt(model):
+    is_fused = model.config._attn_implementation == "turboquant"
+    for options, sizes in (({}, (24, 0) if is_fused else (MAX_LENGTH, 0)), ({"skip_layers": [1]}, (MAX_LENGTH, 0))):
+        cache = new_cache(model, **options)
+        for _ in range(2):
+            assert cache.get_mask_sizes(24, 0) == sizes
+            with torch.no_grad():
+                model(ids(), past_key_values=cache)
+            assert cache.get_mask_sizes(24, 0) == (MAX_LENGTH, 0)
+            cache.reset()
 
 
 def test_everything_stays_where_it_is(model, assert_says_the_same):

@@ -10,7 +10,17 @@ from turboquant_hf.dense import dense_attention, is_causal
 from turboquant_hf.dispatch import ATTENTION
 from turboquant_hf.gradients import without_gradient
 from turboquant_hf.handover import Prompt, Stored, taken_over
-from turboquant_hf.masks import Rows, check_mask, mask_of_stored, over_parts, prompt_starts, rows_of, turboquant_mask
+from turboquant_hf.masks import (
+    Rows,
+    check_length,
+    check_mask,
+    is_of_prompt,
+    mask_of_stored,
+    over_parts,
+    prompt_starts,
+    rows_of,
+    turboquant_mask,
+)
 
 # Arguments of attention functions that others than SDPA take.
 _REFUSED = {
@@ -63,7 +73,7 @@ def turboquant_attention(
 
     Raises:
         TypeError: If the mask is no bool or additive tensor.
-        ValueError: If weights are asked for, or something that SDPA does not take.
+        ValueError: If weights are asked for, something that SDPA does not take, or a mask of another length.
         RuntimeError: If the model has changed the keys or values that the cache gave it.
     """
     check_mask(attention_mask)
@@ -95,20 +105,31 @@ def turboquant_attention(
         if given.wants_gradient:
             key, value = without_gradient(key), without_gradient(value)
         attention_mask = mask_of_stored(attention_mask, query, num_tokens, causal, parts)
-    elif isinstance(given, Prompt):
-        key, value = given.keys, given.values
-        if attention_mask is not None:
-            _leave_out_padding(given, attention_mask)
-            # A static cache has masks for all that it can hold.
-            attention_mask = attention_mask[..., : key.shape[2]]
+    else:
+        shows_the_first = attention_mask is not None and _shows_the_first(module, attention_mask, query, **kwargs)
+        if isinstance(given, Prompt):
+            key, value = given.keys, given.values
+            attention_mask = None if attention_mask is None else _mask_of_prompt(given, attention_mask)
+        if shows_the_first:
+            # Over these keys alone no mask says the same, and SDPA has faster kernels.
+            key, value, attention_mask = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]], None
     return dense_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
-def _leave_out_padding(prompt: Prompt, attention_mask: torch.Tensor) -> None:
-    """Have a prompt whose rows begin with padding stored again, with where they start."""
-    row_starts = prompt_starts(attention_mask, prompt.keys.shape[2])
+def _shows_the_first(module: torch.nn.Module, attention_mask: torch.Tensor, query: torch.Tensor, **kwargs: Any) -> bool:
+    """Whether the mask is causal over as many first keys as there are queries, and hides the rest."""
+    whole = is_of_prompt(attention_mask) and attention_mask.shape[2] == query.shape[2]
+    return whole and is_causal(module, **kwargs) and kwargs.get("position_bias") is None
+
+
+def _mask_of_prompt(prompt: Prompt, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mask over a prompt's own tokens; one whose rows begin with padding is stored again, with where they start."""
+    num_tokens = prompt.keys.shape[2]
+    check_length(attention_mask, num_tokens, prompt.room)
+    row_starts = prompt_starts(attention_mask, num_tokens)
     if row_starts is not None:
         prompt.store_again(prompt.keys, prompt.values, row_starts)
+    return attention_mask[..., :num_tokens]
 
 
 def _rows_of_call(attention_mask: torch.Tensor | None, causal: bool) -> Rows | None:

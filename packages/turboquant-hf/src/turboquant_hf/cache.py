@@ -10,9 +10,11 @@ from typing import Any, Self
 import torch
 
 from turboquant_core.quantized import storage_nbytes
-from turboquant_hf._compat import PreTrainedConfig
+from turboquant_hf._compat import EMPTY_LAYERS, CacheLayerMixin, PreTrainedConfig
+from turboquant_hf.attention import reads_codes
 from turboquant_hf.guarded import GuardedCache
 from turboquant_hf.lasting import lasting
+from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.layers import build_layers
 from turboquant_hf.report import MemoryReport, layer_tensors, memory_report
 from turboquant_hf.saving import load_layers, save_layers
@@ -103,6 +105,16 @@ class TurboQuantCache(GuardedCache):
             stacklevel=2,
         )
         return int(self.get_max_length())
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask is over.
+
+        First tokens that are handed over attend on themselves, also where there is room for more.
+        """
+        kept = (x for x in self.layers if isinstance(x, CacheLayerMixin) and not isinstance(x, EMPTY_LAYERS))
+        if reads_codes(self._text_config) and all(isinstance(x, TurboQuantLayer) and x.is_empty for x in kept):
+            return query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Write everything held to a safetensors file, to be continued with `load`.

@@ -43,7 +43,8 @@ def dense_attention(
     num_heads, query_len = query.shape[1:3]
     num_tokens = key.shape[2]
     makes_mask = softcap or sinks is not None or 1 < query_len < num_tokens
-    # Queries are the last tokens; SDPA would take them for the first. Gemma 4 asks for the last of a prompt alone.
+    # Queries are the last tokens, and SDPA would take them for the first: Gemma 4 asks for the last of a prompt alone.
+    # Where they are the first, of a static cache of transformers, `turboquant_mask` makes a mask.
     if attention_mask is None and makes_mask and is_causal(module, **kwargs):
         ends = torch.arange(query_len, device=query.device) + (num_tokens - query_len)
         attention_mask = torch.arange(num_tokens, device=query.device) <= ends[None, None, :, None]

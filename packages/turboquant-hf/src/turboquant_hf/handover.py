@@ -65,11 +65,13 @@ class Prompt(NamedTuple):
         values: The same for values.
         store_again: Called with keys, values and starts int32 [batch_size] if rows begin with padding, which `update`
             cannot know.
+        room: Tokens that a mask may be of: all that a static cache has room for.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     store_again: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    room: int
 
 
 class Stored(NamedTuple):

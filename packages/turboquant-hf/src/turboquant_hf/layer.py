@@ -84,6 +84,11 @@ class TurboQuantLayer(CacheLayerMixin):
         return self.states.batch_size
 
     @property
+    def is_empty(self) -> bool:
+        """Whether the next tokens are the first; does not wait for the device."""
+        return not self.is_initialized or self.states.is_empty
+
+    @property
     def keys(self) -> torch.Tensor | None:
         """Keys as a next token reads them, [batch_size, num_kv_heads, num_tokens, head_dim]; None before the first.
 
@@ -132,10 +137,12 @@ class TurboQuantLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         wants_gradient = self._wants_gradient(key_states, value_states)
         if states.is_empty:
+            room, _ = self.get_mask_sizes(key_states.shape[-2])
             states.append(key_states, value_states)
             if reads_codes(self._text_config):
                 self._before_decoding()
-                return hand_over(Prompt(key_states, value_states, self.store_again), key_states.shape, self.dtype)
+                given = Prompt(key_states, value_states, self.store_again, room)
+                return hand_over(given, key_states.shape, self.dtype)
             return self._prompt(key_states, value_states)
         num_new = key_states.shape[-2]
         if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or states.parts_calls):
@@ -241,7 +248,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     @lasting
     def _dequantized(self, which: int) -> torch.Tensor | None:
-        if not self.is_initialized or self.states.is_empty:
+        if self.is_empty:
             return None
         return self.states.stored(self.dtype)[which]
 

@@ -37,12 +37,14 @@ class _Facts:
     Attributes:
         rows: What it amounts to, of a few tokens that attend on stored ones; None if it is something else.
         hides_padding: Whether it was made from a mask of padding.
+        is_of_prompt: Whether it is causal, of the first tokens, over keys that are more than these.
         version: torch's count of what was written into it. A graph does not know its tensors' counts: None there.
         starts: What `prompt_starts` gave the first layer of a call, for the others to share.
     """
 
     rows: Rows | None
     hides_padding: bool
+    is_of_prompt: bool
     version: int | None
     starts: tuple[torch.Tensor | None] | None = None
 
@@ -52,7 +54,10 @@ class _Facts:
 def turboquant_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **kwargs: Any
 ) -> torch.Tensor | None:
-    """The mask that SDPA takes, bool [batch_size, 1, q_length, kv_length] or None for a causal one.
+    """The mask that SDPA takes, bool [batch_size, 1, q_length, kv_length].
+
+    None is for a causal one of as many queries as keys: with more keys, queries are the last tokens of a layer that
+    computes these alone, and the first of a static cache.
 
     Where a few tokens attend on stored ones, it is compared with causal attention from a first token of every row on,
     and what it amounts to is attached for `turboquant_attention`.
@@ -61,9 +66,12 @@ def turboquant_mask(
         ValueError: If the model attends by code of its own.
     """
     check_dispatch(kwargs.get("config"))
-    mask = sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset, **kwargs
-    )
+    sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+    sizes |= {"q_offset": q_offset, "kv_offset": kv_offset}
+    mask = sdpa_mask(**sizes, **kwargs)
+    is_of_prompt = mask is None and 1 < q_length < kv_length and kwargs.get("allow_is_causal_skip", True)
+    if is_of_prompt:
+        mask = sdpa_mask(**sizes, **{**kwargs, "allow_is_causal_skip": False})
     if mask is None:
         return None
     rows = None
@@ -71,7 +79,7 @@ def turboquant_mask(
         # `generate` makes masks contiguous for a compiled model, and a copy would know nothing.
         mask = mask.contiguous()
         rows = _rows_of_mask(mask, q_offset, kv_offset, kwargs.get("local_size"))
-    setattr(mask, _FACTS, _Facts(rows, kwargs.get("attention_mask") is not None, _version(mask)))
+    setattr(mask, _FACTS, _Facts(rows, kwargs.get("attention_mask") is not None, is_of_prompt, _version(mask)))
     return mask
 
 
@@ -79,6 +87,12 @@ def rows_of(mask: torch.Tensor) -> Rows | None:
     """What a mask amounts to; None if it is something else, or somebody else's."""
     facts = _facts(mask)
     return None if facts is None else facts.rows
+
+
+def is_of_prompt(mask: torch.Tensor) -> bool:
+    """Whether a mask that `turboquant_mask` made is causal among the first tokens, and hides all other keys."""
+    facts = _facts(mask)
+    return facts is not None and facts.is_of_prompt
 
 
 @lasting
@@ -94,7 +108,7 @@ def prompt_starts(mask: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
     """
     facts = _facts(mask)
     # Layers that share a cache may compute the last of the new tokens alone.
-    if facts is None or not facts.hides_padding or mask.shape[2] != num_tokens:
+    if facts is None or not facts.hides_padding or facts.is_of_prompt or mask.shape[2] != num_tokens:
         return None
     is_compiling = torch.compiler.is_compiling()
     if facts.starts is not None and not is_compiling:
@@ -158,13 +172,20 @@ def over_parts(states: torch.Tensor, num_tokens: int, parts: torch.Tensor) -> to
     Raises:
         ValueError: If it is said of another number of tokens.
     """
-    if states.shape[-1] not in (1, num_tokens):
-        raise ValueError(
-            f"attention_mask or position_bias is {list(states.shape)}, and {num_tokens} tokens are attended to; the "
-            "last dimension must be as long"
-        )
+    check_length(states, num_tokens)
     states = states.expand(*states.shape[:-1], num_tokens)
     return torch.cat([states, states[..., 2 * num_tokens - parts.shape[-1] :]], dim=-1)
+
+
+def check_length(states: torch.Tensor, num_tokens: int, room: int | None = None) -> None:
+    """Raise ValueError if what is said of tokens is not of `num_tokens`, or of the `room` of a static cache."""
+    if states.shape[-1] in (1, num_tokens, room):
+        return
+    or_room = "" if room in (None, num_tokens) else f", or {room} as the cache has room for"
+    raise ValueError(
+        f"attention_mask or position_bias is {list(states.shape)}, and {num_tokens} tokens are attended to; the last "
+        f"dimension must be as long{or_room}"
+    )
 
 
 def _facts(mask: torch.Tensor) -> _Facts | None:
