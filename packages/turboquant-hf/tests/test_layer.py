@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from turboquant_hf import TurboQuantLayer
+from turboquant_hf import TurboQuantCache, TurboQuantLayer
 from turboquant_hf._compat import DynamicSlidingWindowLayer
 from turboquant_hf.sliding import TurboQuantSlidingLayer
 
@@ -196,3 +196,14 @@ def test_a_window_is_all_there_at_every_length(window):
         assert (keys[:, :, -1] - expected_keys[:, :, -1]).norm() < 0.02 * expected_keys[:, :, -1].norm()
         assert (values[:, :, 0] - expected_values[:, :, 0]).norm() < 0.02 * expected_values[:, :, 0].norm()
         assert layer.states.num_tokens < window - 1 + 1 + 64
+
+
+def test_autocast_of_a_model_in_another_type_is_refused_by_name(tiny_model, prompt):
+    cache = TurboQuantCache(tiny_model.config)
+    message = "key_states are torch.float32 and value_states torch.bfloat16, as torch.autocast makes them"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            tiny_model(prompt, past_key_values=cache)
+        cache.reset()
+        with torch.no_grad():
+            tiny_model(prompt, past_key_values=cache)

@@ -273,6 +273,12 @@ class TurboQuantLayer(CacheLayerMixin):
         return key_states, value_states
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if key_states.dtype != value_states.dtype:
+            raise ValueError(
+                f"key_states are {key_states.dtype} and value_states {value_states.dtype}, as torch.autocast makes "
+                "them; a cache holds one type. Load the model in the type to compute in, with dtype=..., and leave "
+                "autocast out."
+            )
         states = self.states
         expected = (states.batch_size, states.num_kv_heads, key_states.shape[-2], self.config.head_dim)
         for name, given in (("key_states", key_states), ("value_states", value_states)):
