@@ -258,7 +258,7 @@ def test_weights_that_are_cut_off(run_eval, tiny_model_folder, tmp_path, said):
     weights.write_bytes(weights.read_bytes()[:-1000])
     outcome = run_eval(folder, "--out", tmp_path / "run.json")
     assert outcome.exit_code == 2
-    assert f"cannot load {folder}: a safetensors file of it is cut off or damaged" in said(outcome)
+    assert f"cannot load {folder}: a safetensors file of {folder} is cut off or damaged" in said(outcome)
 
 
 def test_an_encoder(run_eval, tmp_path, said):
