@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def tuning(path: Path) -> str:
         if row["bits"] != TUNED:
             key_bits, value_bits = map(float, row["bits"].split("/"))
             bits = dict.fromkeys(layer_bits, (key_bits, value_bits))
-        scores = {name: row[name] for name in HeldOut.__dataclass_fields__}
+        scores = {field.name: row[field.name] for field in fields(HeldOut)}
         return Choice(row["bits"], bits, row["token_nbytes"], row["predicted_kl"], HeldOut.from_dict(scores))
 
     tuned, *uniform = map(choice, found["held_out"])
