@@ -100,9 +100,9 @@ OPTIONS = {
         "linear_value_head_dim": 64,
     },
 }
-# What 8-bit codes may cost the logprob of a token, at most and on average: twice to three times what they do cost.
-# At four bits both are far beyond.
-LARGEST, MEAN = 0.25, 0.02
+# What 8-bit codes may cost the logprob of a token, at most and on average: twice what they cost the noisiest of the
+# tests' models, a random gpt-oss. SmolLM2 takes a fifth of that; at four bits it is beyond.
+LARGEST, MEAN = 0.25, 0.05
 
 
 @pytest.fixture(scope="session")
