@@ -17,6 +17,8 @@ pytestmark = pytest.mark.real_weights
 
 TESTS = Path(__file__).parent
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# In another batch sums are rounded otherwise, which takes some coordinates over a boundary between codes of 4 bits.
+NEAR_AT_FOUR_BITS = {"largest": 1.5, "mean": 0.15}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def says_again(assert_near):
 
     def check(client, before):
         now = said(client, before[0])
-        assert_near(*(as_of_an_engine(*answer) for answer in (now, before)))
+        assert_near(*(as_of_an_engine(*answer) for answer in (now, before)), **NEAR_AT_FOUR_BITS)
 
     return check
 
