@@ -196,6 +196,14 @@ def test_an_error_is_one_line_in_words_and_in_json(run):
     assert json.loads(output) == {"format": "turboquant refuse --json", "error": "no for [/x] reasons"}
 
 
+def test_an_argument_that_no_process_can_be_given_is_refused(run):
+    # A script may pass it. Bytes that are no text reach Python as other surrogates, which can be written.
+    status, output, errors = run("greet", "\ud800", "--json", "-")
+    assert (status, errors) == (2, "error: the argument '\\ud800' holds a character that no name can have\n")
+    assert json.loads(output)["error"] in errors
+    assert run("greet", "\udcff")[0] == 0
+
+
 @pytest.mark.parametrize("arguments", [("greet", "--json=-"), ("refuse", "--json", "-", "--times", "x")])
 def test_wrong_arguments_are_said_in_json_too(run, arguments):
     status, output, errors = run(*arguments)

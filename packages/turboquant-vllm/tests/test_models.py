@@ -112,7 +112,7 @@ def test_an_eagle_draft(drafts, plain, texts_of, assert_near):
 
 @pytest.fixture(scope="module")
 def adapter(tiny_model, tmp_path_factory):
-    """A random LoRA adapter of the small Llama."""
+    """A random LoRA adapter of the small Llama: what it adds to a weight is half as large as the weight."""
     from safetensors.torch import save_file
 
     random = torch.Generator().manual_seed(1)
@@ -120,8 +120,8 @@ def adapter(tiny_model, tmp_path_factory):
     for layer in range(4):
         for name, size in {"q_proj": 256, "k_proj": 128, "v_proj": 128}.items():
             module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{module}.lora_A.weight"] = 0.3 * torch.randn(8, 128, generator=random)
-            tensors[f"{module}.lora_B.weight"] = 0.3 * torch.randn(size, 8, generator=random)
+            tensors[f"{module}.lora_A.weight"] = 0.15 * torch.randn(8, 128, generator=random)
+            tensors[f"{module}.lora_B.weight"] = 0.15 * torch.randn(size, 8, generator=random)
     folder = tmp_path_factory.mktemp("adapter")
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}

@@ -100,6 +100,7 @@ class Commands(TyperGroup):
         alone = json_alone() if json_target(arguments) == STDOUT else nullcontext()
         try:
             with alone:
+                _check_encodable(arguments)
                 status = super().main(arguments, prog_name, **options | {"standalone_mode": False}) or 0
             sys.stdout.flush()
         except Exception as error:
@@ -125,6 +126,15 @@ class Commands(TyperGroup):
                 write_json(name, {"error": str(ended)}, target)
         _discard_unwritten()
         return ended.status
+
+
+def _check_encodable(arguments: Sequence[str]) -> None:
+    """Refuse what no process can be given, for it would fail wherever a file or model is looked for by it."""
+    for argument in arguments:
+        try:
+            os.fsencode(argument)
+        except UnicodeEncodeError:
+            raise CommandError(f"the argument {argument!r} holds a character that no name can have") from None
 
 
 def _as_command_error(error: Exception) -> CommandError:
