@@ -1,5 +1,7 @@
 """Layers with bits of their own, from a file of `turboquant tune`, and layers that stay uncompressed."""
 
+from types import SimpleNamespace
+
 import pytest
 import transformers
 from vllm.config import ModelConfig
@@ -9,7 +11,8 @@ from turboquant_core.layer_bits import LayerBits, write_layer_bits
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm.backend import TurboQuantBackend, backend_with_bits
 from turboquant_vllm.layer_bits import read_for_model
-from turboquant_vllm.layer_pages import LayerPages
+from turboquant_vllm.layer_pages import LayerPages, leave_to
+from turboquant_vllm.settings import Settings
 
 MIXED = {0: (8, 8), 1: (6, 8), 2: (8, 8), 3: (8, 6)}
 TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
@@ -112,7 +115,12 @@ def test_a_layer_that_the_file_does_not_know_is_refused():
 
 @pytest.mark.parametrize(
     ("skipped", "windows", "expected"),
-    [(("1", "2"), (None, None, None), [False, True, True]), (("sliding_window",), (64, 64), [True, True])],
+    [
+        (("1", "2"), (None, None, None), [False, True, True]),
+        (("1",), (64, 64), [False, True]),
+        (("sliding_window",), (64, 64), [True, True]),
+        (("sliding_window",), (None, None), [False, False]),
+    ],
 )
 def test_layers_are_skipped_as_vllm_names_them(skipped, windows, expected):
     layers = layers_with_windows(*windows)
@@ -120,10 +128,58 @@ def test_layers_are_skipped_as_vllm_names_them(skipped, windows, expected):
     assert [every.is_skipped(*every.layer_of(layer.impl)) for layer in layers.values()] == expected
 
 
-def test_layers_of_several_kinds_are_all_compressed_or_refused():
+@pytest.mark.parametrize("bits", [None, {0: (4, 3), 1: (6, 4)}])
+def test_layers_of_several_kinds_are_all_compressed_or_refused(bits):
     layers = layers_with_windows(None, 64)
-    with pytest.raises(ValueError, match=r"sliding_window are to stay uncompressed.*Leave --kv-cache-dtype-skip"):
-        pages(layers, skipped=("sliding_window",)).layer_of(layers["model.layers.0.self_attn.attn"].impl)
+    with pytest.raises(ValueError, match=r"layers 1, sliding_window are to stay un.*Leave --kv-cache-dtype-skip"):
+        pages(layers, bits, ("1", "sliding_window")).layer_of(layers["model.layers.0.self_attn.attn"].impl)
+
+
+class Mamba(Layer):
+    """A layer that has no window and no implementation."""
+
+    def __init__(self):
+        super().__init__()
+        del self.impl, self.sliding_window
+
+
+def test_layers_of_another_kind_are_named():
+    layers = {"model.layers.0.mixer": Mamba(), **layers_with_windows(None, None)}
+    every = pages(layers, {0: (4, 3), 1: (4, 3)})
+    name = "model.layers.1.self_attn.attn"
+    assert every.layer_of(layers[name].impl) == (name, layers[name])
+    with pytest.raises(ValueError, match=r"has Mamba layers and layers without a window, whose pages"):
+        pages(layers, skipped=("1",)).layer_of(layers[name].impl)
+
+
+def engine(skipped=(), model=None):
+    """What of an engine's configuration says what its layers store."""
+    return SimpleNamespace(
+        cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=list(skipped)),
+        model_config=model,
+        compilation_config=SimpleNamespace(static_forward_context=layers_with_windows(None, None)),
+    )
+
+
+def test_an_engine_says_which_layers_are_unlike_others(tiny_model, tmp_path):
+    folder = tiny_model("Llama")
+    tuned = Settings(layer_bits=write_bits(tmp_path / "bits.json", folder, MIXED))
+    assert LayerPages.of_engine(None, tuned) is None
+    assert LayerPages.of_engine(engine(), Settings()) is None
+    config = engine(["0"], model_config(folder))
+    layers = config.compilation_config.static_forward_context
+    assert LayerPages.of_engine(config, Settings()) == LayerPages(None, ("0",), layers)
+    config.cache_config.kv_cache_dtype_skip_layers = []
+    found = LayerPages.of_engine(config, tuned)
+    assert (found.skipped, found.layers) == ((), layers)
+    assert found.bits.layer_bits == MIXED
+
+
+def test_a_layer_is_left_to_another_backend():
+    backend = SimpleNamespace(get_impl_cls=lambda: lambda *arguments, **named: (arguments, named))
+    layer = Layer()
+    assert leave_to(backend, layer, 4, 64, sinks=None) == ((4, 64), {"sinks": None})
+    assert (layer.attn_backend, layer.impl) == (backend, ((4, 64), {"sinks": None}))
 
 
 def test_skipped_layers_are_left_to_vllms_own_backend(generate, tiny_model, assert_near):

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
-from turboquant_core.ops import cache_gather, cache_update
+from turboquant_core.ops import _values, cache_gather, cache_update
 from turboquant_vllm import prefill, prefill_rows
 from turboquant_vllm.prefill import Prefill
 from turboquant_vllm.prefill_rows import PrefillRows, workspace_tokens
@@ -30,6 +31,11 @@ class Case:
     most_grouped_tokens: int = 0
     # Whether another layer stored the rows' own keys and values, and they are given to this one no more.
     shares: bool = False
+
+    @property
+    def scale(self):
+        """Not what kernels take where they are told none."""
+        return 0.8 * self.head_dim**-0.5
 
 
 CASES = {
@@ -67,6 +73,24 @@ def flash_version(device, case):
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
     return get_flash_attn_version(head_size=case.head_dim, has_sinks=case.sinks)
+
+
+@pytest.fixture(autouse=True)
+def every_number_fits(monkeypatch):
+    """Operations look at the values of what they are given, and attention at the lengths that a GPU's kernels need."""
+    attend = VarlenAttention.__call__
+
+    def checked(self, query, key, value, query_start_loc, key_start_loc, max_query_len, max_key_len, **options):
+        assert max_query_len == query_start_loc.diff().max()
+        assert max_key_len == key_start_loc.diff().max()
+        return attend(self, query, key, value, query_start_loc, key_start_loc, max_query_len, max_key_len, **options)
+
+    monkeypatch.setattr(VarlenAttention, "__call__", checked)
+    monkeypatch.setenv(_values.VARIABLE, "1")
+    _values._asked_for.cache_clear()
+    yield
+    monkeypatch.undo()
+    _values._asked_for.cache_clear()
 
 
 class Inputs:
@@ -115,9 +139,7 @@ class Inputs:
 
     def attend(self):
         case = self.case
-        attention = VarlenAttention(
-            case.head_dim**-0.5, case.window, case.softcap, flash_version(self.queries.device, case)
-        )
+        attention = VarlenAttention(case.scale, case.window, case.softcap, flash_version(self.queries.device, case))
         out = torch.full_like(self.queries, math.nan)
         own = None if case.shares else (self.keys[self.own], self.values[self.own])
         Prefill(attention, self.layout, self.sinks)(self.queries, own, self.pages, self.rows, self.mean, out)
@@ -143,7 +165,7 @@ class Inputs:
             group = case.num_heads // case.num_kv_heads
             q = self.queries[first : first + own].to(dtype).transpose(0, 1)
             k, v = (x.to(dtype).transpose(0, 1).repeat_interleave(group, 0) for x in (key, value))
-            logits = (q @ k.transpose(1, 2)).to(torch.promote_types(dtype, torch.float32)) * case.head_dim**-0.5
+            logits = (q @ k.transpose(1, 2)).to(torch.promote_types(dtype, torch.float32)) * case.scale
             if case.softcap:
                 logits = case.softcap * (logits / case.softcap).tanh()
             position = torch.arange(length, device=q.device)
@@ -187,7 +209,7 @@ def test_the_size_of_the_workspace_does_not_matter(device, workspace):
     assert_accurate(inputs)
 
 
-@pytest.mark.parametrize(("workspace", "calls"), [(1, 3), (80, 2), (1000, 1)])
+@pytest.mark.parametrize(("workspace", "calls"), [(1, 3), (57, 2), (80, 2), (100, 1), (1000, 1)])
 def test_windows_of_many_rows_are_dequantised_a_few_rows_at_a_time(device, workspace, calls):
     inputs = Inputs(Case(context_lens=(100, 0, 64), window=24), device)
     inputs.rows.workspace_tokens = workspace
@@ -195,6 +217,11 @@ def test_windows_of_many_rows_are_dequantised_a_few_rows_at_a_time(device, works
     assert len(parts) == calls
     assert sum(part.reached.num_tokens for part in parts) == 23 + 20 + 33 + 23 + 1
     assert all(part.reached.num_tokens <= workspace or len(part.rows.query_lens_cpu) == 1 for part in parts)
+    for part in parts:
+        assert part.tokens.stop - part.tokens.start == part.rows.num_tokens
+        assert part.rows.context_lens_cpu == part.rows.context_lens.tolist()
+        assert part.reached.start_loc[-1] == part.reached.num_tokens
+    assert len(parts) > 1 or parts[0].rows is inputs.rows
     assert_accurate(inputs)
 
 
@@ -203,6 +230,7 @@ def test_the_workspace_is_bounded_in_bytes():
     assert workspace_tokens(*llama) == 16 * 2048
     assert workspace_tokens(*one_head_each) == 4 * 2048
     assert workspace_tokens(2048, 128, 256, torch.bfloat16) == 2048
+    assert workspace_tokens(2048, 12, 128, torch.bfloat16) == 10 * 2048
     assert workspace_tokens(65536, 8, 128, torch.bfloat16) == 128 * 1024
 
 
@@ -237,12 +265,45 @@ def test_groups_are_filled_up_to_a_number_that_is_compiled(device, monkeypatch):
     assert_accurate(inputs)
 
 
+def unattending(head_dim):
+    """Prefill of a layer, for what it does around its attention."""
+    layout = KVCacheLayout(TurboQuantConfig(head_dim), 4, BLOCK_SIZE)
+    return Prefill(VarlenAttention(1.0, None, None, None), layout, None)
+
+
 @pytest.mark.parametrize(("head_dim", "dtype", "exact"), [(128, torch.bfloat16, True), (80, torch.bfloat16, False)])
-def test_a_rotation_that_a_type_holds_is_one_product_of_that_type(head_dim, dtype, exact):
+def test_a_rotation_that_a_type_holds_is_one_product_of_that_type(monkeypatch, head_dim, dtype, exact):
     assert (prefill._exact_matrix(Rotation(head_dim), dtype, torch.device("cpu")) is not None) is exact
     vectors = torch.randn(50, 4, head_dim).to(dtype)
-    layout = KVCacheLayout(TurboQuantConfig(head_dim), 4, BLOCK_SIZE)
-    one = Prefill(VarlenAttention(1.0, None, None, None), layout, None)
+    one = unattending(head_dim)
     expected = Rotation(head_dim).rotate(vectors).to(dtype)
+    if exact:
+        for slower in ("rotate", "unrotate"):
+            monkeypatch.delattr(Rotation, slower)
     torch.testing.assert_close(one._rotated(vectors), expected, rtol=2**-8, atol=1e-5)
     torch.testing.assert_close(one._unrotated(expected), vectors, rtol=2**-5, atol=2**-5)
+
+
+def test_everything_is_made_where_the_query_is(monkeypatch):
+    vectors = torch.empty(50, 4, 128, dtype=torch.bfloat16, device="meta")
+    matrix = Mock(wraps=prefill._exact_matrix)
+    monkeypatch.setattr(prefill, "_exact_matrix", matrix)
+    for rotate in (unattending(128)._rotated, unattending(128)._unrotated):
+        rotate(vectors)
+        matrix.assert_called_with(Rotation(128), vectors.dtype, vectors.device)
+    assert prefill_rows._to_device(torch.arange(3), vectors.device).is_meta
+
+
+def test_nothing_waits_for_a_plan_to_reach_a_gpu():
+    plan, device = Mock(), torch.device("cuda")
+    prefill_rows._to_device(plan, device)
+    plan.pin_memory().to.assert_called_once_with(device, non_blocking=True)
+
+
+@pytest.mark.parametrize(("case", "added"), [(Case(), False), (Case(softcap=2.0), True), (Case(sinks=True), True)])
+def test_the_mean_is_added_where_it_changes_something(device, monkeypatch, case, added):
+    inputs, gather = Inputs(case, device), Mock(wraps=cache_gather)
+    monkeypatch.setattr(prefill, "cache_gather", gather)
+    inputs.attend()
+    assert gather.called
+    assert all((call.kwargs["key_mean"] is not None) is added for call in gather.call_args_list)

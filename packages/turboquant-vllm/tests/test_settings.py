@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 
+from turboquant_core import TurboQuantConfig
 from turboquant_vllm.settings import Settings
 
 
@@ -16,6 +19,12 @@ def test_four_bits_centred_unless_told_otherwise():
 def test_presets_and_bits(chosen, bits):
     config = Settings.of({"turboquant": chosen}).cache_config(head_dim=64)
     assert (config.key_bits, config.value_bits) == bits
+
+
+@pytest.mark.parametrize("center_keys", [True, False])
+def test_a_layer_may_have_bits_of_its_own(center_keys):
+    found = Settings(center_keys=center_keys).cache_config(64, (6, 3))
+    assert found == TurboQuantConfig(64, 6, 3, center_keys=center_keys)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +49,7 @@ def test_presets_and_bits(chosen, bits):
         ({"calibration": "m", "center_keys": False}, "center_keys is false and calibration is 'm'.*give one"),
         ({"layer_bits": 4}, "layer_bits is 4; it must be the path of a file"),
         ({"layer_bits": "f", "preset": "tq3"}, "preset is tq3 and layer_bits is 'f', a file of bits; give one"),
+        ({"layer_bits": "f", "key_bits": 3}, "key_bits is 3 and layer_bits is 'f'"),
         ({"layer_bits": "f", "value_bits": 3}, "value_bits is 3 and layer_bits is 'f'"),
         ("tq4", "turboquant is 'tq4'; it must be an object"),
     ],
@@ -51,7 +61,16 @@ def test_what_is_unknown_is_named(chosen, message):
 
 @pytest.mark.parametrize(
     "name",
-    ["Turboquant", "turbo_quant", "turboquant-vllm", "turboquant_vllm", "TurboQuantConfig", "turboqaunt", "turboquan"],
+    [
+        "Turboquant",
+        "turbo_quant",
+        "turbo_quant_vllm",
+        "turboquant-vllm",
+        "turboquant_vllm",
+        "TurboQuantConfig",
+        "turboqaunt",
+        "turboquan",
+    ],
 )
 def test_a_slip_in_the_name_of_the_settings_is_refused(name):
     with pytest.raises(ValueError, match=f"additional_config has '{name}', which nothing reads; write 'turboquant'"):
@@ -59,7 +78,7 @@ def test_a_slip_in_the_name_of_the_settings_is_refused(name):
 
 
 def test_settings_of_others_are_left_alone():
-    others = {"torchair_graph_config": {}, "quantization": 1, "turbo": 1, "turbomind": {}, "quant": 1, "": 0, 3: 4}
+    others = {"torchair_graph_config": {}, "quantization": 1, "turbo": 1, "turbomind": {}, "turboquark": 1, "": 0, 3: 4}
     assert Settings.of({**others, "turboquant": {"preset": "tq3"}}) == Settings(preset="tq3")
 
 
@@ -67,7 +86,15 @@ def test_a_preset_may_be_given_as_the_type_of_the_cache():
     assert Settings.of({}, "k8v4") == Settings(preset="k8v4")
     assert Settings.of({"turboquant": {"center_keys": False}}, "tq3") == Settings(preset="tq3", center_keys=False)
     assert Settings.of({}, "bfloat16") == Settings()
+    # A platform's own kind of configuration has no settings of ours.
+    assert Settings.of(object(), "bfloat16") == Settings()
     with pytest.raises(ValueError, match="kv_cache_dtype is tq3 and turboquant has preset 'tq4'; give one"):
         Settings.of({"turboquant": {"preset": "tq4"}}, "tq3")
     with pytest.raises(ValueError, match="preset is tq3 and layer_bits is 'f'"):
         Settings.of({"turboquant": {"layer_bits": "f"}}, "tq3")
+
+
+def test_an_engine_says_what_a_user_chose():
+    cache = SimpleNamespace(cache_dtype="tq3")
+    engine = SimpleNamespace(additional_config={"turboquant": {"center_keys": False}}, cache_config=cache)
+    assert Settings.of_engine(engine) == Settings(preset="tq3", center_keys=False)
