@@ -169,14 +169,16 @@ def transformers(session: nox.Session, version: str) -> None:
 @nox.session
 @each_package
 def mutants(session: nox.Session, package: str) -> None:
-    """Change storage, masks, layout, settings and prefill in small ways, and count what the tests notice."""
+    """Change storage, masks, layout, settings and prefill in small ways, and count what the tests notice.
+
+    Arguments after `--` go to scripts/mutants.py, such as `--sample 300`.
+    """
     install(session, *PARTS[package], groups=("test", "mutants"))
     if package == "vllm":
         install_vllm(session, VLLM)
     session.env.update({"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     with session.chdir(f"packages/turboquant-{package}"):
-        session.run("mutmut", "run", *session.posargs)
-        session.run("mutmut", "export-cicd-stats")
+        session.run("python", str(Path("..", "..", "scripts", "mutants.py")), *session.posargs)
     session.run("python", "scripts/mutation_score.py")
 
 
