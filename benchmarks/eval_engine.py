@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_core.calibration import write_key_means
-from turboquant_hf.calibrate.run import mean_keys
-from turboquant_hf.demo.run import long_text
-from turboquant_hf.models import load_model
 from turboquant_hf.scoring import kl_divergence
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.calibrate.mean_keys import mean_keys
+from turboquant_hf.tools.models import load_model
 
 CALIBRATION_TOKENS = 2048
 
@@ -35,7 +35,7 @@ def prepare(model: str, num_tokens: int, folder: Path) -> tuple[list[int], int]:
         The tokens to score, and how many the means were taken from.
     """
     loaded = load_model(find_model(model), "cpu")
-    input_ids = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"]
+    input_ids = loaded.tokenizer(article(), return_tensors="pt")["input_ids"]
     means = mean_keys(loaded, input_ids[:, num_tokens : num_tokens + CALIBRATION_TOKENS])
     write_key_means(folder / "means.safetensors", means)
     if hasattr(loaded.model.config, "quantization_config"):

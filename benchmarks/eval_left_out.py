@@ -9,9 +9,9 @@ from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_core import MSEQuantizer, ProdQuantizer
 from turboquant_hf._compat import Cache, DynamicCache, DynamicLayer
-from turboquant_hf.demo.run import long_text
-from turboquant_hf.models import load_model
 from turboquant_hf.scoring import score_caches
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.models import load_model
 
 WIDTHS = (4, 3, 2)
 
@@ -75,7 +75,7 @@ def main() -> None:
 
     loaded = load_model(find_model(arguments.model), "cpu")
     config = loaded.model.config
-    input_ids = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"][:, : arguments.num_tokens]
+    input_ids = loaded.tokenizer(article(), return_tensors="pt")["input_ids"][:, : arguments.num_tokens]
     caches = {
         name: Cache(layers=[RoundTripLayer(variant) for _ in range(config.num_hidden_layers)])
         for name, variant in variants().items()

@@ -11,11 +11,11 @@ from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache, DynamicCache, with_cache
-from turboquant_hf.demo.run import long_text
+from turboquant_hf.attending import attending
 from turboquant_hf.dispatch import ATTENTION
-from turboquant_hf.eval.attention import attending
-from turboquant_hf.models import load_model
 from turboquant_hf.scoring import kl_divergence
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.models import load_model
 
 PADDED = (0, 1, 16, 64, 256)
 ATTENTIONS = (ATTENTION, "sdpa")
@@ -60,7 +60,7 @@ def main() -> None:
 
     loaded = load_model(find_model(arguments.model), "cpu")
     model, config = loaded.model, loaded.model.config
-    row = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"][0]
+    row = loaded.tokenizer(article(), return_tensors="pt")["input_ids"][0]
     row = row[: arguments.prompt_tokens + arguments.num_tokens]
     kl: dict[str, dict[int, float]] = {attention: {} for attention in ATTENTIONS}
     for padded in PADDED:

@@ -8,12 +8,12 @@ from transformers import DynamicCache
 from results_file import write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.demo.run import long_text
-from turboquant_hf.eval.layer_errors import layer_errors
-from turboquant_hf.models import load_model
 from turboquant_hf.scoring import score_caches
-from turboquant_hf.tune.allocate import allocate
-from turboquant_hf.tune.sensitivity import CHUNK_SIZE, FINEST_BITS, WIDTHS, layer_shapes
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.eval.layer_errors import layer_errors
+from turboquant_hf.tools.models import load_model
+from turboquant_hf.tools.tune.allocate import allocate
+from turboquant_hf.tools.tune.sensitivity import CHUNK_SIZE, FINEST_BITS, WIDTHS, layer_shapes
 
 # At each target, the uniform bits of the same size.
 UNIFORM = {3.0: (3, 3), 3.5: (4, 3), 4.0: (4, 4)}
@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     loaded = load_model(find_model(arguments.model), "cpu")
-    ids = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"]
+    ids = loaded.tokenizer(article(), return_tensors="pt")["input_ids"]
     first, rest = arguments.num_tokens, arguments.num_tokens + arguments.held_out_tokens
     pairs = {f"keys {bits}": (bits, FINEST_BITS) for bits in WIDTHS}
     pairs |= {f"values {bits}": (FINEST_BITS, bits) for bits in WIDTHS}

@@ -17,11 +17,11 @@ from side_by_side.lifecycle import failure, lifecycle
 from side_by_side.speed import tokens_per_second
 from side_by_side.table import REFERENCE, markdown
 from side_by_side.weights import file_stem, find_model
-from turboquant_hf.demo.run import long_text
-from turboquant_hf.eval.caches import WINDOW
-from turboquant_hf.eval.storage import bytes_per_token
-from turboquant_hf.models import LoadedModel, load_model
 from turboquant_hf.scoring import score_caches
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.caches import WINDOW
+from turboquant_hf.tools.eval.cache_bytes import bytes_per_token
+from turboquant_hf.tools.models import LoadedModel, load_model
 
 # A chunk as long as QuantizedCache's window empties it at each call, as decoding token by token does: the figures are
 # the same.
@@ -72,7 +72,7 @@ def _done(name: str, settings: dict[str, Any]) -> dict[str, Any]:
 def _measure(loaded: LoadedModel, family: Family, num_tokens: int, decode_tokens: int) -> dict[str, Any]:
     """Everything about the caches of one family, and about DynamicCache measured with them."""
     model, config = loaded.model, loaded.model.config
-    input_ids = loaded.tokenizer(long_text(), return_tensors="pt")["input_ids"][:, :num_tokens]
+    input_ids = loaded.tokenizer(article(), return_tensors="pt")["input_ids"][:, :num_tokens]
     failures = {name: failure(new_cache) for name, new_cache in family.caches.items()}
     caches = {name: family.caches[name](config) for name, failed in failures.items() if failed is None}
     uncompressed = reference(config)

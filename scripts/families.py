@@ -19,8 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import with_cache
-from turboquant_hf.doctor.attention import model_attention
-from turboquant_hf.doctor.engines import by_transformers
+from turboquant_hf.tools.doctor.attention import model_attention
+from turboquant_hf.tools.doctor.engines import by_transformers
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 ATTENTIONS = ("eager", "sdpa", "turboquant")

@@ -94,6 +94,11 @@ def demo_speed() -> str:
     return f"{min(rates.values()):.1f} to {max(rates.values()):.1f} tokens/s against {plain:.1f}"
 
 
+def demo_seconds() -> str:
+    """Seconds that the demo takes on a CPU."""
+    return f"{result('demo')['seconds']:.0f}"
+
+
 def engine() -> str:
     """Decode steps, prefill and tokens in vLLM, a row for each cache."""
     shapes = _shapes()[::-1]
@@ -511,6 +516,7 @@ BUSY, LONG = (64, 8192), (16, 16_384)
 FIGURES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-speed": demo_speed,
+    "demo-seconds": demo_seconds,
     "engine": engine,
     "engine-steps": engine_steps,
     "engine-prefill": engine_prefill,

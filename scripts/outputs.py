@@ -9,20 +9,21 @@ from typing import Any
 
 from rich.console import Console
 
-from turboquant_hf.eval.render import render
-from turboquant_hf.eval.run_file import read_run_file
-from turboquant_hf.eval.summary import summarise
-from turboquant_hf.report_page.model_card import model_card
-from turboquant_hf.tune import render as tune_render
-from turboquant_hf.tune.run import TUNED, Choice, Tuned
-from turboquant_hf.tune.settings import HeldOut
+from turboquant_hf.tools.eval.render import render
+from turboquant_hf.tools.eval.settings import EVAL
+from turboquant_hf.tools.eval.summary import summarise
+from turboquant_hf.tools.report.model_card import model_card
+from turboquant_hf.tools.run_files.run_file import read_run_file
+from turboquant_hf.tools.tune import render as tune_render
+from turboquant_hf.tools.tune.results import HeldOut
+from turboquant_hf.tools.tune.search import TUNED, Choice, Tuned
 
 WIDTH = 100
 
 
 def evaluation(path: Path) -> str:
     """`turboquant eval` and its tables, for its run file."""
-    summary = summarise(read_run_file(path))
+    summary = summarise(read_run_file(path, EVAL))
     console = Console(file=StringIO(), width=WIDTH)
     render(summary, console)
     return _block(summary.run.header["command"], console)
@@ -50,7 +51,7 @@ def tuning(path: Path) -> str:
 
 def card_table(path: Path) -> str:
     """The table of the model card of a run file."""
-    card = model_card([summarise(read_run_file(path))])
+    card = model_card([summarise(read_run_file(path, EVAL))])
     return "\n\n" + "\n".join(line for line in card.splitlines() if line.startswith("|")) + "\n\n"
 
 

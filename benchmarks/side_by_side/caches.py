@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedConfig, QuantizedCache
 
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.eval.caches import WINDOW, NewCache, quantized_cache
+from turboquant_hf.tools.caches import WINDOW, NewCache, quantized_cache
 
 RECENT_TOKENS = 32
 

@@ -9,7 +9,7 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM
 
 from side_by_side.table import PASSES
 from turboquant_hf._compat import with_cache
-from turboquant_hf.eval.caches import WINDOW, NewCache
+from turboquant_hf.tools.caches import WINDOW, NewCache
 
 NUM_NEW_TOKENS = 24
 

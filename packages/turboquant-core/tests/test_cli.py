@@ -325,7 +325,7 @@ def start(package):
     """Starts the command in a process of its own with the made package."""
     info = package / "some_commands-1.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-commands\nVersion: 1\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-commands\nVersion: 1\nProvides-Extra: tools\n")
     lines = [f"{name} = some_commands.{name}:{name}" for name in SOURCES]
     (info / "entry_points.txt").write_text("\n".join(["[turboquant.commands]", *lines]))
 
@@ -337,6 +337,23 @@ def start(package):
         return subprocess.Popen(command, env=environment, **options)
 
     return start
+
+
+def test_the_extra_that_brings_what_a_command_lacks_is_named(start):
+    process = start(["lacking"])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    said = "No module named 'no_such_package'. Install some-commands[tools], which brings it."
+    assert errors == f"error: lacking is not available: some_commands.lacking:lacking: {said}\n"
+
+
+def test_without_the_extra_the_command_says_how_to_install_it(start, tmp_path):
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError(name='typer')")
+    process = start(["refuse"], [str(tmp_path)])
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    said = "turboquant needs typer, which is not installed. Install turboquant-hf[tools], which brings it."
+    assert errors == f"error: {said}\n"
 
 
 @pytest.mark.parametrize("moment", ["typer", "import", "command"])

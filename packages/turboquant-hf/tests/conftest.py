@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.demo.run import CHAT_PROMPT, QUESTION, long_text
-from turboquant_hf.models import default_model, load_model
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.demo.comparison import CHAT_PROMPT, QUESTION
+from turboquant_hf.tools.models import default_model, load_model
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,7 @@ def offloaded_cache():
 def tiny_model_folder(tiny_model, tmp_path_factory):
     """A folder that holds a model and a tokenizer of words, as a user's would."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    words = pre_tokenizers.Whitespace().pre_tokenize_str(f"{long_text()} {CHAT_PROMPT} {QUESTION}")
+    words = pre_tokenizers.Whitespace().pre_tokenize_str(f"{article()} {CHAT_PROMPT} {QUESTION}")
     vocab = {word: i for i, word in enumerate(["[UNK]", "[END]", *sorted({word for word, _ in words})])}
     assert len(vocab) <= tiny_model.config.vocab_size
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))

@@ -8,8 +8,8 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssCo
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.attending import attending
 from turboquant_hf.attention import register, turboquant_attention
-from turboquant_hf.eval.attention import attending
 from turboquant_hf.handover import Stored, hand_over
 from turboquant_hf.kept import KeptTokens
 from turboquant_hf.states import PagedStates

@@ -15,8 +15,8 @@ from transformers import GenerationMixin, LlamaConfig, Qwen2Config
 from typer.testing import CliRunner
 
 from turboquant_hf._compat import CACHE_ARGUMENT
-from turboquant_hf.demo.run import long_text
-from turboquant_hf.models import DEFAULT_HUB_ID
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.models import DEFAULT_HUB_ID
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -108,7 +108,7 @@ def hub_model(smollm2, hub, tmp_path, monkeypatch):
 
 @pytest.mark.real_weights
 def test_the_quick_start_runs_as_written(run_page, hub_model, smollm2):
-    ids = smollm2.tokenizer(long_text(), return_tensors="pt")["input_ids"][:, :SCORED_TOKENS]
+    ids = smollm2.tokenizer(article(), return_tensors="pt")["input_ids"][:, :SCORED_TOKENS]
     for page in ("README.md", "docs/quickstart-hf.md"):
         namespace = {"input_ids": ids}
         printed = run_page(page, namespace)

@@ -5,9 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.demo.run import CHUNK_SIZE, long_text
-from turboquant_hf.models import DEFAULT_HUB_ID, EMBEDDED_PACKAGE, default_model
-from turboquant_hf.scoring import score_caches
+from turboquant_hf.scoring import CHUNK_SIZE, score_caches
+from turboquant_hf.tools.article import article
+from turboquant_hf.tools.models import DEFAULT_HUB_ID, EMBEDDED_PACKAGE, default_model
 
 pytestmark = pytest.mark.real_weights
 
@@ -20,13 +20,13 @@ def test_the_default_model_is_the_embedded_one_where_installed(smollm2):
 
 
 def test_the_default_model_is_a_hub_id_elsewhere(monkeypatch):
-    monkeypatch.setattr("turboquant_hf.models.find_spec", lambda name: None)
+    monkeypatch.setattr("turboquant_hf.tools.models.find_spec", lambda name: None)
     assert default_model() == DEFAULT_HUB_ID
 
 
 def test_kl_per_token(smollm2):
     model = smollm2.model
-    input_ids = smollm2.tokenizer(long_text(), return_tensors="pt")["input_ids"][:, : 2050 + CHUNK_SIZE]
+    input_ids = smollm2.tokenizer(article(), return_tensors="pt")["input_ids"][:, : 2050 + CHUNK_SIZE]
     caches = {preset: TurboQuantCache(model.config, preset) for preset in MAX_MEAN_KL}
     scores = score_caches(model, input_ids, DynamicCache(config=model.config), caches, chunk_size=CHUNK_SIZE)
     assert scores["reference"].num_tokens > 2000

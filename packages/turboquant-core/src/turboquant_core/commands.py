@@ -29,6 +29,8 @@ from turboquant_core.command_output import (
 )
 
 COMMANDS_GROUP = "turboquant.commands"
+EXTRA = "tools"
+"""The extra of a package that brings what its subcommands need."""
 TRACEBACK_VARIABLE = "TURBOQUANT_TRACEBACK"
 
 # Of click, which typer brings with it or, in older versions, installs.
@@ -61,7 +63,8 @@ class InstalledCommand(TyperCommand):
         try:
             command = self._entry_point.load()
         except (ImportError, OSError) as error:
-            raise CommandError(f"{self.name} is not available: {self._entry_point.value}: {error}") from error
+            said = f"{self.name} is not available: {self._entry_point.value}: {error}"
+            raise CommandError(f"{said}{_remedy(error, self._entry_point)}") from error
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
         alone.command(self.name)(command)
         return typer.main.get_command(alone)
@@ -177,6 +180,14 @@ def _discard_unwritten() -> None:
         except OSError:
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _remedy(error: Exception, entry_point: EntryPoint) -> str:
+    """What brings a module that is missing, where the subcommand's package has an extra for it."""
+    package = entry_point.dist
+    if isinstance(error, ModuleNotFoundError) and package and EXTRA in package.metadata.get_all("Provides-Extra", []):
+        return f". Install {package.name}[{EXTRA}], which brings it."
+    return ""
 
 
 def _docstring(entry_point: EntryPoint) -> str:

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from turboquant_hf.attention import register
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.report import LayerMemory, MemoryReport
+from turboquant_hf.memory import LayerMemory, MemoryReport
 from turboquant_hf.wrapper import CompressedDynamicCache
 
 __version__ = version("turboquant-hf")

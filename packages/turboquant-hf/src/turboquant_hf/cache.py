@@ -16,7 +16,7 @@ from turboquant_hf.guarded import GuardedCache
 from turboquant_hf.lasting import lasting
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.layers import build_layers
-from turboquant_hf.report import MemoryReport, layer_tensors, memory_report
+from turboquant_hf.memory import MemoryReport, layer_tensors, memory_report
 from turboquant_hf.saving import load_layers, save_layers
 
 

@@ -7,7 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache, with_cache
-from turboquant_hf.eval.attention import reading_as_in_decoding
+from turboquant_hf.attending import reading_as_in_decoding
+
+CHUNK_SIZE = 128
+"""Tokens in one forward pass, unless others are asked for."""
 
 
 @dataclass
@@ -88,7 +91,7 @@ def score_caches(
     reference: Cache,
     candidates: Mapping[str, Cache],
     *,
-    chunk_size: int = 128,
+    chunk_size: int = CHUNK_SIZE,
     on_forward: Callable[[], None] = lambda: None,
 ) -> dict[str, CacheScore]:
     """Feed a text through every cache, chunk by chunk, and compare next-token distributions.

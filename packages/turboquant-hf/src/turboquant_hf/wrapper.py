@@ -9,7 +9,7 @@ from turboquant_hf._compat import DynamicCache, DynamicLayer, DynamicSlidingWind
 from turboquant_hf.guarded import guard, unguard
 from turboquant_hf.layer import TurboQuantLayer
 from turboquant_hf.layers import compressed_layer, kept_tokens
-from turboquant_hf.report import MemoryReport, memory_report
+from turboquant_hf.memory import MemoryReport, memory_report
 from turboquant_hf.sliding import TurboQuantSlidingLayer
 
 

@@ -1,0 +1,1 @@
+"""The subcommands of `turboquant`; the extra `tools` brings what they need beside the cache."""

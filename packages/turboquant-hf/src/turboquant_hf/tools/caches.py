@@ -1,0 +1,115 @@
+"""The caches that can be compared, by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import MappingProxyType
+
+from transformers import QuantizedCache
+
+from turboquant_core import PRESETS
+from turboquant_hf._compat import HAS_FP8_CACHE, Cache, DynamicCache, PreTrainedConfig
+from turboquant_hf.cache import TurboQuantCache
+from turboquant_hf.layer import TurboQuantLayer
+
+WINDOW = 128
+"""Newest tokens that QuantizedCache keeps as they are before it quantises them: its default `residual_length`."""
+
+UNCOMPRESSED = "uncompressed"
+TURBOQUANT = "turboquant"
+
+NewCache = Callable[[PreTrainedConfig], Cache]
+
+
+@dataclass(frozen=True)
+class NamedCache:
+    """A cache that can be evaluated.
+
+    Attributes:
+        name: How it is asked for.
+        family: Whose it is: "uncompressed", "turboquant", "quanto", "hqq" or "fp8".
+        made_with: What it is made with, for the reader.
+        new: An empty one for a model's configuration.
+        package: The distribution that it needs.
+        module: The module by which that is found.
+    """
+
+    name: str
+    family: str
+    made_with: str
+    new: NewCache
+    package: str | None = None
+    module: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it stores TurboQuant codes."""
+        return self.family == TURBOQUANT
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether another project quantises."""
+        return self.family not in (UNCOMPRESSED, TURBOQUANT)
+
+    @property
+    def missing(self) -> str | None:
+        """What has to be installed before it can be made."""
+        if self.family == "fp8":
+            return None if HAS_FP8_CACHE else "transformers 5.21 or newer"
+        if self.package is None or (find_spec(self.module.partition(".")[0]) and find_spec(self.module)):
+            return None
+        return f"the package {self.package}"
+
+
+def _ours(preset: str) -> NamedCache:
+    return NamedCache(preset, TURBOQUANT, f"preset {preset}", lambda config: TurboQuantCache(config, preset))
+
+
+def quantized_cache(backend: str, nbits: int, axis_key: int, axis_value: int) -> NewCache:
+    """Makes caches of transformers, in groups of 64 numbers and with a window of `WINDOW` tokens."""
+    return lambda config: QuantizedCache(
+        backend, config, nbits=nbits, axis_key=axis_key, axis_value=axis_value, q_group_size=64, residual_length=WINDOW
+    )
+
+
+def _quantized(name: str, backend: str, bits: int, axis_key: int, axis_value: int, made_with: str) -> NamedCache:
+    package, module = {"quanto": ("optimum-quanto", "optimum.quanto"), "hqq": ("hqq", "hqq")}[backend]
+    new = quantized_cache(backend, bits, axis_key, axis_value)
+    return NamedCache(name, backend, f"{made_with}; window of {WINDOW} tokens", new, package, module)
+
+
+def _all() -> list[NamedCache]:
+    channels = "groups of 64 channels"
+    return [
+        NamedCache(UNCOMPRESSED, UNCOMPRESSED, "DynamicCache", lambda config: DynamicCache(config=config)),
+        *(_ours(preset) for preset in PRESETS),
+        *(_quantized(f"quanto{bits}", "quanto", bits, 0, 0, f"axis 0, {channels}") for bits in (4, 2)),
+        *(_quantized(f"hqq{bits}", "hqq", bits, 1, 1, f"axis 1, {channels}") for bits in (8, 4, 2, 1)),
+        NamedCache("fp8", "fp8", "e4m3, one scale for a layer", lambda config: QuantizedCache("fp8", config)),
+    ]
+
+
+CACHES = MappingProxyType({cache.name: cache for cache in _all()})
+"""Name to cache, peers at the settings that the documentation of transformers recommends for them."""
+
+DEFAULT_CACHES = ("k8v4", "k6v4", "tq4", "tq3", "tq2", "fp8", "quanto4", "quanto2", "hqq4", "hqq2")
+
+
+def find_cache(name: str) -> NamedCache:
+    """The cache of a name.
+
+    Raises:
+        ValueError: If there is none, or what it needs is not installed.
+    """
+    if name not in CACHES:
+        raise ValueError(f"there is no cache {name!r}; there are {', '.join(CACHES)}")
+    cache = CACHES[name]
+    if cache.missing:
+        raise ValueError(f"the cache {name} needs {cache.missing}, which is not installed here")
+    return cache
+
+
+def compressed_layers(config: PreTrainedConfig) -> frozenset[int]:
+    """Indices of the layers that `TurboQuantCache` compresses."""
+    layers = TurboQuantCache(config).layers
+    return frozenset(index for index, layer in enumerate(layers) if isinstance(layer, TurboQuantLayer))

@@ -1,0 +1,112 @@
+"""What quantising does to each attention layer alone: keys, values and the layer's output."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from turboquant_core import TurboQuantConfig
+from turboquant_hf._compat import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    sdpa_mask,
+    with_cache,
+)
+from turboquant_hf.attending import attending
+from turboquant_hf.dense import dense_attention
+from turboquant_hf.layers import DEFAULT_SINK_TOKENS
+from turboquant_hf.states import PagedStates
+from turboquant_hf.tools.caches import compressed_layers
+from turboquant_hf.tools.eval.results import LayerError
+
+PROBE = "turboquant_probe"
+
+Bits = tuple[float, float]
+
+
+@torch.no_grad()
+def layer_errors(
+    model: PreTrainedModel, input_ids: torch.Tensor, bits: Mapping[str, Bits]
+) -> dict[str, list[LayerError]]:
+    """The errors of every layer that `TurboQuantCache` compresses, each on its true inputs.
+
+    A text is run uncompressed. Beside its output, each layer's attention is computed once more for every pair of bits,
+    with that layer's keys and values quantised, but for the first tokens that a cache keeps as they are, so that no
+    error of one layer reaches another.
+
+    Args:
+        model: The model.
+        input_ids: int64 [1, num_tokens].
+        bits: Name to (key_bits, value_bits).
+
+    Returns:
+        The errors by name, in the order of the layers.
+    """
+    probe = _Probe(compressed_layers(model.config), bits)
+    AttentionInterface.register(PROBE, probe.attend)
+    AttentionMaskInterface.register(PROBE, sdpa_mask)
+    with attending(model, PROBE):
+        cache = DynamicCache(config=model.config)
+        model(input_ids=input_ids, **with_cache(cache), logits_to_keep=1)
+    return probe.errors
+
+
+class _Probe:
+    """An attention function that measures on the way."""
+
+    def __init__(self, layers: frozenset[int], bits: Mapping[str, Bits]) -> None:
+        self.errors: dict[str, list[LayerError]] = {name: [] for name in bits}
+        self._layers = layers
+        self._bits = bits
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """See `turboquant_attention`."""
+
+        def attention(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            output, _ = dense_attention(
+                module, query, keys, values, attention_mask, dropout, scaling, softcap=softcap, sinks=s_aux, **kwargs
+            )
+            return output
+
+        exact = attention(key, value)
+        index = getattr(module, "layer_idx", None)
+        if index in self._layers:
+            for name, (key_bits, value_bits) in self._bits.items():
+                config = TurboQuantConfig(key.shape[-1], key_bits, value_bits)
+                states = PagedStates(config, key.shape[0], key.shape[1], key.device)
+                states.append(key, value)
+                keys, values = states.dequantize(key.dtype)
+                keys, values = _with_sinks(keys, key), _with_sinks(values, value)
+                self.errors[name].append(
+                    LayerError(
+                        index=int(index),
+                        key_error=_relative(keys - key, key - key.float().mean(-2, keepdim=True)),
+                        value_error=_relative(values - value, value),
+                        output_error=_relative(attention(keys, values) - exact, exact),
+                    )
+                )
+        return exact, None
+
+
+def _with_sinks(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    first = DEFAULT_SINK_TOKENS
+    return torch.cat([exact[:, :, :first], stored[:, :, first:]], dim=-2)
+
+
+def _relative(error: torch.Tensor, whole: torch.Tensor) -> float:
+    """The squared norm of an error over that of what it is an error of."""
+    return float(error.float().square().sum() / whole.float().square().sum())

@@ -1,0 +1,210 @@
+import json
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+from typer.testing import CliRunner
+
+from turboquant_core.calibration import read_key_means
+from turboquant_core.commands import app
+from turboquant_core.model_identity import ModelIdentity
+from turboquant_hf import TurboQuantCache
+from turboquant_hf.tools.calibrate.command import calibrate
+from turboquant_hf.tools.calibrate.mean_keys import CHUNK_SIZE, mean_keys
+from turboquant_hf.tools.models import LoadedModel
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)], env={"COLUMNS": "160"})
+
+
+def said(outcome):
+    return " ".join(outcome.output.split())
+
+
+def loaded(model):
+    return LoadedModel("a/model", model.eval(), PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel())))
+
+
+def keys_of_layer(model, layer, input_ids):
+    """The keys that a layer's attention gets in one forward pass, [num_kv_heads, num_tokens, head_dim]."""
+    seen = []
+
+    class Watched(type(TurboQuantCache(model.config).layers[layer])):
+        def update(self, key_states, value_states, *args, **kwargs):
+            seen.append(key_states)
+            return super().update(key_states, value_states, *args, **kwargs)
+
+    cache = TurboQuantCache(model.config)
+    cache.layers[layer].__class__ = Watched
+    with torch.inference_mode():
+        model(input_ids=input_ids, past_key_values=cache)
+    (keys,) = seen
+    return keys[0]
+
+
+def test_core_finds_the_command():
+    (entry_point,) = entry_points(group="turboquant.commands", name="calibrate")
+    assert entry_point.load() is calibrate
+
+
+def test_a_file_that_belongs_to_the_model(tiny_model, tiny_model_folder, tmp_path):
+    path = tmp_path / "turboquant.safetensors"
+    outcome = run(tiny_model_folder, "--out", path, "--tokens", 600, "--device", "cpu")
+    assert outcome.exit_code == 0, outcome.output
+    assert "key means of 2 layers" in said(outcome)
+    assert "over 600 tokens" in said(outcome)
+    key_means = read_key_means(path, ModelIdentity.of(tiny_model.config, "LlamaForCausalLM"))
+    assert (key_means.num_tokens, key_means.source) == (600, str(tiny_model_folder))
+    assert {index: tuple(mean.shape) for index, mean in key_means.means.items()} == {0: (2, 64), 1: (2, 64)}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_its_own_file_is_replaced(tiny_model_folder, tmp_path):
+    path, options = tmp_path / "turboquant.safetensors", ("--tokens", 300, "--device", "cpu")
+    for _ in range(2):
+        assert run(tiny_model_folder, "--out", path, *options).exit_code == 0
+    weights = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(2)}, weights)
+    before = weights.read_bytes()
+    outcome = run(tiny_model_folder, "--out", weights, *options)
+    assert outcome.exit_code == 2
+    assert "this command did not write it" in " ".join(outcome.output.split())
+    assert weights.read_bytes() == before
+    assert run(tiny_model_folder, "--out", weights, *options, "--force").exit_code == 0
+    assert read_key_means(weights).num_tokens == 300
+
+
+def test_json_alone(tiny_model_folder, tmp_path):
+    path = tmp_path / "turboquant.safetensors"
+    outcome = run(tiny_model_folder, "--out", path, "--tokens", 300, "--json", "-", "--device", "cpu")
+    assert json.loads(outcome.stdout) == {
+        "format": "turboquant calibrate --json",
+        "file": str(path),
+        "model": str(tiny_model_folder),
+        "num_tokens": 300,
+        "layers": {"0": [2, 64], "1": [2, 64]},
+    }
+
+
+def test_means_are_those_of_the_keys_that_attention_sees(tiny_model):
+    input_ids = torch.randint(1500, (1, CHUNK_SIZE + 90), generator=torch.Generator().manual_seed(3))
+    means = mean_keys(loaded(tiny_model), input_ids).means
+    for layer in (0, 1):
+        keys = keys_of_layer(tiny_model, layer, input_ids)
+        torch.testing.assert_close(means[layer], keys.double().mean(1).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_sliding_windows_count_and_so_do_tokens_that_have_left_them():
+    config = Gemma3TextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    torch.manual_seed(1)
+    model = Gemma3ForCausalLM(config).eval()
+    input_ids = torch.randint(100, (1, 300))
+    means = mean_keys(loaded(model), input_ids).means
+    assert means.keys() == {0, 1}
+    for layer in means:
+        torch.testing.assert_close(means[layer], keys_of_layer(model, layer, input_ids).mean(1), atol=1e-5, rtol=1e-4)
+
+
+def test_layers_without_keys_have_no_mean():
+    config = Qwen3NextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    )
+    torch.manual_seed(1)
+    means = mean_keys(loaded(Qwen3NextForCausalLM(config)), torch.randint(100, (1, 300))).means
+    assert means.keys() == {1}
+
+
+def test_a_text_of_ones_own(tiny_model_folder, tmp_path):
+    text, path = tmp_path / "text.txt", tmp_path / "means.safetensors"
+    text.write_text("Shakespeare was born " * 100, encoding="utf-8")
+    outcome = run(tiny_model_folder, "--out", path, "--text", text, "--device", "cpu")
+    assert outcome.exit_code == 0, outcome.output
+    assert read_key_means(path).num_tokens == 300
+
+
+def test_a_text_is_cut_to_the_models_context(tiny_config, tiny_model_folder, tmp_path):
+    folder, path = tmp_path / "model", tmp_path / "means.safetensors"
+    LlamaForCausalLM(tiny_config(max_position_embeddings=400)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_model_folder / name).read_bytes())
+    assert run(folder, "--out", path, "--device", "cpu").exit_code == 0
+    assert read_key_means(path).num_tokens == 400
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"too short", "2 tokens that"),
+        (b"\xff\xfe\xfd", "cannot read"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_text_that_does_not_do(tiny_model_folder, tmp_path, content, reason):
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    outcome = run(tiny_model_folder, "--out", tmp_path / "means.safetensors", "--text", text, "--device", "cpu")
+    assert outcome.exit_code == 2
+    assert reason in said(outcome)
+    assert "--text" in said(outcome)
+    assert not (tmp_path / "means.safetensors").exists()
+
+
+def test_too_few_tokens_are_refused(tmp_path):
+    outcome = run("a/model", "--out", tmp_path / "means.safetensors", "--tokens", 10)
+    assert outcome.exit_code == 2
+    assert "256" in said(outcome)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    outcome = run("a/model", "--out", tmp_path / "none" / "means.safetensors")
+    assert outcome.exit_code == 2
+    assert "there is no folder" in said(outcome)
+
+
+def test_a_folder_in_place_of_the_file(tmp_path):
+    outcome = run("a/model", "--out", tmp_path)
+    assert outcome.exit_code == 2
+    assert "is a folder; name a file" in said(outcome)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    outcome = run("missing.gguf", "--out", tmp_path / "means.safetensors", "--device", "cpu")
+    assert outcome.exit_code == 2
+    assert "cannot load missing.gguf" in said(outcome)
