@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from turboquant_hf import CompressedDynamicCache, TurboQuantCache, ops
+from turboquant_hf._compat import Cache
+from turboquant_hf.calls import attention_lengths
 from turboquant_hf.kept import KeptTokens
 
 LENGTH = 40
@@ -248,6 +250,27 @@ def test_linear_attention_takes_nothing_back(hybrid, layer, prompt):
         assert torch.equal(forward(hybrid, ids(1, seed=seed), cache), forward(hybrid, ids(1, seed=seed), expected))
 
 
+def test_lengths_are_numbers(model):
+    for options in CACHES.values():
+        assert all(type(length) is int for length in attention_lengths(filled(model, **options).layers).values())
+
+
+@pytest.mark.parametrize(
+    "name", ["get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"]
+)
+def test_linear_attention_is_handed_its_states_as_they_come(hybrid, name, monkeypatch):
+    monkeypatch.setattr(Cache, name, lambda _, *given, **named: (given, named))
+    cache = TurboQuantCache(hybrid.config)
+    given, named = (0, 1), {"conv_kernel_size": 4}
+    if name.startswith("update"):
+        given = (torch.zeros(1), *given)
+    assert getattr(cache, name)(*given, **named) == (given, named)
+    if name.startswith("update"):
+        # Another call, and the one before has not reached the other layers.
+        with pytest.raises(RuntimeError, match="stopped between"):
+            getattr(cache, name)(*given, **named)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_length": 128}], ids=["growing", "static"])
 @pytest.mark.parametrize("num_tokens", [1, 3, 12])
 @pytest.mark.parametrize("layer", [0, 2])
@@ -294,16 +317,18 @@ def test_an_interrupted_prompt_calibrates_nothing(model, options, monkeypatch):
     assert torch.equal(forward(model, ids(4, seed=3), cache), forward(model, ids(4, seed=3), expected))
 
 
-def test_an_operation_on_rows_that_stopped_is_refused_until_reset(model, monkeypatch):
+@pytest.mark.parametrize(("operation", "argument"), [("reorder_cache", torch.tensor([1, 0])), ("crop", -2)])
+@pytest.mark.parametrize("layer", [1, 3])
+def test_an_operation_that_stopped_is_refused_until_reset(model, operation, argument, layer, monkeypatch):
     cache = filled(model)
 
     def stop(*_):
         raise Interrupted
 
-    monkeypatch.setattr(cache.layers[2], "reorder_cache", stop)
+    monkeypatch.setattr(cache.layers[layer], operation, stop)
     with pytest.raises(Interrupted):
-        cache.reorder_cache(torch.tensor([1, 0]))
-    with pytest.raises(RuntimeError, match=r"reorder_cache stopped between the layers .*reset\(\)"):
+        getattr(cache, operation)(argument)
+    with pytest.raises(RuntimeError, match=rf"{operation} stopped between the layers .*reset\(\)"):
         forward(model, ids(1), cache)
     cache.reset()
     forward(model, ids(LENGTH), cache)

@@ -297,3 +297,10 @@ def test_a_prompt_of_sinks_alone_leaves_nothing_unwritten_to_be_read(tiny_model,
         for start in range(15):
             actual, expected = (model(tokens[:, start : start + 1], past_key_values=cache).logits for cache in caches)
             assert (actual - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_call_of_no_tokens_changes_nothing_that_is_read():
+    states = new_states()
+    states.append(*random_states(40))
+    states.append(*random_states(0))
+    assert all(map(torch.equal, states.dequantize(torch.float32), states.stored(torch.float32)))

@@ -251,7 +251,7 @@ def test_masks_that_no_attention_reads_are_refused(fused_model):
 
 def test_a_mask_of_another_length_is_refused(fused_model):
     cache = TurboQuantCache(fused_model.config)
-    with pytest.raises(ValueError, match="and 31 tokens are attended to"):
+    with pytest.raises(ValueError, match=r"and 31 tokens are attended to; the last dimension must be as long$"):
         second_call(fused_model, cache, torch.ones(1, 1, 1, 20, dtype=torch.bool), tokens(1, 1))
 
 
@@ -261,7 +261,9 @@ def test_a_mask_of_a_prompt_that_is_not_as_long_is_refused(fused_model, max_leng
     """SDPA refuses it, too; cut to the prompt it would be somebody else's."""
     mask = of_kind(torch.ones(1, 1, PROMPT, num_tokens, dtype=torch.bool), kind)
     cache = TurboQuantCache(fused_model.config, max_length=max_length)
-    with pytest.raises(ValueError, match=rf"{num_tokens}\], and {PROMPT} tokens are attended to"), torch.no_grad():
+    room = f", or {max_length} as the cache has room for" if max_length else ""
+    message = rf"{num_tokens}\], and {PROMPT} tokens are attended to; the last dimension must be as long{room}$"
+    with pytest.raises(ValueError, match=message), torch.no_grad():
         fused_model(tokens(1, PROMPT), attention_mask=mask, past_key_values=cache)
 
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from turboquant_core import MSEQuantizer, TurboQuantConfig
-from turboquant_hf.paged import BLOCK_SIZE, write
+from turboquant_hf.paged import BLOCK_SIZE, attend, write
 from turboquant_hf.states import PagedStates, tokens_first
+from turboquant_hf.tables import block_table, row_lengths
 
 
 def random_states(*shape, seed=0, offset=0.0):
@@ -160,3 +161,15 @@ def test_no_tokens_are_no_calibration():
 def test_reading_nothing_is_an_error():
     with pytest.raises(RuntimeError, match="no stored states"):
         stored_states(torch.zeros(1, 2, 0, 64)).dequantize(torch.float32)
+
+
+@pytest.mark.parametrize(("return_lse", "shape"), [(False, (0,)), (True, (2, 3, 4))])
+def test_attention_gives_the_log_sum_exp_where_it_is_needed(return_lse, shape):
+    stored = stored_states(random_states(2, 2, 10, 64))
+    device = stored.pages.device
+    where = block_table(len(stored.pages), 2, device), row_lengths(10, 2, device)
+    options = dict.fromkeys(("scale", "seq_starts", "window", "softcap", "sinks"))
+    query = random_states(2, 4, 3, 64)
+    output, lse = attend(query, stored.pages, *where, stored.codec, return_lse=return_lse, **options)
+    assert output.shape == (2, 3, 4, 64)
+    assert (lse.shape, lse.dtype) == (shape, torch.float32)

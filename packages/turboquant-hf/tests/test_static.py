@@ -12,8 +12,11 @@ from transformers import (
     StaticCache,
 )
 
+from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.kept import KeptTokens
 from turboquant_hf.layers import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
+from turboquant_hf.static import StaticPagedStates
 
 MAX_LENGTH = 70
 
@@ -359,3 +362,22 @@ def test_windows_are_refused_what_would_move_them_or_does_not_fit(windowed, tmp_
 def test_a_window_that_no_mask_knows_of_is_refused():
     with pytest.raises(ValueError, match=r"max_length=70 needs masks .* moshi .*Leave max_length out"):
         TurboQuantCache(MoshiConfig(sliding_window=8), max_length=70)
+
+
+def test_nothing_is_warmed_up_without_a_gpu(model, monkeypatch):
+    monkeypatch.delattr(StaticPagedStates, "warm_up")
+    with torch.no_grad():
+        model(ids(), past_key_values=new_cache(model))
+
+
+def test_a_long_call_that_does_not_fit_is_nan_and_breaks_nothing():
+    recent, device = 5, torch.device("cpu")
+    kept = KeptTokens.empty(2, recent, (1, 2, 64), torch.float32, device)
+    states = StaticPagedStates(TurboQuantConfig(64), 1, 2, device, 40, kept)
+    states.append(*torch.randn(2, 1, 2, 30, 64))
+    before = states.stored(torch.float32)
+    keys, _ = states.extend(*torch.randn(2, 1, 2, 12, 64), torch.float32)
+    assert keys.isnan().all()
+    states.crop(30)
+    for now, then in zip(states.stored(torch.float32), before, strict=True):
+        assert torch.equal(now[:, :, :-recent], then[:, :, :-recent])
