@@ -250,6 +250,12 @@ def test_linear_attention_takes_nothing_back(hybrid, layer, prompt):
         assert torch.equal(forward(hybrid, ids(1, seed=seed), cache), forward(hybrid, ids(1, seed=seed), expected))
 
 
+def test_nothing_is_taken_back_from_nothing(model):
+    cache = TurboQuantCache(model.config)
+    cache.crop(-1)
+    assert lengths(cache) == [0] * 4
+
+
 def test_lengths_are_numbers(model):
     for options in CACHES.values():
         assert all(type(length) is int for length in attention_lengths(filled(model, **options).layers).values())
