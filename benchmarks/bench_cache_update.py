@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from figure_text import table
 from llama_8b import MODEL
 from peers import BLOCK_SIZE, copies_beyond_l2, copy_bandwidth, graph_milliseconds
-from results_file import write_result
+from results_file import read_result, write_result
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_update
 
@@ -50,6 +51,25 @@ def check_update(
     differing = float((pages != expected).float().mean())
     if differing > 1e-4:
         raise SystemExit(f"not timed: {differing:.1e} of the bytes differ from the reference")
+
+
+def times() -> str:
+    """Times of every preset."""
+    rows = []
+    for name, kinds in read_result("cache_update")["presets"].items():
+        cells = [name]
+        for kind in ("plain", "with_mean"):
+            cells += [f"{1000 * kinds[kind]['ms']:.1f} µs", f"{kinds[kind]['share_of_copy']:.0%}"]
+        rows.append(cells)
+    return table(("preset", "time", "share of copy", "with a key mean", "share of copy"), rows)
+
+
+def share_of_copy() -> str:
+    """Share of copy bandwidth that tq4 reaches."""
+    return f"{100 * read_result('cache_update')['presets']['tq4']['plain']['share_of_copy']:.0f}"
+
+
+FIGURES = {"cache-update": times, "update-share": share_of_copy}
 
 
 def main() -> None:

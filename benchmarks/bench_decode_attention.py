@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from figure_text import shape, table
 from llama_8b import MODEL
 from peers import (
     BLOCK_SIZE,
@@ -20,7 +21,7 @@ from peers import (
     shuffled_table,
     vllm_turboquant,
 )
-from results_file import write_result
+from results_file import read_result, write_result
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops.reference.decode_attention import decode_attention as reference
@@ -178,6 +179,42 @@ def main() -> None:
                 },
             )
         )
+
+
+def times() -> str:
+    """Times of every shape beside the peers'."""
+    peers = ("fa3_bf16", "fa3_fp8", "vllm_turboquant_4bit_nc")
+    rows = []
+    for row in sorted(read_result("decode_attention")["contexts"], key=lambda row: (row["batch"], row["context"])):
+        ours = row["tq4"]["ms"]
+        of_peers = [f"{1000 * row[f'{peer}_ms']:,.0f} µs ({row[f'{peer}_ms'] / ours:.2f}x)" for peer in peers]
+        rows.append([shape(row["batch"], row["context"]), f"**{1000 * ours:,.0f} µs**", *of_peers])
+    columns = ("rows × tokens", "tq4", "FlashAttention 3, bf16", "FlashAttention 3, fp8", "vLLM's own 4-bit kernel")
+    return table(columns, rows)
+
+
+def ratio(batch: int, context: int, peer: str, kernel: str = "tq4") -> Callable[[], str]:
+    """How many times as long a peer's kernel takes as another."""
+
+    def milliseconds(row: Any, name: str) -> float:
+        return float(row["tq4"]["ms"] if name == "tq4" else row[f"{name}_ms"])
+
+    def text() -> str:
+        rows = read_result("decode_attention")["contexts"]
+        (row,) = (row for row in rows if (row["batch"], row["context"]) == (batch, context))
+        return f"{milliseconds(row, peer) / milliseconds(row, kernel):.2f}"
+
+    return text
+
+
+FIGURES = {
+    "decode-attention": times,
+    "kernel-bf16": ratio(32, 32_768, "fa3_bf16"),
+    "kernel-fp8": ratio(32, 32_768, "fa3_fp8"),
+    "kernel-alone-bf16": ratio(1, 32_768, "fa3_bf16"),
+    "fp8-kernel-bf16": ratio(32, 32_768, "fa3_bf16", "fa3_fp8"),
+    "fp8-kernel-alone-bf16": ratio(1, 32_768, "fa3_bf16", "fa3_fp8"),
+}
 
 
 def describe(name: str, measured: dict[str, Any], peer: dict[str, Any], bandwidth: float) -> str:

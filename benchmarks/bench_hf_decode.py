@@ -18,8 +18,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from figure_text import shape, table
 from llama_8b import ROPE_THETA, SIZES
-from results_file import write_result
+from results_file import read_result, write_result
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.memory import memory_report
@@ -205,6 +206,52 @@ def measure(
         kv_nbytes=memory_report(cache.layers).nbytes,
         step_peak_nbytes=peak,
     )
+
+
+def rows_of(*, compiled: bool) -> Callable[[], str]:
+    """The caches that are compiled, or those that are not."""
+    compiled_names = [contestant.name for contestant in COMPILED]
+
+    def text() -> str:
+        rows = [
+            [
+                shape(row["batch_size"], row["context"]),
+                row["cache"].removesuffix(", compiled").replace("tq4", "`tq4`").replace(", fused", ""),
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['fastest_step_milliseconds']:.1f} ms",
+                f"{row['kv_nbytes'] / 2**30:.2f} GiB",
+                f"{row['step_peak_nbytes'] / 2**30:.2f} GiB",
+            ]
+            for row in read_result("hf_decode")["rows"]
+            if (row["cache"] in compiled_names) == compiled
+        ]
+        columns = ("batch × context", "cache", "tokens/s", "fastest step", "KV", "peak of a step, less weights")
+        return table(columns, rows)
+
+    return text
+
+
+def ratios(cache: str, peer: str) -> Callable[[], str]:
+    """How many times as fast as another a cache decodes, over all sizes."""
+
+    def text() -> str:
+        rates: dict[str, list[float]] = {}
+        for row in read_result("hf_decode")["rows"]:
+            rates.setdefault(row["cache"], []).append(row["tokens_per_second"])
+        found = [ours / theirs for ours, theirs in zip(rates[cache], rates[peer], strict=True)]
+        return f"{min(found):.1f} to {max(found):.1f}"
+
+    return text
+
+
+FIGURES = {
+    "hf-decode": rows_of(compiled=False),
+    "hf-decode-compiled": rows_of(compiled=True),
+    "hf-compiled-static": ratios("tq4, static, compiled", "StaticCache, sdpa, compiled"),
+    "hf-compiled-flash": ratios("tq4, static, compiled", "DynamicCache, sdpa's flash"),
+    "hf-eager-sdpa": ratios("TurboQuantCache tq4, fused", "DynamicCache, sdpa"),
+    "hf-eager-flash": ratios("TurboQuantCache tq4, fused", "DynamicCache, sdpa's flash"),
+}
 
 
 @torch.no_grad()

@@ -1,12 +1,14 @@
 """KL per token of every preset and option of TurboQuantCache on real weights; the defaults follow from it."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 from rich.progress import Progress
 from transformers import DynamicCache
 
-from results_file import write_result
+from figure_text import bold_if, nats, table
+from results_file import read_result, write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.scoring import score_caches
@@ -55,6 +57,40 @@ def options() -> dict[str, dict[str, Any]]:
     for preset in ("tq4", "tq3", "tq2", "k6v4"):
         variants[f"{preset}, not centred"] = {"preset": preset, "center_keys": False}
     return {name: {**CODES_ONLY, **variant} for name, variant in variants.items()}
+
+
+def scale_table(scores: Mapping[str, Any]) -> str:
+    """Rules for the stored scale of keys and values, and keys that are not centred."""
+    rules = [(keys, values) for keys in ("norm", "unbiased", "least_squares") for values in ("norm", "least_squares")]
+    widths = ("tq4", "tq3", "tq2")
+    rows = []
+    for keys, values in rules:
+        is_default = (keys, values) not in SCALES
+        names = [width if is_default else f"{width}, key scale {keys}, value scale {values}" for width in widths]
+        label = f"{keys}, {values}".replace("_", " ")
+        cells = [label, *(nats(scores[name]["mean_kl"]) for name in names)]
+        rows.append([bold_if(is_default, cell) for cell in cells])
+        rows[-1][0] += " (default)" if is_default else ""
+    rows.append(["default, keys not centred", *(nats(scores[f"{width}, not centred"]["mean_kl"]) for width in widths)])
+    return table(("keys, values", *(f"`{width}`" for width in widths)), rows)
+
+
+def kept_table(scores: Mapping[str, Any]) -> str:
+    """Numbers of first and newest tokens that are kept, at 4 and at 2 bits."""
+    rows = []
+    for name in scores:
+        preset, *kept = name.split(", ")
+        if preset == "tq4":
+            sinks, recent = (number.partition("=")[2] for number in kept)
+            cells = [sinks, recent, *(nats(scores[", ".join([width, *kept])]["mean_kl"]) for width in ("tq4", "tq2"))]
+            rows.append([bold_if((sinks, recent) == ("1", "8"), cell) for cell in cells])
+    return table(("`sink_tokens`", "`recent_tokens`", "`tq4`: KL (nats)", "`tq2`: KL (nats)"), rows)
+
+
+FIGURES = {
+    "scale-rules": lambda: scale_table(read_result("cache_options")["scores"]),
+    "kept-tokens": lambda: kept_table(read_result("kept_tokens_smollm2")["scores"]),
+}
 
 
 def main() -> None:

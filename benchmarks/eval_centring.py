@@ -1,16 +1,48 @@
 """Perplexity and KL of a preset with keys centred and not, on more text than the side-by-side comparison scores."""
 
 import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from results_file import write_result
+from figure_text import nats, table
+from results_file import read_result, write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.scoring import score_caches
 from turboquant_hf.tools.article import article
 from turboquant_hf.tools.models import load_model
+
+LABELS = {"centred": "`tq4`, keys centred (default)", "not centred": "`tq4`, not centred"}
+
+
+def scores_table(scores: Mapping[str, Any]) -> str:
+    """What centring does to a model."""
+    rows = [["uncompressed", f"{scores['reference']['perplexity']:.3f}", "", ""]]
+    for name, label in LABELS.items():
+        score = scores[name]
+        perplexity = f"{score['perplexity']:.3f}" if score["perplexity"] < 100 else f"{score['perplexity']:,.0f}"
+        rows.append([label, perplexity, f"{increase(scores, name)} %", nats(score["mean_kl"])])
+    return table(("cache", "perplexity", "against uncompressed", "mean KL"), rows)
+
+
+def increase(scores: Mapping[str, Any], keys: str) -> str:
+    """How many per cent higher the perplexity is with keys "centred" or not."""
+    higher = 100 * (scores[keys]["perplexity"] / scores["reference"]["perplexity"] - 1)
+    return f"{higher:+.2f}" if higher < 100 else f"{higher:+,.0f}"
+
+
+def _of_qwen() -> Any:
+    return read_result("centring_qwen2.5-coder-1.5b")["scores"]
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "centring": lambda: scores_table(_of_qwen()),
+    "qwen-ppl": lambda: increase(_of_qwen(), "centred"),
+    "qwen-ppl-plain": lambda: increase(_of_qwen(), "not centred"),
+}
 
 
 def main() -> None:
@@ -35,14 +67,9 @@ def main() -> None:
         },
         chunk_size=arguments.chunk_size,
     )
-    expected = scores["reference"].perplexity
-    for name, score in scores.items():
-        change = score.perplexity / expected - 1
-        print(f"{name:12s} perplexity {score.perplexity:.4f} ({change:+.2%})  KL {score.mean_kl:.4f}")
-    name = "centring_" + file_stem(arguments.model)
-    write_result(
-        name, {**vars(arguments), "scores": {name: score.to_dict() for name, score in scores.items()}}, device="cpu"
-    )
+    found = {name: score.to_dict() for name, score in scores.items()}
+    print(scores_table(found))
+    print(write_result("centring_" + file_stem(arguments.model), {**vars(arguments), "scores": found}, device="cpu"))
 
 
 if __name__ == "__main__":

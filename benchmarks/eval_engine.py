@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
-from results_file import write_result
+from figure_text import nats, percent, perplexity, table
+from results_file import read_result, write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_core.calibration import write_key_means
 from turboquant_hf.scoring import kl_divergence
@@ -72,6 +74,29 @@ def logprobs(request: dict[str, Any], folder: Path) -> torch.Tensor:
     return load_file(answer)["logprobs"]
 
 
+LABELS = {
+    "uncompressed": "uncompressed",
+    "means of the texts that ship": "less the means of the texts that ship",
+    "means of a calibration file": "less the means of a calibration file, from the text that follows",
+    "not centred": "not centred",
+}
+
+
+def scores_table(scores: Mapping[str, Any]) -> str:
+    """What centring does to a model in vLLM."""
+    rows = []
+    for name, label in LABELS.items():
+        if name not in scores:
+            continue
+        score = scores[name]
+        compared = [nats(score["mean_kl"]), percent(score["top_1_agreement"])] if name != "uncompressed" else ["", ""]
+        rows.append([label, perplexity(score), *compared])
+    return table(("keys", "perplexity", "KL, nats per token", "same likeliest token"), rows)
+
+
+FIGURES = {"engine-centring": lambda: scores_table(read_result("engine_centring_qwen2.5-coder-1.5b")["scores"])}
+
+
 def main() -> None:
     """Score, print, and write results/engine_centring_MODEL.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,7 +129,8 @@ def main() -> None:
                 "mean_kl": kl_divergence(expected, found).mean().item(),
                 "top_1_agreement": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
             }
-            print(f"{name:28s}", {key: round(value, 4) for key, value in scores[name].items()}, flush=True)
+            print(name, flush=True)
+    print(scores_table(scores))
     data = {**vars(arguments), "dtype": dtype, "calibration_tokens": calibration_tokens, "scores": scores}
     write_result("engine_centring_" + file_stem(arguments.model), data)
 

@@ -1,11 +1,14 @@
 """KL per token of what TurboQuantCache leaves out: the paper's Prod for keys, and values less their mean."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from results_file import write_result
+from figure_text import nats, table
+from results_file import read_result, write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_core import MSEQuantizer, ProdQuantizer
 from turboquant_hf._compat import Cache, DynamicCache, DynamicLayer
@@ -65,6 +68,17 @@ def variants() -> dict[str, Variant]:
     return found
 
 
+def scores_table(scores: Mapping[str, Any]) -> str:
+    """What is left out, beside what is not."""
+    kinds = {"keys by `Prod`": ", keys by Prod", "values centred": ", values centred", "**neither** (default)": ""}
+    names = [f"tq{bits}" for bits in WIDTHS]
+    rows = [[label, *(nats(scores[f"{name}{kind}"]["mean_kl"]) for name in names)] for label, kind in kinds.items()]
+    return table(("", *(f"`{name}`" for name in names)), rows)
+
+
+FIGURES = {"left-out": lambda: scores_table(read_result("left_out_smollm2")["scores"])}
+
+
 def main() -> None:
     """Score all variants and write results/left_out_MODEL.json."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,9 +96,8 @@ def main() -> None:
     }
     reference = DynamicCache(config=config)
     scores = score_caches(loaded.model, input_ids, reference, caches, chunk_size=arguments.chunk_size)
-    for name, score in scores.items():
-        print(f"{name:24s} KL {score.mean_kl:.4f}  top-1 {score.top1_agreement:.3f}")
     found = {name: score.to_dict() for name, score in scores.items()}
+    print(scores_table(found))
     print(write_result(f"left_out_{file_stem(arguments.model)}", {**vars(arguments), "scores": found}, device="cpu"))
 
 

@@ -1,13 +1,16 @@
 """KL per token of a row with padding before it, by the number of padded tokens and by who attends."""
 
 import argparse
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from results_file import write_result
+from figure_text import nats, table
+from results_file import read_result, write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache, DynamicCache, with_cache
@@ -45,6 +48,15 @@ def log_probabilities(
         ).logits
         found.append(logits[0, -1].log_softmax(-1))
     return torch.stack(found[1:])
+
+
+def kl_table(kl: Mapping[str, Mapping[Any, float]]) -> str:
+    """What padding before a row costs it."""
+    rows = [[f"`tq4` under `{attention}`: KL (nats)", *map(nats, found.values())] for attention, found in kl.items()]
+    return table(("padded tokens before a row", *map(str, kl[ATTENTION])), rows)
+
+
+FIGURES = {"left-padding": lambda: kl_table(read_result("left_padding_smollm2")["mean_kl"])}
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 import argparse
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from transformers import DynamicCache
 
-from results_file import write_result
+from figure_text import nats, table
+from results_file import read_result, write_result
 from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.scoring import score_caches
@@ -17,6 +20,22 @@ from turboquant_hf.tools.tune.sensitivity import CHUNK_SIZE, FINEST_BITS, WIDTHS
 
 # At each target, the uniform bits of the same size.
 UNIFORM = {3.0: (3, 3), 3.5: (4, 3), 4.0: (4, 4)}
+
+
+def targets_table(targets: Iterable[Mapping[str, Any]]) -> str:
+    """Chosen bits beside uniform ones."""
+    rows = [
+        [
+            f"{row['target_bits']:g}",
+            nats(row["mean_kl"]),
+            "{} ({}/{})".format(nats(row["uniform_mean_kl"]), *row["uniform_bits"]),
+        ]
+        for row in targets
+    ]
+    return table(("target", "chosen by output error: KL (nats)", "uniform: KL (bits)"), rows)
+
+
+FIGURES = {"output-error": lambda: targets_table(read_result("output_error_smollm2")["targets"])}
 
 
 def main() -> None:
@@ -66,8 +85,7 @@ def main() -> None:
         "held_out_tokens": arguments.held_out_tokens,
         "targets": rows,
     }
-    for row in rows:
-        print(f"{row['target_bits']:g} bits: KL {row['mean_kl']:.4f}, uniform {row['uniform_mean_kl']:.4f}")
+    print(targets_table(rows))
     print(write_result(f"output_error_{file_stem(arguments.model)}", data, device="cpu"))
 
 

@@ -55,8 +55,7 @@ def main() -> None:
         families[family] = _measure(loaded, FAMILIES[family], arguments.num_tokens, arguments.decode_tokens)
         families = {known: families[known] for known in FAMILIES if known in families}
         write_result(name, {"model": arguments.model, **settings, "families": families}, device="cpu")
-    # Fewer tokens than a window do not show what emptying it costs.
-    print(markdown(families, with_speed=arguments.decode_tokens >= CHUNK_SIZE))
+    print(markdown({**settings, "families": families}))
 
 
 def _done(name: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ def write_result(name: str, data: dict[str, Any], *, device: str = "cuda") -> Pa
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"made_by": provenance(device), **data}, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+@cache
+def read_result(name: str) -> Any:
+    """What results/NAME.json holds."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def provenance(device: str) -> dict[str, str | int]:

@@ -4,23 +4,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
-from figures import CODES_ONLY, ENGINE_CACHES, ROOT, checksum, measured_families, result
+from figures import ROOT, checksum
+
+from engine_tables import LABELS
+from results_file import read_result
+from side_by_side.table import of_model
 
 COLOURS = {"bf16": "#9aa0a6", "fp8": "#5f6b7a", "tq4": "#4051b5"}
 # Families of benchmarks/eval_side_by_side.py: colour, marker, and how the first is called here.
 FAMILIES = {
     "turboquant": ("#4051b5", "o", "TurboQuant"),
     "turboquant, codes only": ("#9fa8da", "o", "TurboQuant, codes only"),
-    CODES_ONLY: ("#9fa8da", "o", "TurboQuant, codes only"),
     "quanto": ("#d9822b", "s", "quanto"),
     "quanto, keys by channel": ("#8e5a1d", "D", "quanto, keys by channel"),
     "hqq": ("#2e8b57", "^", "hqq"),
     "fp8": ("#5f6b7a", "*", "fp8"),
 }
-MODELS = {
-    "SmolLM2-135M": "side_by_side_smollm2.json",
-    "Qwen2.5-Coder-1.5B": "side_by_side_qwen2.5-coder-1.5b.json",
-}
+MODELS = {"SmolLM2-135M": "smollm2", "Qwen2.5-Coder-1.5B": "qwen2.5-coder-1.5b"}
 # Where a cache has lost the model, how far does not matter.
 LARGEST_KL = 10
 
@@ -34,10 +34,10 @@ def save(figure: Any, name: str, sources: Sequence[str]) -> None:
 
 def engine(plt: Any) -> None:
     """Decode steps in vLLM as bars, and tokens that fit."""
-    data = result("engine")
+    data = read_result("engine")
     shapes = sorted(data["shapes"], key=lambda shape: shape[0])
     figure, (time, room) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", width_ratios=(3, 1))
-    for number, (name, label) in enumerate(ENGINE_CACHES.items()):
+    for number, (name, label) in enumerate(LABELS.items()):
         cache = data["caches"][name]
         steps = {(step["batch"], step["context"]): step["decode_step_ms"] for step in cache["steps"]}
         places = [place + 0.27 * (number - 1) for place in range(len(shapes))]
@@ -49,7 +49,7 @@ def engine(plt: Any) -> None:
     time.set_xticks(range(len(shapes)), [f"{batch} × {context:,}" for batch, context in shapes])
     time.set(xlabel="requests × tokens of each", ylabel="decode step (ms)")
     time.legend(frameon=False)
-    room.set_xticks(range(len(ENGINE_CACHES)), ENGINE_CACHES)
+    room.set_xticks(range(len(LABELS)), LABELS)
     room.set(ylabel="tokens that fit (millions)")
     for axes in (time, room):
         axes.spines[["top", "right"]].set_visible(False)
@@ -60,8 +60,8 @@ def engine(plt: Any) -> None:
 def kl_bytes(plt: Any) -> None:
     """Divergence against bytes, of every cache that was measured beside ours."""
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for axes, (model, source) in zip(panels, MODELS.items(), strict=True):
-        families = measured_families(source.removesuffix(".json"))
+    for axes, (model, name) in zip(panels, MODELS.items(), strict=True):
+        families = of_model(name)["families"]
         for family, (colour, marker, label) in FAMILIES.items():
             if family not in families:
                 continue
@@ -69,8 +69,8 @@ def kl_bytes(plt: Any) -> None:
             plain = caches["DynamicCache"]["bytes_per_token"]
             # Mixed widths lie beside the line of equal ones.
             points = sorted(
-                (100 * score["bytes_per_token"] / plain, score["mean_kl"], " k" in name.partition(",")[0])
-                for name, score in caches.items()
+                (100 * score["bytes_per_token"] / plain, score["mean_kl"], " k" in cache.partition(",")[0])
+                for cache, score in caches.items()
                 if score.get("mean_kl") and score["mean_kl"] < LARGEST_KL
             )
             line = [point for point in points if not point[2]]
@@ -82,7 +82,7 @@ def kl_bytes(plt: Any) -> None:
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("mean KL per token (nats)")
     panels[0].legend(frameon=False, fontsize="small")
-    save(figure, "kl_bytes", list(MODELS.values()))
+    save(figure, "kl_bytes", [f"side_by_side_{name}.json" for name in MODELS.values()])
 
 
 def main() -> None:
