@@ -11,6 +11,7 @@ from llama_8b import MODEL
 from peers import BLOCK_SIZE, copies_beyond_l2, copy_bandwidth, graph_milliseconds
 from results_file import read_result, write_result
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_update
 
 KV_HEADS, HEAD_DIM = MODEL.num_kv_heads, MODEL.head_dim
@@ -30,7 +31,7 @@ def time_update(preset: str, centred: bool, bandwidth: float) -> dict[str, Any]:
         key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         slots = torch.arange(UPDATE_TOKENS, device="cuda")
         check_update(key, value, pages, slots, layout, mean)
-        return lambda: cache_update(key, value, pages, slots, layout, key_mean=mean)
+        return lambda: cache_update(key, value, pages, slots, layout, key_transform=KeyTransform(mean))
 
     milliseconds = graph_milliseconds([prepare() for _ in range(copies_beyond_l2(moved))])
     return {"ms": milliseconds, "bytes": moved, "share_of_copy": moved / milliseconds / 1e-3 / bandwidth}
@@ -45,9 +46,9 @@ def check_update(
     mean: torch.Tensor | None,
 ) -> None:
     """Refuse to go on when more than one byte in ten thousand differs from the reference."""
-    cache_update(key, value, pages, slots, layout, key_mean=mean)
+    cache_update(key, value, pages, slots, layout, key_transform=KeyTransform(mean))
     expected = torch.zeros_like(pages)
-    cache_update(key, value, expected, slots, layout, key_mean=mean, path="reference")
+    cache_update(key, value, expected, slots, layout, key_transform=KeyTransform(mean), path="reference")
     differing = float((pages != expected).float().mean())
     if differing > 1e-4:
         raise SystemExit(f"not timed: {differing:.1e} of the bytes differ from the reference")

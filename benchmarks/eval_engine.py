@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from figure_text import nats, percent, perplexity, table
 from results_file import read_result, write_result
 from side_by_side.weights import file_stem, find_model
-from turboquant_core.calibration import write_key_means
+from turboquant_core.calibration import write_calibration
 from turboquant_hf.scoring import kl_divergence
 from turboquant_hf.tools.article import article
 from turboquant_hf.tools.calibrate.mean_keys import mean_keys
@@ -39,7 +39,7 @@ def prepare(model: str, num_tokens: int, folder: Path) -> tuple[list[int], int]:
     loaded = load_model(find_model(model), "cpu")
     input_ids = loaded.tokenizer(article(), return_tensors="pt")["input_ids"]
     means = mean_keys(loaded, input_ids[:, num_tokens : num_tokens + CALIBRATION_TOKENS])
-    write_key_means(folder / "means.safetensors", means)
+    write_calibration(folder / "means.safetensors", means)
     if hasattr(loaded.model.config, "quantization_config"):
         del loaded.model.config.quantization_config
     loaded.model.save_pretrained(folder / "model")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from turboquant_core.calibration import KeyMeans, read_key_means, write_key_means
+from turboquant_core.calibration import Calibration, read_calibration, write_calibration
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.model_identity import ModelIdentity
 
 
@@ -29,10 +30,12 @@ def model():
 
 
 @pytest.fixture
-def key_means(model):
+def calibration(model):
     generator = torch.Generator().manual_seed(1)
-    means = {0: torch.randn(2, 64, generator=generator), 3: torch.randn(1, 128, generator=generator)}
-    return KeyMeans(means=means, model=model, source="a/model", num_tokens=2000)
+    layers = {
+        n: KeyTransform(torch.randn(*shape, generator=generator)) for n, shape in {0: (2, 64), 3: (1, 128)}.items()
+    }
+    return Calibration(layers=layers, model=model, source="a/model", num_tokens=2000)
 
 
 @pytest.fixture
@@ -41,8 +44,8 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def written(path, key_means):
-    write_key_means(path, key_means)
+def written(path, calibration):
+    write_calibration(path, calibration)
     return path
 
 
@@ -61,35 +64,49 @@ def rewrite(path, tensors=None, **metadata):
 
 def refusal(path, model=None):
     with pytest.raises(ValueError, match=r"turboquant\.safetensors") as error:
-        read_key_means(path, model)
+        read_calibration(path, model)
     assert "turboquant calibrate MODEL --out FILE" in str(error.value)
     return str(error.value)
 
 
-def test_what_is_written_is_read(written, key_means, model):
-    found = read_key_means(written, model)
-    assert found.means.keys() == key_means.means.keys()
-    for index, mean in key_means.means.items():
-        assert torch.equal(found.means[index], mean)
+def test_what_is_written_is_read(written, calibration, model):
+    found = read_calibration(written, model)
+    assert found.layers.keys() == calibration.layers.keys()
+    for index, transform in calibration.layers.items():
+        assert torch.equal(found.layers[index].mean, transform.mean)
+        assert found.layers[index].matrix is None
     assert (found.model, found.source, found.num_tokens) == (model, "a/model", 2000)
     assert found.model.architecture == "Qwen2ForCausalLM"
+
+
+def test_a_matrix_is_one_more_tensor(path, model):
+    matrix = torch.eye(64).repeat(2, 1, 1) * torch.tensor([2.0, 3.0])[:, None, None]
+    both = KeyTransform(torch.ones(2, 64), matrix)
+    write_calibration(path, Calibration({1: KeyTransform(matrix=matrix), 2: both}, model, "a/model", 2000))
+    assert set(load_file(path)) == {"layers.1.key_matrix", "layers.2.key_matrix", "layers.2.key_mean"}
+    found = read_calibration(path, model)
+    assert found.layers[1].mean is None
+    assert torch.equal(found.of_layer(2, 2, 64).mean, both.mean)
+    for transform in found.layers.values():
+        assert torch.equal(transform.matrix, matrix)
+        torch.testing.assert_close(transform.inverse @ matrix, torch.eye(64).repeat(2, 1, 1))
 
 
 def test_the_tensors_have_names_that_others_can_read(written):
     assert set(load_file(written)) == {"layers.0.key_mean", "layers.3.key_mean"}
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(written, key_means, monkeypatch):
-    write_key_means(written, replace(key_means, num_tokens=7))
-    assert read_key_means(written).num_tokens == 7
+def test_a_file_is_replaced_whole_or_not_at_all(written, calibration, monkeypatch):
+    write_calibration(written, replace(calibration, num_tokens=7))
+    assert read_calibration(written).num_tokens == 7
 
     def fail(*arguments):
         raise OSError("the disk is full")
 
     monkeypatch.setattr("pathlib.Path.replace", fail)
     with pytest.raises(OSError, match="the disk is full"):
-        write_key_means(written, key_means)
-    assert read_key_means(written).num_tokens == 7
+        write_calibration(written, calibration)
+    assert read_calibration(written).num_tokens == 7
     assert list(written.parent.iterdir()) == [written]
 
 
@@ -121,7 +138,7 @@ def test_a_header_that_claims_to_be_huge(path):
     refusal(path)
 
 
-def test_weights_of_a_model_are_no_key_means(path):
+def test_weights_of_a_model_are_no_calibration(path):
     save_file({"model.layers.0.self_attn.k_proj.weight": torch.zeros(4, 4)}, path)
     assert "its format is None" in refusal(path)
 
@@ -171,6 +188,10 @@ def test_a_model_with_fields_of_another_type(written, model, name, value):
         ({"layers.0.key_mean": torch.zeros(128)}, "[128]"),
         ({"layers.0.key_mean": torch.zeros(0, 64)}, "[0, 64]"),
         ({"layers.0.key_mean": torch.zeros(1, 65)}, "head_dim is 65"),
+        ({"layers.0.key_matrix": torch.zeros(2, 64)}, "[2, 64]"),
+        ({"layers.0.key_matrix": torch.zeros(2, 64, 32)}, "[2, 64, 32]"),
+        ({"layers.0.key_matrix": torch.zeros(2, 64, 64)}, "cannot be undone"),
+        ({"layers.0.key_matrix": torch.eye(64)[None], "layers.0.key_mean": torch.zeros(2, 64)}, "key_matrix is"),
         ({"layers.0.key_mean": torch.full((1, 64), torch.nan)}, "not finite"),
         ({"layers.0.key_mean": torch.full((1, 64), torch.inf)}, "not finite"),
     ],
@@ -183,7 +204,7 @@ def test_tensors_that_are_no_means(written, tensors, said):
 @pytest.mark.parametrize("place", ["missing.safetensors", "."])
 def test_a_file_that_is_not_there(tmp_path, place):
     with pytest.raises(FileNotFoundError, match="turboquant calibrate"):
-        read_key_means(tmp_path / place)
+        read_calibration(tmp_path / place)
 
 
 def test_a_file_of_another_model_says_in_what_it_differs(written):
@@ -198,7 +219,7 @@ def test_a_file_of_another_model_says_in_what_it_differs(written):
 
 
 def test_one_model_under_two_classes_is_one_model(written):
-    read_key_means(written, ModelIdentity.of(config(), "Qwen2Model"))
+    read_calibration(written, ModelIdentity.of(config(), "Qwen2Model"))
 
 
 @pytest.mark.parametrize(
@@ -229,14 +250,14 @@ def test_a_configuration_without_a_field():
         ModelIdentity.of(config(hidden_size=None), "A")
 
 
-def test_a_layer_is_asked_for_by_its_shape(key_means):
-    assert torch.equal(key_means.of_layer(3, 1, 128), key_means.means[3])
+def test_a_layer_is_asked_for_by_its_shape(calibration):
+    assert torch.equal(calibration.of_layer(3, 1, 128).mean, calibration.layers[3].mean)
     with pytest.raises(ValueError, match=r"none for layer 1\. .*turboquant calibrate"):
-        key_means.of_layer(1, 2, 64)
-    with pytest.raises(ValueError, match=r"layer 3 of a/model is \[1, 128\].*\[2, 64\]"):
-        key_means.of_layer(3, 2, 64)
+        calibration.of_layer(1, 2, 64)
+    with pytest.raises(ValueError, match=r"layer 3 of a/model: key_mean is .* \[1, 128\].*\[2, 64\]"):
+        calibration.of_layer(3, 2, 64)
 
 
-def test_no_layers_are_no_key_means(model):
+def test_no_layers_are_no_calibration(model):
     with pytest.raises(ValueError, match="there is no layer"):
-        KeyMeans(means={}, model=model, source="a/model", num_tokens=1)
+        Calibration(layers={}, model=model, source="a/model", num_tokens=1)

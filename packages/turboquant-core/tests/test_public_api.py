@@ -10,6 +10,7 @@ PUBLIC = {
     "PRESETS",
     "Codebook",
     "KVCacheLayout",
+    "KeyTransform",
     "MSEQuantizer",
     "OutlierQuantizer",
     "ProdQuantizer",

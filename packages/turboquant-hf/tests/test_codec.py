@@ -25,7 +25,7 @@ def test_a_vector_that_cannot_be_stored_harms_no_other(bits, counted, bad):
     broken[0, 9] = True
     assert torch.equal(~codec.dequantize_values(heads_first(stored_values)).isfinite().any(-1), broken)
     without = torch.arange(NUM_TOKENS) != 7
-    torch.testing.assert_close(codec.key_mean[1], keys[without, 1].mean(0))
+    torch.testing.assert_close(codec.key_transform.mean[1], keys[without, 1].mean(0))
     clean_values = values.clone()
     clean_values[9, 0] = 0
     clean = LayerCodec.calibrate(config, keys, clean_values, counts)

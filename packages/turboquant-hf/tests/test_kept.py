@@ -147,7 +147,7 @@ def test_sinks_take_no_part_in_the_mean():
         states = new_states()
         for part in (slice(0, split), slice(split, 20)):
             states.append(keys[:, :, part], values[:, :, part])
-        torch.testing.assert_close(states.codec.key_mean.view(2, 2, 64), keys[:, :, SINKS:].mean(2))
+        torch.testing.assert_close(states.codec.key_transform.mean.view(2, 2, 64), keys[:, :, SINKS:].mean(2))
 
 
 @pytest.mark.parametrize("path", ["attend", "dequantize"])

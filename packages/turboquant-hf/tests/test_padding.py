@@ -243,7 +243,7 @@ def test_sinks_of_a_padded_row_that_come_in_several_calls_take_no_part_in_the_me
     states.append(keys[:, :, :3], keys[:, :, :3], starts)
     states.append(keys[:, :, 3:], keys[:, :, 3:])
     expected = torch.stack([keys[row, :, start + sinks :].mean(1) for row, start in enumerate(starts.tolist())])
-    torch.testing.assert_close(states.codec.key_mean.view(2, 2, 64), expected)
+    torch.testing.assert_close(states.codec.key_transform.mean.view(2, 2, 64), expected)
 
 
 @pytest.mark.parametrize("max_length", [None, 64])

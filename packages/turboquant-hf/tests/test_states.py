@@ -91,10 +91,10 @@ def test_the_mean_comes_from_the_first_tokens_and_stays():
     first = random_states(1, 2, 30, 64, offset=50.0)
     second = random_states(1, 2, 5, 64, seed=1, offset=-50.0)
     stored = stored_states(first)
-    mean = stored.codec.key_mean.clone()
+    mean = stored.codec.key_transform.mean.clone()
     before = read_keys(stored)
     stored.append(second, second)
-    assert torch.equal(stored.codec.key_mean, mean)
+    assert torch.equal(stored.codec.key_transform.mean, mean)
     torch.testing.assert_close(mean, first[0].mean(-2))
     assert torch.equal(read_keys(stored)[..., :30, :], before)
 

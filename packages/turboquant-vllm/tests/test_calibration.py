@@ -8,7 +8,8 @@ import transformers
 from vllm.config import CompilationMode, ModelConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from turboquant_core.calibration import KeyMeans, read_key_means, write_key_means
+from turboquant_core.calibration import Calibration, read_calibration, write_calibration
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm import calibration
 from turboquant_vllm.calibration import heads_of_rank, read_for_model
@@ -26,8 +27,8 @@ def model_config(folder):
 def write_means(path, folder):
     # Unlike one another, and so large that a head with the mean of another one is hardly stored at all.
     random = torch.Generator().manual_seed(0)
-    means = {layer: 5 * torch.randn(2, 64, generator=random) for layer in range(4)}
-    write_key_means(path, KeyMeans(means, identity(folder), str(folder), num_tokens=100))
+    layers = {layer: KeyTransform(5 * torch.randn(2, 64, generator=random)) for layer in range(4)}
+    write_calibration(path, Calibration(layers, identity(folder), str(folder), num_tokens=100))
     return str(path)
 
 
@@ -71,14 +72,12 @@ def test_a_missing_a_truncated_and_a_foreign_file_are_refused(tiny_model, means_
     [(4, 1, [[0, 1, 2, 3]]), (2, 2, [[0, 1], [2, 3]]), (1, 4, [[0], [1], [2], [3]])],
 )
 def test_every_rank_gets_the_means_of_its_heads(num_kv_heads, world_size, heads):
-    mean = torch.arange(4.0)[:, None].expand(4, 64)
-    found = [heads_of_rank(mean, num_kv_heads, rank, world_size)[:, 0].tolist() for rank in range(world_size)]
+    found = [list(range(4))[heads_of_rank(4, num_kv_heads, rank, world_size)] for rank in range(world_size)]
     assert found == heads
 
 
 def test_ranks_that_share_a_head_share_its_mean():
-    mean = torch.arange(2.0)[:, None].expand(2, 64)
-    assert [heads_of_rank(mean, 1, rank, 4)[:, 0].tolist() for rank in range(4)] == [[0], [0], [1], [1]]
+    assert [list(range(2))[heads_of_rank(2, 1, rank, 4)] for rank in range(4)] == [[0], [0], [1], [1]]
 
 
 class Layer(AttentionLayerBase):
@@ -107,8 +106,8 @@ def test_a_stage_of_two_ranks_gives_its_layers_their_means(monkeypatch, tiny_mod
     )
     calibration.give_key_means(path, layers, config)
     for index, layer in zip((2, 3), layers.values(), strict=True):
-        expected = read_key_means(path).means[index][rank : rank + 1]
-        torch.testing.assert_close(layer.impl.key_mean.mean, expected, rtol=0, atol=0)
+        expected = read_calibration(path).layers[index].mean[rank : rank + 1]
+        torch.testing.assert_close(layer.impl.key_mean.transform.mean, expected, rtol=0, atol=0)
 
 
 EIGHT_BITS = {"key_bits": 8, "value_bits": 8}

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import _values, cache_gather, cache_update
 from turboquant_vllm import prefill, prefill_rows
 from turboquant_vllm.prefill import Prefill
@@ -28,6 +29,8 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     centred: bool = True
+    # Whether keys went through a matrix, too.
+    matrix: bool = False
     most_grouped_tokens: int = 0
     # Whether another layer stored the rows' own keys and values, and they are given to this one no more.
     shares: bool = False
@@ -43,6 +46,9 @@ CASES = {
     "no context": Case(context_lens=(0, 0, 0)),
     "context everywhere": Case(context_lens=(100, 17, 64)),
     "not centred": Case(centred=False),
+    "matrix": Case(matrix=True),
+    "matrix, on codes": Case(matrix=True, context_lens=(100, 17, 64), most_grouped_tokens=20),
+    "matrix, shared, softcap, window": Case(matrix=True, shares=True, softcap=2.0, window=24),
     "window": Case(window=24),
     "window within the chunk": Case(window=3),
     "softcap": Case(softcap=2.0),
@@ -108,7 +114,7 @@ class Inputs:
         self.keys = draw(total, case.num_kv_heads, d) + offset
         self.values = draw(total, case.num_kv_heads, d)
         self.queries = draw(sum(case.query_lens), case.num_heads, d)
-        self.mean = offset.float() if case.centred else None
+        self.transform = KeyTransform(offset.float() if case.centred else None, self._matrix() if case.matrix else None)
         self.layout = KVCacheLayout(TurboQuantConfig(d, 4, 4), case.num_kv_heads, BLOCK_SIZE)
         lens = [c + q for c, q in zip(case.context_lens, case.query_lens, strict=True)]
         width = -(-max(lens) // BLOCK_SIZE)
@@ -123,7 +129,7 @@ class Inputs:
             slots.append(self.table[row, position // BLOCK_SIZE].long() * BLOCK_SIZE + position % BLOCK_SIZE)
             self.own += range(start + case.context_lens[row], start + length)
             start += length
-        cache_update(self.keys, self.values, self.pages, torch.cat(slots), self.layout, key_mean=self.mean)
+        cache_update(self.keys, self.values, self.pages, torch.cat(slots), self.layout, key_transform=self.transform)
         self.sinks = draw(case.num_heads) if case.sinks else None
         query_lens = torch.tensor(case.query_lens, device=device)
         self.rows = PrefillRows(
@@ -137,12 +143,17 @@ class Inputs:
             most_grouped_tokens=case.most_grouped_tokens,
         )
 
+    def _matrix(self):
+        heads, d, device = self.case.num_kv_heads, self.case.head_dim, self.keys.device
+        noise = torch.randn(heads, d, d, generator=torch.Generator().manual_seed(1)).to(device)
+        return 1.5 * torch.eye(d, device=device) + noise / (2 * d**0.5)
+
     def attend(self):
         case = self.case
         attention = VarlenAttention(case.scale, case.window, case.softcap, flash_version(self.queries.device, case))
         out = torch.full_like(self.queries, math.nan)
         own = None if case.shares else (self.keys[self.own], self.values[self.own])
-        Prefill(attention, self.layout, self.sinks)(self.queries, own, self.pages, self.rows, self.mean, out)
+        Prefill(attention, self.layout, self.sinks)(self.queries, own, self.pages, self.rows, self.transform, out)
         return out
 
     def exact(self, dtype=torch.float64):
@@ -156,9 +167,7 @@ class Inputs:
             key, value, _ = cache_gather(
                 self.pages, self.table[row : row + 1], lens, self.layout, dtype=torch.float32, max_tokens=length
             )
-            key, value = key.double() @ rotation, value.double() @ rotation
-            if self.mean is not None:
-                key = key + self.mean.double()
+            key, value = self.transform.restored(key.double() @ rotation), value.double() @ rotation
             if not case.shares and (case.window is None or not any(case.context_lens)):
                 picked = self.own[first : first + own]
                 key[context:], value[context:] = self.keys[picked].double(), self.values[picked].double()
@@ -306,4 +315,4 @@ def test_the_mean_is_added_where_it_changes_something(device, monkeypatch, case,
     monkeypatch.setattr(prefill, "cache_gather", gather)
     inputs.attend()
     assert gather.called
-    assert all((call.kwargs["key_mean"] is not None) is added for call in gather.call_args_list)
+    assert all((call.kwargs["key_transform"].mean is not None) is added for call in gather.call_args_list)

@@ -49,7 +49,7 @@ def test_the_mean_is_that_of_the_keys_of_all_texts():
         query = draw(len(key), 4)
         attention.forward(None, query, key, key, None, None, torch.empty_like(query))
     assert attention.settle()
-    torch.testing.assert_close(impl.key_mean.mean, torch.cat(keys).mean(0))
+    torch.testing.assert_close(impl.key_mean.transform.mean, torch.cat(keys).mean(0))
 
 
 def test_keys_that_are_not_finite_leave_their_layer_without_a_mean():
@@ -60,7 +60,7 @@ def test_keys_that_are_not_finite_leave_their_layer_without_a_mean():
     attention.forward(None, draw(20, 4), key, key, None, None, torch.empty(20, 4, 64))
     assert not attention.settle()
     assert impl.key_mean.is_settled
-    assert not impl.key_mean.mean.any()
+    assert not impl.key_mean.transform.mean.any()
 
 
 def test_a_layer_that_shares_a_cache_reads_that_of_the_other():
@@ -103,7 +103,7 @@ def test_a_draft_is_left_without_means(monkeypatch):
     )
     give_text_means(["draft"], config, torch.device("cpu"))
     assert impl.key_mean.is_settled
-    assert not impl.key_mean.mean.any()
+    assert not impl.key_mean.transform.mean.any()
 
 
 def test_no_first_prompt_changes_an_answer(generate, tiny_model):

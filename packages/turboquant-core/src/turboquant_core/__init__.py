@@ -7,6 +7,7 @@ __all__ = [
     "PRESETS",
     "Codebook",
     "KVCacheLayout",
+    "KeyTransform",
     "MSEQuantizer",
     "OutlierQuantizer",
     "ProdQuantizer",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from turboquant_core._public import (
         PRESETS,
         Codebook,
+        KeyTransform,
         KVCacheLayout,
         MSEQuantizer,
         OutlierQuantizer,

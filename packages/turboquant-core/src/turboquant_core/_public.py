@@ -4,6 +4,7 @@ from turboquant_core.codebook import Codebook as Codebook
 from turboquant_core.codebook import lloyd_max_codebook as lloyd_max_codebook
 from turboquant_core.config import PRESETS as PRESETS
 from turboquant_core.config import TurboQuantConfig as TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform as KeyTransform
 from turboquant_core.layout import KVCacheLayout as KVCacheLayout
 from turboquant_core.mse import MSEQuantizer as MSEQuantizer
 from turboquant_core.outlier import OutlierQuantizer as OutlierQuantizer

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops.cache_gather import cache_gather, cumulative_lengths
 from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.testing import gaussian
@@ -23,7 +24,7 @@ def int32(values, device):
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def gather(path, pages, layout, seq_lens, starts, max_tokens, dtype=torch.float32, key_mean=None):
+def gather(path, pages, layout, seq_lens, starts, max_tokens, dtype=torch.float32, key_transform=IDENTITY):
     device = pages.device
     batch = len(seq_lens)
     generator = torch.Generator().manual_seed(3)
@@ -36,7 +37,7 @@ def gather(path, pages, layout, seq_lens, starts, max_tokens, dtype=torch.float3
         int32(seq_lens, device),
         layout,
         starts=starts,
-        key_mean=key_mean,
+        key_transform=key_transform,
         dtype=dtype,
         max_tokens=max_tokens,
         path=path,
@@ -106,7 +107,7 @@ def test_a_key_mean_is_added_rotated(device, head_dim):
     pages = random_pages(layout, 16, device)
     mean = gaussian(3, head_dim, 4).to(device)
     plain, *found = (
-        gather(path, pages, layout, [17, 0, 64, 33], None, 114, key_mean=given)
+        gather(path, pages, layout, [17, 0, 64, 33], None, 114, key_transform=KeyTransform(given))
         for path, given in (("reference", None), ("reference", mean), ("triton", mean))
     )
     for keys, values, _ in found:
@@ -217,7 +218,7 @@ def test_any_shape(device, lens, bits, head_dim, block_size, max_tokens):
         (r"seq_lens is .*\[3\]; .* \[2\]", {"seq_lens": torch.zeros(3, dtype=torch.int32)}),
         (r"starts is torch.int64", {"starts": torch.zeros(2, dtype=torch.int64)}),
         (r"cu_seqlens is .*\[2\]; .* \[3\]", {"cu_seqlens": torch.zeros(2, dtype=torch.int32)}),
-        (r"key_mean is .*\[3, 64\]; .* \[2, 64\]", {"key_mean": torch.zeros(3, 64)}),
+        (r"key_mean is .*\[3, 64\]; .* \[2, 64\]", {"key_transform": KeyTransform(torch.zeros(3, 64))}),
         (r"pages is .* \[4, 1, 1088\]", {"pages": torch.zeros(4, 1, 1088, dtype=torch.uint8)}),
         (r"different devices", {"starts": torch.zeros(2, dtype=torch.int32, device="meta")}),
     ],

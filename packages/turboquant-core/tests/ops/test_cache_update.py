@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig, lloyd_max_codebook, unpack
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.ops.update_paths import warpgroup_obstacle
 from turboquant_core.testing import gaussian
@@ -52,7 +53,7 @@ def update(path, layout, key, value, slots, mean):
     pages = layout.allocate(max(top, 0) // layout.block_size + 2, key.device).fill_(POISON)
     if path == "warpgroup" and (reason := warpgroup_obstacle(layout, key, value, pages)):
         pytest.skip(reason)
-    cache_update(key, value, pages, slots, layout, key_mean=mean, path=path)
+    cache_update(key, value, pages, slots, layout, key_transform=KeyTransform(mean), path=path)
     return pages
 
 
@@ -166,7 +167,7 @@ def test_views_of_a_fused_tensor_and_of_a_bigger_cache_are_used_in_place(device,
     num_blocks = len(expected)
     buffer = torch.full((num_blocks, 2, 3, layout.head_bytes + 8), POISON, dtype=torch.uint8, device=device)
     pages = buffer[:, 1, :, : layout.head_bytes]
-    cache_update(fused_key, fused_value, pages, strided_slots, layout, key_mean=mean, path=path)
+    cache_update(fused_key, fused_value, pages, strided_slots, layout, key_transform=KeyTransform(mean), path=path)
     assert torch.equal(pages, expected)
     assert (buffer[:, 0] == POISON).all()
     assert (buffer[..., layout.head_bytes :] == POISON).all()
@@ -270,7 +271,7 @@ def test_what_does_not_fit_is_refused(device, message, changes):
             arguments["pages"],
             arguments["slots"],
             layout,
-            key_mean=arguments["mean"],
+            key_transform=KeyTransform(arguments["mean"]),
             path=path,
         )
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.ops.decode_attention import decode_attention
 from turboquant_core.ops.paths import KernelPath, obstacle
@@ -53,6 +54,19 @@ CASES = {
     "mean": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, num_heads=8, num_kv_heads=2),
     "mean and sinks": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, sinks=True, query_lens=(2, 1, 3)),
     "mean and softcap": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, softcap=2.0, num_heads=8, num_kv_heads=2),
+    "matrix": DecodeCase(seq_lens=(70, 0, 3), key_matrix=True, query_lens=2, num_heads=8, num_kv_heads=2),
+    "matrix and mean, all at once": DecodeCase(
+        seq_lens=(70, 100, 0, 66),
+        query_lens=(1, 3, 2, 0),
+        num_heads=8,
+        num_kv_heads=2,
+        seq_starts=(3, 70, 0, 0),
+        window=50,
+        softcap=3.0,
+        sinks=True,
+        key_mean=True,
+        key_matrix=True,
+    ),
     "left padding": DecodeCase(seq_lens=(70, 20, 66), seq_starts=(65, 0, 30), query_lens=2),
     "rows that see nothing": DecodeCase(seq_lens=(70, 40, 40), seq_starts=(70, 100, 39), query_lens=3),
     "all at once": DecodeCase(
@@ -280,10 +294,20 @@ def test_eight_bits_give_the_attention_of_what_was_stored(device, path, centred)
         key = key + mean
     pages, table = layout.allocate(4, device), torch.tensor([[3, 0, 2]], dtype=torch.int32, device=device)
     token = torch.arange(40, device=device)
-    cache_update(key, value, pages, table[0].long()[token // 16] * 16 + token % 16, layout, key_mean=mean)
+    cache_update(
+        key, value, pages, table[0].long()[token // 16] * 16 + token % 16, layout, key_transform=KeyTransform(mean)
+    )
     lens = torch.tensor([40], dtype=torch.int32, device=device)
     out, lse = decode_attention(
-        query[-1:], pages, table, lens, layout, key_mean=mean, sinks=query[0, :, 0].clone(), return_lse=True, path=path
+        query[-1:],
+        pages,
+        table,
+        lens,
+        layout,
+        key_transform=KeyTransform(mean),
+        sinks=query[0, :, 0].clone(),
+        return_lse=True,
+        path=path,
     )
     scores = torch.einsum("hd,thd->ht", query[-1], key.repeat_interleave(2, dim=1)) / math.sqrt(128)
     scores = torch.cat([scores, query[0, :, :1]], dim=1)
@@ -296,9 +320,9 @@ def test_eight_bits_give_the_attention_of_what_was_stored(device, path, centred)
 def test_a_key_mean_moves_the_log_sum_exp_alone(device, path):
     inputs = build(DecodeCase(seq_lens=(70, 3), query_lens=2, num_heads=8, num_kv_heads=2, key_mean=True), device)
     out, lse = attend(inputs, path)
-    out_centred, lse_centred = attend(inputs, path, key_mean=None)
+    out_centred, lse_centred = attend(inputs, path, key_transform=IDENTITY)
     torch.testing.assert_close(out, out_centred, rtol=1e-4, atol=1e-5)
-    mean = inputs.options["key_mean"].repeat_interleave(4, dim=0)
+    mean = inputs.options["key_transform"].mean.repeat_interleave(4, dim=0)
     torch.testing.assert_close(lse - lse_centred, (inputs.query * mean).sum(-1) / math.sqrt(128), rtol=1e-4, atol=1e-4)
 
 
@@ -310,10 +334,10 @@ EVERYTHING = CASES["all at once"]
 def test_rows_may_have_means_of_their_own(device, path, options):
     case = DecodeCase(seq_lens=(70, 0, 3), query_lens=2, num_heads=8, num_kv_heads=2, key_mean=True, **options)
     inputs = build(case, device)
-    means = torch.stack([inputs.options["key_mean"] * factor for factor in (1, 3, -2)])
-    out, lse = attend(inputs, path, key_mean=means)
+    means = torch.stack([inputs.options["key_transform"].mean * factor for factor in (1, 3, -2)])
+    out, lse = attend(inputs, path, key_transform=KeyTransform(means))
     for row in range(3):
-        expected, expected_lse = attend(inputs, path, key_mean=means[row])
+        expected, expected_lse = attend(inputs, path, key_transform=KeyTransform(means[row]))
         tokens = slice(2 * row, 2 * row + 2)
         assert torch.equal(out[tokens], expected[tokens])
         assert torch.equal(lse[tokens], expected_lse[tokens])
@@ -350,9 +374,10 @@ def test_an_argument_with_gaps_is_read_right_or_refused(device, path, name):
     )
     inputs = build(case, device)
     expected, _ = attend(inputs, path)
-    arguments = {"seq_lens": inputs.seq_lens, **inputs.options}
+    arguments = {"seq_lens": inputs.seq_lens, "key_mean": inputs.options["key_transform"].mean, **inputs.options}
     gaps = torch.stack([arguments[name], torch.zeros_like(arguments[name])], dim=1).flatten(0, 1)
     arguments[name] = gaps[::2]
+    arguments["key_transform"] = KeyTransform(arguments.pop("key_mean"))
     try:
         out, _ = attend(replace(inputs, seq_lens=arguments.pop("seq_lens")), path, **arguments)
     except ValueError as error:
@@ -390,14 +415,16 @@ def test_a_graph_serves_other_lengths(device, path):
         static.seq_lens.copy_(source.seq_lens)
         static.pages[: len(source.pages)] = source.pages
         static.block_table.fill_(2**30)[:, : source.block_table.shape[1]] = source.block_table
-        for name in ("sinks", "key_mean", "seq_starts", "query_start_loc"):
+        for name in ("sinks", "seq_starts", "query_start_loc"):
             static.options[name].copy_(source.options[name])
+        static.options["key_transform"].mean.copy_(source.options["key_transform"].mean)
 
     expected = [attend(x, path) for x in (inputs, shorter)]
     arguments = (static.query, static.pages, static.block_table, static.seq_lens, longest.layout)
     kept = [replace(x, query=x.query.clone(), options={**x.options}) for x in (inputs, shorter)]
     kept[0] = replace(kept[0], seq_lens=inputs.seq_lens.clone())
     kept[0].options.update({n: x.clone() for n, x in inputs.options.items() if isinstance(x, torch.Tensor)})
+    kept[0].options["key_transform"] = inputs.options["key_transform"].map(torch.clone)
     load(kept[0])
     decode_attention(*arguments, path=path, **static.options)
     torch.cuda.synchronize()
@@ -469,9 +496,15 @@ def bad(message, **changes):
         bad(r"seq_starts is torch.int64", seq_starts=torch.zeros(2).long()),
         bad(r"sinks is torch.bfloat16", sinks=torch.zeros(4).bfloat16()),
         bad(r"sinks is .* \[2\]; it must be torch.float32 \[4\]", sinks=torch.zeros(2)),
-        bad(r"key_mean is .* \[4, 64\]; it must be torch.float32 \[2, 64\]", key_mean=torch.zeros(4, 64)),
-        bad(r"key_mean is .* \[3, 2, 64\]; it must be torch.float32 \[2, 2, 64\]", key_mean=torch.zeros(3, 2, 64)),
-        bad(r"key_mean has strides \[1, 2\]", key_mean=torch.zeros(64, 2).T),
+        bad(
+            r"key_mean is .* \[4, 64\]; it must be torch.float32 \[2, 64\]",
+            key_transform=KeyTransform(torch.zeros(4, 64)),
+        ),
+        bad(
+            r"key_mean is .* \[3, 2, 64\]; it must be torch.float32 \[2, 2, 64\]",
+            key_transform=KeyTransform(torch.zeros(3, 2, 64)),
+        ),
+        bad(r"key_mean has strides \[1, 2\]", key_transform=KeyTransform(torch.zeros(64, 2).T)),
         bad(r"pages hold 1 rows and seq_lens 2; without", pages=lambda x: x[:1], block_table=lambda x: None),
         bad(r"query has 3 tokens for 2 rows", query=lambda x: torch.cat([x, x[:1]])),
         bad(r"query has 2 tokens for 0 rows", seq_lens=lambda x: x[:0], block_table=lambda x: x[:0]),

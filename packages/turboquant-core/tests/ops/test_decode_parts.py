@@ -406,7 +406,8 @@ def forced(inputs, path, **changes):
     out = torch.full_like(inputs.query, torch.nan)
     lse = torch.full(inputs.query.shape[:2], torch.nan, device=out.device)
     arguments = (inputs.query, layout.views(inputs.pages), inputs.block_table, inputs.seq_lens, layout.config, path)
-    run_decode_attention(*arguments, out=out, lse=lse, launch=launch, **options)
+    key_mean = options.pop("key_transform").mean
+    run_decode_attention(*arguments, out=out, lse=lse, launch=launch, key_mean=key_mean, **options)
     return out, lse
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops._dispatch import MAX_KNOWN_CALLS, KnownCalls, described
 
@@ -61,7 +62,7 @@ def test_what_is_kept_is_bounded():
         ({"slot_mapping": torch.arange(3, dtype=torch.int32)}, "slot_mapping is"),
         ({"slot_mapping": torch.arange(4)}, "slot_mapping is"),
         ({"pages": torch.zeros(4 * LAYOUT.page_bytes + 1, dtype=torch.uint8)[1:].view(4, 2, -1)}, "start at byte 1"),
-        ({"key_mean": torch.ones(2, 63)}, "key_mean is"),
+        ({"key_transform": KeyTransform(torch.ones(2, 63))}, "key_mean is"),
         ({"key": torch.ones(3, 2, 64, device="meta"), "value": torch.ones(3, 2, 64, device="meta")}, "devices"),
     ],
 )

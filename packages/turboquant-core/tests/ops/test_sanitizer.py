@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(
 KERNELS = """
 import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
 from turboquant_core.ops.paths import KernelPath, obstacle
 from turboquant_core.ops.update_paths import warpgroup_obstacle
@@ -39,7 +40,7 @@ for head_dim, key_bits, value_bits, dtype in [
         if path == "triton" or warpgroup_obstacle(layout, key, value, pages) is None:
             for key_mean in (None, mean):
                 for given in (wrong_slots, slots):
-                    cache_update(key, value, pages, given, layout, key_mean=key_mean, path=path)
+                    cache_update(key, value, pages, given, layout, key_transform=KeyTransform(key_mean), path=path)
             seen.add(path)
     table = torch.arange(6, dtype=torch.int32, device=device).view(2, 3)
     lens = torch.tensor([48, 17], dtype=torch.int32, device=device)
@@ -52,7 +53,8 @@ for head_dim, key_bits, value_bits, dtype in [
     sinks = torch.zeros(8, device=device)
     for path in get_args(KernelPath):
         if obstacle(path, layout, device, pages) is None:
-            for query_len, options in ((1, {}), (3, {"window": 20, "softcap": 9.0, "sinks": sinks, "key_mean": mean})):
+            everything = {"window": 20, "softcap": 9.0, "sinks": sinks, "key_transform": KeyTransform(mean)}
+            for query_len, options in ((1, {}), (3, everything)):
                 query = torch.randn(2 * query_len, 8, head_dim, device=device, dtype=dtype)
                 for given in ((table, lens), wrong, (table, int32(-2**31, -1))):
                     decode_attention(query, pages, *given, layout, path=path, return_lse=True, **options)

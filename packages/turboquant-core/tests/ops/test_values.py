@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import _values, cache_gather, cache_update, decode_attention
 
 LAYOUT = KVCacheLayout(TurboQuantConfig(64), num_kv_heads=2, block_size=16)
@@ -48,7 +49,7 @@ def attend(**changes):
         "max_query_len": 3,
         "seq_starts": int32([0, 40]),
         "sinks": torch.tensor([0.0, -math.inf, 1.0, 2.0]),
-        "key_mean": torch.zeros(2, 64),
+        "key_transform": KeyTransform(torch.zeros(2, 64)),
     }
     return decode_attention(**(arguments | changes), layout=LAYOUT)
 
@@ -60,7 +61,7 @@ def gather(**changes):
 
 def test_what_fits_is_computed():
     cache = pages()
-    update(cache, [63, -1, -(2**63), 0], key_mean=torch.zeros(2, 64))
+    update(cache, [63, -1, -(2**63), 0], key_transform=KeyTransform(torch.zeros(2, 64)))
     assert (cache != POISON).any()
     assert attend().isfinite().all()
     gather(starts=int32([3, 40]), cu_seqlens=int32([0, 17, 17]))
@@ -71,7 +72,11 @@ def test_what_fits_is_computed():
     [
         ([0, -1, 64], {}, r"slot_mapping\[2\] is 64; 4 blocks of 16 tokens have slots up to 63. Give a negative slot"),
         ([2**62, 1], {}, rf"slot_mapping\[0\] is {2**62}; "),
-        ([0], {"key_mean": torch.full((2, 64), math.nan)}, r"key_mean\[0, 0\] is nan; it must be finite. Take it from"),
+        (
+            [0],
+            {"key_transform": KeyTransform(torch.full((2, 64), math.nan))},
+            r"key_mean\[0, 0\] is nan; it must be finite. Take it from",
+        ),
     ],
 )
 def test_what_cannot_be_stored_is_named_before_anything_is(slots, options, message):
@@ -101,7 +106,7 @@ def test_what_cannot_be_stored_is_named_before_anything_is(slots, options, messa
         ({"query_start_loc": int32([0, 0, 4])}, r"query_start_loc\[2\] is 4; it is not 0 to max_query_len = 3 after"),
         ({"sinks": torch.tensor([0.0, math.nan, 0, 0])}, r"sinks\[1\] is nan; .* Give minus infinity for no sink"),
         ({"sinks": torch.tensor([math.inf, 0.0, 0, 0])}, r"sinks\[0\] is inf; "),
-        ({"key_mean": torch.full((2, 64), math.inf)}, r"key_mean\[0, 0\] is inf; it must be finite"),
+        ({"key_transform": KeyTransform(torch.full((2, 64), math.inf))}, r"key_mean\[0, 0\] is inf; it must be finite"),
     ],
 )
 def test_what_attention_cannot_read_is_named(changes, message):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_gather, cache_update, decode_attention, warm_up
 from turboquant_core.ops.kernels import cache_update as update_kernel
 from turboquant_core.ops.update_paths import WARPGROUP_MIN_TOKENS
@@ -20,8 +21,14 @@ def test_rows_that_decode_attention_does_not_take_are_refused():
         warm_up(LAYOUT, **options("cpu"), max_query_len=9)
 
 
+def centring(device):
+    return KeyTransform(torch.zeros(2, 128, device=device))
+
+
 def test_without_kernels_there_is_nothing_to_compile_and_nothing_fails():
-    warm_up(LAYOUT, **options("cpu"), max_query_len=2, window=5, softcap=3.0, has_sinks=True, centred=True)
+    warm_up(
+        LAYOUT, **options("cpu"), max_query_len=2, window=5, softcap=3.0, has_sinks=True, key_transform=centring("cpu")
+    )
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -33,13 +40,13 @@ def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, 
 
     launched = []
 
-    def update(key, value, pages, slot_mapping, layout, *, key_mean):
+    def update(key, value, pages, slot_mapping, layout, *, key_transform):
         assert layout is LAYOUT
-        assert (key_mean is not None) is centred
+        assert (key_transform.mean is not None) is centred
         launched.append(kernel_of(len(key)))
 
     monkeypatch.setattr(sys.modules["turboquant_core.ops.warm_up"], "cache_update", update)
-    warm_up(LAYOUT, **options("cpu"), centred=centred)
+    warm_up(LAYOUT, **options("cpu"), key_transform=centring("cpu") if centred else IDENTITY)
     assert len(launched) == len(set(launched)), "two of them compile the same"
     assert set(launched) == {kernel_of(num_tokens) for num_tokens in range(1, 300)}
 
@@ -49,15 +56,15 @@ def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, 
 def test_no_batch_compiles_anything_afterwards(monkeypatch, centred):
     from triton import knobs
 
-    warm_up(LAYOUT, **options("cuda"), max_query_len=4, centred=centred)
+    transform = centring("cuda") if centred else IDENTITY
+    warm_up(LAYOUT, **options("cuda"), max_query_len=4, key_transform=transform)
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"]))
     pages = torch.zeros(3, 2, LAYOUT.head_bytes, dtype=torch.uint8, device="cuda")
-    key_mean = torch.zeros(2, 128, device="cuda") if centred else None
     for num_tokens in (1, 2, 15, 16, 17, 18, 48, 64, 65, 100, 1000):
         vectors = torch.zeros(num_tokens, 2, 128, dtype=torch.bfloat16, device="cuda")
         slots = torch.arange(num_tokens, device="cuda")
-        cache_update(vectors, vectors, pages, slots, LAYOUT, key_mean=key_mean)
+        cache_update(vectors, vectors, pages, slots, LAYOUT, key_transform=transform)
     for query_len in range(1, 5):
         for batch in (*range(1, 40), 63, 64, 65, 99, 100):
             decode_attention(
@@ -70,7 +77,7 @@ def test_no_batch_compiles_anything_afterwards(monkeypatch, centred):
                 if query_len == 1
                 else torch.arange(batch + 1, dtype=torch.int32, device="cuda") * query_len,
                 max_query_len=query_len,
-                key_mean=key_mean,
+                key_transform=transform,
             )
     assert not compiled
     # Of bits that no other test has had compiled.

@@ -7,6 +7,7 @@ import torch
 
 from turboquant_core import MSEQuantizer, OutlierQuantizer, QuantizedTensor, TurboQuantConfig
 from turboquant_core.centring import mean_key
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.scale import ScaleRule, is_storable
 from turboquant_core.vector_format import OUTLIER_BITS
 
@@ -17,17 +18,17 @@ Quantizer = MSEQuantizer | OutlierQuantizer
 class LayerCodec:
     """What turns keys and values of a layer into codes.
 
-    What depends on data, the mean and the outlier channels, is one for every row and head.
+    What depends on data, the transform of keys and the outlier channels, is one for every row and head.
 
     Attributes:
         config: What is stored for one head.
-        key_mean: float32 [heads, head_dim], subtracted from keys; None where keys are not centred.
+        key_transform: What keys go through first, of tensors [heads, ...].
         key_order: int64 [heads, head_dim], the channels of keys, outliers first; None for whole bits.
         value_order: The same for values.
     """
 
     config: TurboQuantConfig
-    key_mean: torch.Tensor | None = None
+    key_transform: KeyTransform = IDENTITY
     key_order: torch.Tensor | None = None
     value_order: torch.Tensor | None = None
 
@@ -44,11 +45,11 @@ class LayerCodec:
             counts: bool [num_tokens, heads], which of them to take it from, some of each head; None for all. Vectors
                 that do not come back finite never count.
         """
-        mean = mean_key(keys, counts) if config.center_keys else None
+        transform = KeyTransform(mean_key(keys, counts)) if config.center_keys else IDENTITY
         return cls(
             config,
-            mean,
-            _channel_order(keys, config.key_bits, counts, mean),
+            transform,
+            _channel_order(keys, config.key_bits, counts, transform),
             _channel_order(values, config.value_bits, counts),
         )
 
@@ -59,12 +60,12 @@ class LayerCodec:
 
     def quantize(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Keys and values [num_tokens, heads, head_dim] as codes."""
-        return self._keys().quantize(_centred(keys, self.key_mean)), self._values().quantize(values)
+        return self._keys().quantize(self.key_transform.of_keys(keys)), self._values().quantize(values)
 
     def dequantize_keys(self, stored: QuantizedTensor) -> torch.Tensor:
         """Keys float32 [heads, num_tokens, head_dim]."""
         keys = _heads_first(self._keys()).dequantize(stored)
-        return keys if self.key_mean is None else keys.add_(self.key_mean[:, None])
+        return self.key_transform.restored(keys.transpose(0, 1)).transpose(0, 1)
 
     def dequantize_values(self, stored: QuantizedTensor) -> torch.Tensor:
         """Values float32 [heads, num_tokens, head_dim]."""
@@ -76,11 +77,14 @@ class LayerCodec:
         def mapped(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return None if tensor is None else function(tensor)
 
-        return LayerCodec(self.config, mapped(self.key_mean), mapped(self.key_order), mapped(self.value_order))
+        return LayerCodec(
+            self.config, self.key_transform.map(function), mapped(self.key_order), mapped(self.value_order)
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor kept."""
-        return [tensor for tensor in (self.key_mean, self.key_order, self.value_order) if tensor is not None]
+        tensors = (*self.key_transform.parts, self.key_order, self.value_order)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def _keys(self) -> Quantizer:
         return _quantizer(self.config.head_dim, self.config.key_bits, self.config.key_scale, self.key_order)
@@ -94,17 +98,13 @@ def _heads_first(quantizer: Quantizer) -> Quantizer:
     return quantizer.map(lambda order: order[:, None]) if isinstance(quantizer, OutlierQuantizer) else quantizer
 
 
-def _centred(keys: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
-    return keys if mean is None else keys.float() - mean
-
-
 def _channel_order(
-    states: torch.Tensor, bits: float, counts: torch.Tensor | None, mean: torch.Tensor | None = None
+    states: torch.Tensor, bits: float, counts: torch.Tensor | None, transform: KeyTransform = IDENTITY
 ) -> torch.Tensor | None:
     if bits not in OUTLIER_BITS:
         return None
     counted = is_storable(states) if counts is None else counts & is_storable(states)
-    states = torch.where(counted[..., None], _centred(states, mean), 0.0)
+    states = torch.where(counted[..., None], transform.of_keys(states), 0.0)
     return OutlierQuantizer.calibrate(states, bits, dim=0).channel_order[0]
 
 

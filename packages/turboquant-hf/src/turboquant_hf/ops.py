@@ -4,20 +4,23 @@ Called plainly they are the functions themselves: going through torch's dispatch
 whole call.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.scale import ScaleRule
 from turboquant_hf import paged
 from turboquant_hf.codec import LayerCodec
 
 _CODEC = (
-    "Tensor? key_mean, Tensor? key_order, Tensor? value_order, int head_dim, float key_bits, float value_bits, "
+    "Tensor?[] key_transform, Tensor? key_order, Tensor? value_order, int head_dim, float key_bits, float value_bits, "
     "str key_scale, str value_scale"
 )
-Codec = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int, float, float, ScaleRule, ScaleRule]
+Codec = tuple[
+    Sequence[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None, int, float, float, ScaleRule, ScaleRule
+]
 
 
 def write(
@@ -93,7 +96,7 @@ def refuse_gradient(gradient: torch.Tensor) -> torch.Tensor:
 def _pack(codec: LayerCodec) -> Codec:
     config = codec.config
     return (
-        codec.key_mean,
+        codec.key_transform.parts,
         codec.key_order,
         codec.value_order,
         config.head_dim,
@@ -105,9 +108,9 @@ def _pack(codec: LayerCodec) -> Codec:
 
 
 def _unpack(codec: Codec) -> LayerCodec:
-    key_mean, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale = codec
+    key_parts, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale = codec
     config = TurboQuantConfig(head_dim, key_bits, value_bits, key_scale, value_scale)
-    return LayerCodec(config, key_mean, key_order, value_order)
+    return LayerCodec(config, KeyTransform(*key_parts), key_order, value_order)
 
 
 def _write(pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *codec: *Codec) -> None:

@@ -45,7 +45,7 @@ def write(
     """
     layout = page_layout(codec.config, pages.shape[1])
     if codec.has_whole_bits:
-        cache_update(keys, values, pages, slots, layout, key_mean=codec.key_mean)
+        cache_update(keys, values, pages, slots, layout, key_transform=codec.key_transform)
         return
     stored_keys, stored_values = codec.quantize(keys, values)
     views = layout.views(pages)
@@ -124,9 +124,9 @@ def attend(
     """
     batch_size, num_heads, query_len, head_dim = query.shape
     layout = page_layout(codec.config, pages.shape[1] // batch_size)
-    shape = (batch_size, layout.num_kv_heads, head_dim)
     # Softmax does not see the mean.
     sees_mean = return_lse or softcap or sinks is not None
+    transform = codec.key_transform if sees_mean else codec.key_transform.without_mean()
     result = decode_attention(
         query.transpose(1, 2).reshape(-1, num_heads, head_dim),
         pages.view(-1, layout.num_kv_heads, layout.head_bytes),
@@ -138,7 +138,7 @@ def attend(
         window=window,
         softcap=softcap,
         sinks=sinks,
-        key_mean=codec.key_mean.view(shape) if codec.key_mean is not None and sees_mean else None,
+        key_transform=transform.map(lambda part: part.view(batch_size, -1, *part.shape[1:])),
         return_lse=return_lse,
     )
     output, lse = result if isinstance(result, tuple) else (result, query.new_empty(0, dtype=torch.float32))

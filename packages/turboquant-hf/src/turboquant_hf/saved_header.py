@@ -12,6 +12,7 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.files import parse_json
+from turboquant_core.key_transform import tensor_shapes
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.scale import SCALE_DTYPE, ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS
@@ -94,8 +95,10 @@ class SavedLayer:
             tensors |= dict.fromkeys(KEPT_TENSORS, (DTYPES[self.dtype], kept))
         if self.has_codes(is_padded):
             vectors = (num_heads, config.head_dim)
-            if config.center_keys:
-                tensors["key_mean"] = (torch.float32, vectors)
+            for name, shape in tensor_shapes(num_heads, config.head_dim).items():
+                # The checksums say what else keys went through.
+                if name in self.checksums or (name == "key_mean" and config.center_keys):
+                    tensors[name] = (torch.float32, shape)
             for name, bits in (("key_order", config.key_bits), ("value_order", config.value_bits)):
                 if bits in OUTLIER_BITS:
                     tensors[name] = (torch.int64, vectors)

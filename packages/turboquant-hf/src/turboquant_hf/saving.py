@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from turboquant_core import OutlierQuantizer
 from turboquant_core.files import open_safetensors, reading, replacing
+from turboquant_core.key_transform import KeyTransform
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.codec import LayerCodec
 from turboquant_hf.kept import KeptTokens
@@ -34,7 +35,7 @@ from turboquant_hf.saved_header import (
 )
 from turboquant_hf.states import PagedStates
 
-CODEC_TENSORS = ("key_mean", "key_order", "value_order")
+ORDERS = ("key_order", "value_order")
 # As safetensors calls them.
 STORED_DTYPES = {
     torch.uint8: "U8",
@@ -138,7 +139,7 @@ def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
         for field, name in slot_tensors(states.config).items()
     }
     if states.codec is not None:
-        named |= {name: getattr(states.codec, name) for name in CODEC_TENSORS}
+        named |= states.codec.key_transform.tensors() | {name: getattr(states.codec, name) for name in ORDERS}
     if states.kept is not None:
         named |= dict(zip(KEPT_TENSORS, states.kept.in_order(states.num_tokens), strict=True))
     return {name: tensor.contiguous().cpu() for name, tensor in named.items() if tensor is not None}
@@ -214,7 +215,7 @@ def _restore(
         kept.row_starts = row_starts
     codec = None
     if layer.has_codes(row_starts is not None):
-        codec = LayerCodec(config, *(tensors.get(name) for name in CODEC_TENSORS))
+        codec = LayerCodec(config, KeyTransform.from_tensors(tensors), *(tensors.get(name) for name in ORDERS))
         for bits, order in ((config.key_bits, codec.key_order), (config.value_bits, codec.value_order)):
             if order is not None:
                 # Refuses an order that does not name every channel once.

@@ -4,17 +4,16 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from turboquant_core.calibration import KeyMeans, read_key_means
+from turboquant_core.calibration import Calibration, read_calibration
 from turboquant_vllm.identity import model_identity
 
 
-def read_for_model(path: str, model_config: Any) -> KeyMeans:
+def read_for_model(path: str, model_config: Any) -> Calibration:
     """The means in a file.
 
     Raises:
@@ -24,7 +23,7 @@ def read_for_model(path: str, model_config: Any) -> KeyMeans:
     return _read(path, model_identity(model_config))
 
 
-_read = cache(read_key_means)
+_read = cache(read_calibration)
 
 
 def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> None:
@@ -35,7 +34,7 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
         ValueError: If it does not belong to the model.
     """
     model_config = vllm_config.model_config
-    key_means = read_for_model(path, model_config)
+    calibration = read_for_model(path, model_config)
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(layer_names)).items():
         impl = layer.impl
@@ -46,11 +45,11 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
         total = impl.num_kv_heads * world_size
         if impl.num_kv_heads == 1:
             total = min(world_size, model_config.get_total_num_kv_heads())
-        mean = key_means.of_layer(extract_layer_index(name), total, impl.head_size)
-        impl.key_mean.settle(heads_of_rank(mean, impl.num_kv_heads, rank, world_size))
+        transform = calibration.of_layer(extract_layer_index(name), total, impl.head_size)
+        impl.key_mean.settle(transform.shard(heads_of_rank(total, impl.num_kv_heads, rank, world_size)))
 
 
-def heads_of_rank(mean: torch.Tensor, num_kv_heads: int, rank: int, world_size: int) -> torch.Tensor:
-    """The num_kv_heads of [total_num_kv_heads, head_dim] that vLLM puts on a tensor-parallel rank."""
-    first = rank * len(mean) // world_size
-    return mean[first : first + num_kv_heads]
+def heads_of_rank(total: int, num_kv_heads: int, rank: int, world_size: int) -> slice:
+    """Which num_kv_heads of the total vLLM puts on a tensor-parallel rank."""
+    first = rank * total // world_size
+    return slice(first, first + num_kv_heads)

@@ -3,6 +3,7 @@
 import torch
 
 from turboquant_core import KVCacheLayout
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import decode_attention
 from turboquant_vllm.prefill_rows import TokenGroups
 
@@ -15,7 +16,7 @@ def attend_in_groups(
     *,
     scale: float,
     softcap: float | None,
-    key_mean: torch.Tensor | None,
+    key_transform: KeyTransform,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the groups' tokens on all of their context; nothing for tokens in no group.
 
@@ -28,7 +29,7 @@ def attend_in_groups(
         layout: Of the pages.
         scale: What logits are multiplied with.
         softcap: As in `decode_attention`.
-        key_mean: As in `decode_attention`.
+        key_transform: As in `decode_attention`.
 
     Returns:
         The output like `query`, and the natural log-sum-exp, float32 [num_heads, num_tokens].
@@ -47,7 +48,7 @@ def attend_in_groups(
         layout,
         scale=scale,
         softcap=softcap,
-        key_mean=key_mean,
+        key_transform=key_transform,
         return_lse=True,
     )
     token = (groups.group, slice(None), groups.place)

@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboquant_core import KVCacheLayout
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_vllm._compat import current_config, own_backend, use_config
 from turboquant_vllm.backend import process_settings
@@ -103,7 +104,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if self.key_mean is not None:
             self.key_mean.check_settled()
         pages, layout = self._pages(kv_cache)
-        cache_update(key, value, pages, slot_mapping, layout, key_mean=self._mean)
+        cache_update(key, value, pages, slot_mapping, layout, key_transform=self._transform)
 
     def forward(
         self,
@@ -141,14 +142,14 @@ class TurboQuantImpl(AttentionImpl[Any]):
                 window=self.sliding_window,
                 softcap=self.softcap,
                 sinks=self._float_sinks,
-                key_mean=self._mean,
+                key_transform=self._transform,
                 out=output[:first],
             )
         if rows := attn_metadata.prefill:
             tokens = slice(first, first + rows.num_tokens)
             prefill = Prefill(self.varlen, layout, self.sinks)
             own = None if key is None or value is None else (key[tokens], value[tokens])
-            prefill(query[tokens], own, pages, rows, self._mean, output[tokens])
+            prefill(query[tokens], own, pages, rows, self._transform, output[tokens])
         return output
 
     def _share(self) -> None:
@@ -177,8 +178,8 @@ class TurboQuantImpl(AttentionImpl[Any]):
         self.key_mean, layer.left_by = None, self
 
     @property
-    def _mean(self) -> torch.Tensor | None:
-        return None if self.key_mean is None else self.key_mean.mean
+    def _transform(self) -> KeyTransform:
+        return IDENTITY if self.key_mean is None else self.key_mean.transform
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, KVCacheLayout]:
         """Pages of vLLM's uint8 [num_blocks, num_kv_heads, block_size, slot_bytes], whose planes lie otherwise."""

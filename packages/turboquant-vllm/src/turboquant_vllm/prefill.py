@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from turboquant_core import KVCacheLayout, Rotation
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_gather
 from turboquant_vllm.grouped import attend_in_groups
 from turboquant_vllm.prefill_rows import ContextPart, PrefillRows
@@ -34,7 +35,7 @@ class Prefill:
         own: tuple[torch.Tensor, torch.Tensor] | None,
         pages: torch.Tensor,
         rows: PrefillRows,
-        key_mean: torch.Tensor | None,
+        key_transform: KeyTransform,
         out: torch.Tensor,
     ) -> None:
         """Attend with all rows; their keys and values are stored already.
@@ -44,23 +45,24 @@ class Prefill:
             own: Keys and values [num_tokens, num_kv_heads, head_dim], as given; None to read what is stored of them.
             pages: uint8 [num_blocks, num_kv_heads, head_bytes].
             rows: Of the query.
-            key_mean: float32 [num_kv_heads, head_dim], subtracted from stored keys; None if none was.
+            key_transform: What stored keys went through.
             out: Like `query`, written.
         """
         # A softcap bends, and sinks compete with, the logits of whole keys. Else the mean's own score moves all logits
         # of a token alike: without it everywhere, nothing changes.
-        added_mean = key_mean if self.attention.softcap or self.sinks is not None else None
+        sees_mean = bool(self.attention.softcap) or self.sinks is not None
+        undone = key_transform if sees_mean else key_transform.without_mean()
         if self.attention.window is not None and rows.max_context_len:
-            self._windowed(query, pages, rows, added_mean, out)
+            self._windowed(query, pages, rows, undone, out)
             return
-        key, value = own or self._own_as_stored(query, pages, rows, added_mean)
+        key, value = own or self._own_as_stored(query, pages, rows, undone)
         if not rows.max_context_len:
             self._own(query, key, value, rows, out)
             return
-        if own is not None and key_mean is not None and added_mean is None:
-            key = torch.sub(key, key_mean, out=torch.empty_like(key))
+        if own is not None and key_transform.mean is not None and not sees_mean:
+            key = torch.sub(key, key_transform.mean, out=torch.empty_like(key))
         on_own = self._own(query, key, value, rows)
-        context = self._dequantised_context(query, pages, rows, added_mean)
+        context = self._dequantised_context(query, pages, rows, undone)
         if rows.groups is not None:
             on_codes = attend_in_groups(
                 query,
@@ -69,7 +71,7 @@ class Prefill:
                 self.layout,
                 scale=self.attention.scale,
                 softcap=self.attention.softcap,
-                key_mean=added_mean,
+                key_transform=undone,
             )
             context = on_codes if context is None else merge(context, on_codes)
         assert context is not None
@@ -98,7 +100,7 @@ class Prefill:
         )
 
     def _own_as_stored(
-        self, query: torch.Tensor, pages: torch.Tensor, rows: PrefillRows, added_mean: torch.Tensor | None
+        self, query: torch.Tensor, pages: torch.Tensor, rows: PrefillRows, undone: KeyTransform
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the rows' tokens, from their codes."""
         key, value, _ = cache_gather(
@@ -108,7 +110,7 @@ class Prefill:
             self.layout,
             starts=rows.context_lens,
             cu_seqlens=rows.query_start_loc,
-            key_mean=added_mean,
+            key_transform=undone,
             dtype=query.dtype,
             max_tokens=rows.num_tokens,
         )
@@ -119,7 +121,7 @@ class Prefill:
         query: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
-        added_mean: torch.Tensor | None,
+        undone: KeyTransform,
     ) -> Attended | None:
         """Attention on the contexts of rows that are in no group, or None if there are none."""
         if not rows.context_parts:
@@ -127,7 +129,7 @@ class Prefill:
         rotated = self._rotated(query)
         context: Attended | None = None
         for part in rows.context_parts:
-            attended = self._stored(rotated, pages, rows, part, added_mean, causal=False)
+            attended = self._stored(rotated, pages, rows, part, undone, causal=False)
             context = attended if context is None else merge(context, attended)
             # It would be held until the next part's is there.
             del attended
@@ -140,7 +142,7 @@ class Prefill:
         query: torch.Tensor,
         pages: torch.Tensor,
         rows: PrefillRows,
-        added_mean: torch.Tensor | None,
+        undone: KeyTransform,
         out: torch.Tensor,
     ) -> None:
         """Attention on what the windows reach, the rows' own tokens as stored too: calls aligned at their ends."""
@@ -148,7 +150,7 @@ class Prefill:
         rotated = self._rotated(query)
         for part in rows.window_parts(self.attention.window):
             attended, _ = self._stored(
-                rotated[part.tokens], pages, part.rows, part.reached, added_mean, causal=True, sinks=self.sinks
+                rotated[part.tokens], pages, part.rows, part.reached, undone, causal=True, sinks=self.sinks
             )
             out[part.tokens] = self._unrotated(attended)
 
@@ -158,7 +160,7 @@ class Prefill:
         pages: torch.Tensor,
         rows: PrefillRows,
         part: ContextPart,
-        added_mean: torch.Tensor | None,
+        undone: KeyTransform,
         *,
         causal: bool,
         sinks: torch.Tensor | None = None,
@@ -171,7 +173,7 @@ class Prefill:
             self.layout,
             starts=part.starts,
             cu_seqlens=part.start_loc,
-            key_mean=added_mean,
+            key_transform=undone,
             dtype=rotated.dtype,
             max_tokens=part.num_tokens,
         )

@@ -15,6 +15,7 @@ from vllm.model_executor.models.interfaces import requires_raw_input_tokens
 from vllm.sequence import IntermediateTensors
 from vllm.tokenizers import cached_tokenizer_from_config
 
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_vllm._compat import model_with, position_rows
 from turboquant_vllm.engine_checks import MEANS_INSTEAD
 
@@ -45,7 +46,7 @@ def give_text_means(layer_names: Iterable[str], vllm_config: Any, device: torch.
     # A draft sees hidden states of the model beside the text.
     for layer in waiting:
         if not layer.impl.key_mean.is_settled:
-            layer.impl.key_mean.settle(None)
+            layer.impl.key_mean.settle()
             whose = "a draft." if reason is None else f"this model: {reason}. {MEANS_INSTEAD}"
             logger.warning_once("TurboQuant does not centre the keys of %s", whose)
 
@@ -190,5 +191,5 @@ class RawAttention:
         assert isinstance(self._total, torch.Tensor)
         mean = self._total / self._num_tokens
         is_finite = bool(mean.isfinite().all())
-        self._impl.key_mean.settle(mean if is_finite else None)
+        self._impl.key_mean.settle(KeyTransform(mean) if is_finite else IDENTITY)
         return is_finite

@@ -8,6 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core import KVCacheLayout
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import warm_up as warm_up_ops
 from turboquant_vllm.prefill import Prefill
 from turboquant_vllm.prefill_rows import GROUP_COUNTS, PrefillRows
@@ -46,7 +47,7 @@ def warm_up(
             window=impl.sliding_window,
             softcap=impl.softcap,
             has_sinks=impl.sinks is not None,
-            centred=impl.key_mean is not None,
+            key_transform=_transform(impl),
         )
         # Rows are padded to powers of two.
         for exponent in range(max_batch.bit_length() + 1):
@@ -78,5 +79,9 @@ def _prefill(
         most_grouped_tokens=most_grouped_tokens,
     )
     pages = torch.zeros(1, layout.num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
-    mean = None if impl.key_mean is None else impl.key_mean.mean
-    Prefill(impl.varlen, layout, impl.sinks)(query, (key, key), pages, rows, mean, torch.empty_like(query))
+    prefill = Prefill(impl.varlen, layout, impl.sinks)
+    prefill(query, (key, key), pages, rows, _transform(impl), torch.empty_like(query))
+
+
+def _transform(impl: "TurboQuantImpl") -> KeyTransform:
+    return IDENTITY if impl.key_mean is None else impl.key_mean.transform

@@ -9,6 +9,7 @@ from typing import Generic, Literal, TypeVar, get_args
 import torch
 
 from turboquant_core.config import WHOLE_BITS
+from turboquant_core.key_transform import tensor_shapes
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.scale import SCALE_DTYPE
 
@@ -89,6 +90,16 @@ def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, shape: tuple[in
     if x.dtype != dtype or not fits:
         expected = ", ".join("any" if size == -1 else str(size) for size in shape)
         raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be {dtype} [{expected}]")
+
+
+def check_key_transform(tensors: Mapping[str, torch.Tensor], layout: KVCacheLayout, rows: int | None = None) -> None:
+    """Raise ValueError unless the tensors of a transform are for keys of this layout; with `rows`, or one for each."""
+    shapes = tensor_shapes(layout.num_kv_heads, layout.config.head_dim)
+    for name, tensor in tensors.items():
+        shape = shapes[name]
+        if rows is not None and tensor.ndim > len(shape):
+            shape = (rows, *shape)
+        check_tensor(name, tensor, torch.float32, shape)
 
 
 def check_vector_dtype(name: str, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import row_capacity
 
@@ -28,7 +29,7 @@ def _asked_for() -> bool:
 
 
 def check_stored_values(
-    slot_mapping: torch.Tensor, key_mean: torch.Tensor | None, layout: KVCacheLayout, num_blocks: int
+    slot_mapping: torch.Tensor, key_transform: KeyTransform, layout: KVCacheLayout, num_blocks: int
 ) -> None:
     """Raise ValueError for what `cache_update` cannot store as it is told to."""
     num_slots = num_blocks * layout.block_size
@@ -39,7 +40,7 @@ def check_stored_values(
         f"{num_blocks} blocks of {layout.block_size} tokens have slots up to {num_slots - 1}",
         "Give a negative slot to a token that is not to be stored",
     )
-    _check_finite("key_mean", key_mean)
+    _check_finite(key_transform)
 
 
 def check_gathered_values(
@@ -66,7 +67,12 @@ def check_gathered_values(
 
 
 def check_attended_values(
-    arrays: Mapping[str, torch.Tensor | None], num_tokens: int, query_len: int, layout: KVCacheLayout, num_blocks: int
+    arrays: Mapping[str, torch.Tensor | None],
+    key_transform: KeyTransform,
+    num_tokens: int,
+    query_len: int,
+    layout: KVCacheLayout,
+    num_blocks: int,
 ) -> None:
     """Raise ValueError for what `decode_attention` cannot read as it is told to."""
     seq_lens, start_loc, sinks = arrays["seq_lens"], arrays["query_start_loc"], arrays["sinks"]
@@ -93,7 +99,7 @@ def check_attended_values(
     if sinks is not None:
         wrong = sinks.isnan() | (sinks == torch.inf)
         _refuse("sinks", sinks, wrong, "the output of its head would be NaN", "Give minus infinity for no sink")
-    _check_finite("key_mean", arrays["key_mean"])
+    _check_finite(key_transform)
 
 
 def _check_stored_rows(
@@ -120,8 +126,8 @@ def _check_starts(name: str, starts: torch.Tensor | None) -> None:
         _refuse(name, starts, starts < 0, "positions begin at 0", "Give 0 for a row that is seen from its first token")
 
 
-def _check_finite(name: str, x: torch.Tensor | None) -> None:
-    if x is not None:
+def _check_finite(key_transform: KeyTransform) -> None:
+    for name, x in key_transform.tensors().items():
         remedy = "Take it from finite keys, as turboquant_core.centring.mean_key does"
         _refuse(name, x, ~x.isfinite(), "it must be finite", remedy)
 

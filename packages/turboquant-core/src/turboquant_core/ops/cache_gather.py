@@ -3,10 +3,12 @@
 import torch
 
 from turboquant_core._checks import check_int
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
 from turboquant_core.ops._dispatch import (
     Path,
+    check_key_transform,
     check_one_device,
     check_pages,
     check_tensor,
@@ -27,7 +29,7 @@ def cache_gather(
     *,
     starts: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
-    key_mean: torch.Tensor | None = None,
+    key_transform: KeyTransform = IDENTITY,
     dtype: torch.dtype = torch.bfloat16,
     max_tokens: int,
     path: Path = "auto",
@@ -49,8 +51,8 @@ def cache_gather(
         starts: int32 [batch], the first token of every row; None for 0.
         cu_seqlens: int32 [batch + 1], as `cumulative_lengths` gives them, for who gathers from many layers; None to
             compute them.
-        key_mean: float32 [num_kv_heads, head_dim], as it was subtracted from keys: added back, rotated, before they are
-            rounded. None to leave keys without it.
+        key_transform: What keys went through before they were stored, of tensors without rows: undone before they are
+            rounded. A matrix takes a workspace of float32.
         dtype: float16, bfloat16 or float32.
         max_tokens: Tokens in the output. Those past it are not written, though `cu_seqlens` counts them.
         path: "triton", "reference", or "auto" for Triton on CUDA and the reference elsewhere.
@@ -71,8 +73,8 @@ def cache_gather(
         check_tensor("starts", starts, torch.int32, (batch,))
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, torch.int32, (batch + 1,))
-    if key_mean is not None:
-        check_tensor("key_mean", key_mean, torch.float32, (layout.num_kv_heads, layout.config.head_dim))
+    transform = key_transform.tensors()
+    check_key_transform(transform, layout)
     check_vector_dtype("dtype", dtype)
     max_tokens = check_int("max_tokens", max_tokens, 0, MAX_TOKENS)
     check_one_device(
@@ -82,7 +84,7 @@ def cache_gather(
             "seq_lens": seq_lens,
             "starts": starts,
             "cu_seqlens": cu_seqlens,
-            "key_mean": key_mean,
+            **transform,
         }
     )
     if checks_values():
@@ -91,8 +93,7 @@ def cache_gather(
         cu_seqlens = cumulative_lengths(
             seq_lens, starts, row_capacity(len(pages), block_table.shape[1], layout.block_size)
         )
-    if key_mean is not None:
-        key_mean = Rotation(layout.config.head_dim).rotate(key_mean)
+    rotation, has_matrix = Rotation(layout.config.head_dim), key_transform.matrix is not None
     if runs_triton(path, pages.device):
         from turboquant_core.ops.kernels.cache_gather import cache_gather as gather
     else:
@@ -103,10 +104,13 @@ def cache_gather(
         layout,
         starts=starts,
         cu_seqlens=cu_seqlens,
-        rotated_key_mean=key_mean,
-        dtype=dtype,
+        rotated_key_mean=None if has_matrix or key_transform.mean is None else rotation.rotate(key_transform.mean),
+        dtype=torch.float32 if has_matrix else dtype,
         max_tokens=max_tokens,
     )
+    if has_matrix:
+        keys = rotation.rotate(key_transform.restored(rotation.unrotate(keys))).to(dtype)
+        values = values.to(dtype)
     return keys, values, cu_seqlens
 
 

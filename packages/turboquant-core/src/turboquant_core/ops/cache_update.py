@@ -2,9 +2,11 @@
 
 import torch
 
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import (
     KnownCalls,
+    check_key_transform,
     check_one_device,
     check_pages,
     check_rows,
@@ -30,7 +32,7 @@ def cache_update(
     slot_mapping: torch.Tensor,
     layout: KVCacheLayout,
     *,
-    key_mean: torch.Tensor | None = None,
+    key_transform: KeyTransform = IDENTITY,
     path: UpdatePath = "auto",
 ) -> None:
     """Store every token's key and value at its slot, as `MSEQuantizer` quantises them with the layout's settings.
@@ -51,24 +53,29 @@ def cache_update(
         pages: uint8 [num_blocks, num_kv_heads, head_bytes], written in place. Dimensions 0 and 1 may be strided.
         slot_mapping: int64 [num_tokens], block * block_size + position; negative for tokens that are not to be stored.
         layout: Where a slot's bytes lie. Its bits must be whole.
-        key_mean: float32 [num_kv_heads, head_dim], subtracted from keys first.
+        key_transform: What keys go through first, of tensors without rows. With a matrix the kernels take keys and
+            values as float32.
         path: Which implementation, by name, or "auto" for the fastest that can run; see
             `turboquant_core.ops.update_paths`.
 
     Raises:
         ValueError: If a type, shape, stride or device does not fit, bits are fractional, or the path cannot run.
     """
-    tensors = (key, value, pages, slot_mapping, key_mean)
+    tensors = (key, value, pages, slot_mapping, *key_transform.parts)
     alignment = tuple(x.data_ptr() % WARPGROUP_ALIGNMENT for x in (key, value, pages))
     chosen = _paths.look_up(
         (layout, path, alignment, *map(described, tensors)),
-        lambda: _check(key, value, pages, slot_mapping, layout, key_mean, path),
+        lambda: _check(key, value, pages, slot_mapping, layout, key_transform, path),
     )
     if checks_values():
-        check_stored_values(slot_mapping, key_mean, layout, len(pages))
+        check_stored_values(slot_mapping, key_transform, layout, len(pages))
     if chosen == "reference":
-        reference_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
-    elif chosen == "warpgroup":
+        reference_cache_update(key, value, pages, slot_mapping, layout, key_transform=key_transform)
+        return
+    key_mean = key_transform.mean
+    if key_transform.matrix is not None:
+        key, value, key_mean = key_transform.of_keys(key), value.float(), None
+    if chosen == "warpgroup":
         from turboquant_core.ops.kernels.warpgroup_update.run import warpgroup_cache_update
 
         warpgroup_cache_update(key, value, pages, slot_mapping, layout, key_mean=key_mean)
@@ -87,7 +94,7 @@ def _check(
     pages: torch.Tensor,
     slot_mapping: torch.Tensor,
     layout: KVCacheLayout,
-    key_mean: torch.Tensor | None,
+    key_transform: KeyTransform,
     path: UpdatePath,
 ) -> UpdateImplementation:
     """Check the arguments of a call, and choose what runs."""
@@ -99,7 +106,9 @@ def _check(
         check_rows(name, x)
     check_pages(pages, layout)
     check_tensor("slot_mapping", slot_mapping, torch.int64, (key.shape[0],))
-    if key_mean is not None:
-        check_tensor("key_mean", key_mean, torch.float32, (layout.num_kv_heads, layout.config.head_dim))
-    check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, "key_mean": key_mean})
+    transform = key_transform.tensors()
+    check_key_transform(transform, layout)
+    check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, **transform})
+    if key_transform.matrix is not None:
+        key, value = key.float(), value.float()
     return choose_update_path(path, layout, key, value, pages)

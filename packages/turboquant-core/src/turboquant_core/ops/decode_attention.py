@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from turboquant_core._checks import check_int, check_number
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS
 from turboquant_core.ops._dispatch import (
     KnownCalls,
+    check_key_transform,
     check_one_device,
     check_pages,
     check_rows,
@@ -47,7 +49,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-    key_mean: torch.Tensor | None = None,
+    key_transform: KeyTransform = IDENTITY,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     path: DecodePath = "auto",
@@ -79,9 +81,8 @@ def decode_attention(
         window: Positions that a token sees, itself included; None for all.
         softcap: Logits become softcap * tanh(logits / softcap); up to 10,000, where float32 still tells logits apart.
         sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
-        key_mean: float32 [num_kv_heads, head_dim], or [batch, num_kv_heads, head_dim] for one of each row, that was
-            subtracted from keys before they were stored. Softmax does not see it, but softcap, sinks and the
-            log-sum-exp do.
+        key_transform: What keys went through before they were stored, one for all rows or one of each. Softmax does not
+            see a mean, but softcap, sinks and the log-sum-exp do.
         out: Written instead of a new tensor: like `query`, with a last stride of 1; no part of it twice in memory, nor
             in `query`.
         return_lse: Also return the natural log-sum-exp of the logits, float32 [num_tokens, num_heads]; minus infinity
@@ -108,16 +109,15 @@ def decode_attention(
         "query_start_loc": query_start_loc,
         "seq_starts": seq_starts,
         "sinks": sinks,
-        "key_mean": key_mean,
     }
-    tensors = (query, pages, out, *arrays.values())
+    tensors = (query, pages, out, *arrays.values(), *key_transform.parts)
     plan = _plans.look_up(
         (layout, path, max_query_len, pages.data_ptr() % FRAGMENT_ALIGNMENT, *map(described, tensors)),
-        lambda: _plan(query, pages, out, arrays, layout, max_query_len, path),
+        lambda: _plan(query, pages, out, arrays, key_transform, layout, max_query_len, path),
     )
     num_tokens, num_heads, head_dim = query.shape
     if checks_values():
-        check_attended_values(arrays, num_tokens, plan.query_len, layout, len(pages))
+        check_attended_values(arrays, key_transform, num_tokens, plan.query_len, layout, len(pages))
     if out is not None:
         _check_apart(out, query, plan)
     else:
@@ -132,11 +132,12 @@ def decode_attention(
         "window": window if window is not None and window < MAX_TOKENS else 0,
         "softcap": softcap or 0.0,
         "sinks": sinks,
-        "key_mean": key_mean,
     }
     views = layout.views(pages)
     if plan.path == "reference":
-        result, result_lse = reference_decode_attention(query, views, block_table, seq_lens, layout.config, **options)
+        result, result_lse = reference_decode_attention(
+            query, views, block_table, seq_lens, layout.config, key_transform=key_transform, **options
+        )
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)
@@ -146,8 +147,9 @@ def decode_attention(
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             run_decode_attention(
-                query, views, block_table, seq_lens, layout.config, plan.path, plan.launch, out=out, lse=lse, **options
-            )
+                key_transform.of_query(query, query_start_loc), views, block_table, seq_lens, layout.config, plan.path,
+                plan.launch, key_mean=key_transform.stored_mean, out=out, lse=lse, **options,
+            )  # fmt: skip
     return out if lse is None else (out, lse)
 
 
@@ -178,6 +180,7 @@ def _plan(
     pages: torch.Tensor,
     out: torch.Tensor | None,
     arrays: Mapping[str, torch.Tensor | None],
+    key_transform: KeyTransform,
     layout: KVCacheLayout,
     max_query_len: int | None,
     path: DecodePath,
@@ -187,7 +190,11 @@ def _plan(
     check_pages(pages, layout)
     _check_query("query", query, layout)
     num_tokens, num_heads, _ = query.shape
-    batch = _check_arrays(arrays, num_heads, layout)
+    batch = _check_arrays(arrays, num_heads)
+    transform = key_transform.tensors()
+    check_key_transform(transform, layout, batch)
+    if key_transform.mean is not None:
+        _check_strides("key_mean", key_transform.mean)
     block_table = arrays["block_table"]
     if block_table is None and len(pages) < batch:
         raise ValueError(f"pages hold {len(pages)} rows and seq_lens {batch}; without a block_table row b is page b")
@@ -196,7 +203,7 @@ def _plan(
         _check_query("out", out, layout)
         check_tensor("out", out, query.dtype, tuple(query.shape))
         check_no_overlap("out", out)
-    check_one_device({"query": query, "pages": pages, "out": out, **arrays})
+    check_one_device({"query": query, "pages": pages, "out": out, **arrays, **transform})
     chosen = choose_path(path, layout, query.device, pages)
     extents = extent(query), 0 if out is None else extent(out)
     if chosen == "reference" or not query.numel() or not batch:
@@ -219,9 +226,9 @@ def _check_apart(out: torch.Tensor, query: torch.Tensor, plan: _Plan) -> None:
         )
 
 
-def _check_arrays(arrays: Mapping[str, torch.Tensor | None], num_heads: int, layout: KVCacheLayout) -> int:
-    """Check what a call has beside query and pages; the number of rows."""
-    seq_lens, key_mean = arrays["seq_lens"], arrays["key_mean"]
+def _check_arrays(arrays: Mapping[str, torch.Tensor | None], num_heads: int) -> int:
+    """Check what a call has beside query, pages and the transform of keys; the number of rows."""
+    seq_lens = arrays["seq_lens"]
     assert seq_lens is not None
     check_tensor("seq_lens", seq_lens, torch.int32, (-1,))
     batch = len(seq_lens)
@@ -231,17 +238,20 @@ def _check_arrays(arrays: Mapping[str, torch.Tensor | None], num_heads: int, lay
         "query_start_loc": (torch.int32, (batch + 1,)),
         "seq_starts": (torch.int32, (batch,)),
         "sinks": (torch.float32, (num_heads,)),
-        "key_mean": (torch.float32, _mean_shape(key_mean, batch, layout)),
     }
     for name, (dtype, shape) in expected.items():
         tensor = arrays[name]
         if tensor is None:
             continue
         check_tensor(name, tensor, dtype, shape)
-        # A block table is often a view of a wider one.
-        if tensor.stride(-1) != 1 or (name != "block_table" and not tensor.is_contiguous()):
-            raise ValueError(f"{name} has strides {list(tensor.stride())} for {list(tensor.shape)}. Call contiguous().")
+        _check_strides(name, tensor)
     return batch
+
+
+def _check_strides(name: str, tensor: torch.Tensor) -> None:
+    # A block table is often a view of a wider one.
+    if tensor.stride(-1) != 1 or (name != "block_table" and not tensor.is_contiguous()):
+        raise ValueError(f"{name} has strides {list(tensor.stride())} for {list(tensor.shape)}. Call contiguous().")
 
 
 def _check_query(name: str, x: torch.Tensor, layout: KVCacheLayout) -> None:
@@ -252,11 +262,6 @@ def _check_query(name: str, x: torch.Tensor, layout: KVCacheLayout) -> None:
         raise ValueError(
             f"{name} has {x.shape[1]} heads; they must be a positive multiple of the {layout.num_kv_heads} KV heads"
         )
-
-
-def _mean_shape(key_mean: torch.Tensor | None, batch: int, layout: KVCacheLayout) -> tuple[int, ...]:
-    shared = (layout.num_kv_heads, layout.config.head_dim)
-    return (batch, *shared) if key_mean is not None and key_mean.ndim == 3 else shared
 
 
 def _query_len(num_tokens: int, batch: int, query_start_loc: torch.Tensor | None, max_query_len: int | None) -> int:

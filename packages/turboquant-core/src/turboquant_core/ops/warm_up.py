@@ -2,6 +2,7 @@
 
 import torch
 
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN, decode_attention
@@ -23,7 +24,7 @@ def warm_up(
     window: int | None = None,
     softcap: float | None = None,
     has_sinks: bool = False,
-    centred: bool = False,
+    key_transform: KeyTransform = IDENTITY,
 ) -> None:
     """Launch cache_update and decode_attention once with every kernel that calls of these kinds compile.
 
@@ -38,7 +39,7 @@ def warm_up(
         window: As in `decode_attention`.
         softcap: As in `decode_attention`.
         has_sinks: Whether calls give sinks.
-        centred: Whether calls give a key_mean.
+        key_transform: As in `decode_attention`.
 
     Raises:
         ValueError: If `max_query_len` is not 1 to 8, or as `decode_attention` raises.
@@ -47,12 +48,11 @@ def warm_up(
         raise ValueError(f"max_query_len is {max_query_len}; decode attention takes 1 to {MAX_QUERY_LEN}")
     num_kv_heads, head_dim = layout.num_kv_heads, layout.config.head_dim
     pages = torch.zeros(1, num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
-    key_mean = torch.zeros(num_kv_heads, head_dim, device=device) if centred else None
     sinks = torch.zeros(num_heads, device=device) if has_sinks else None
     for num_tokens in UPDATE_TOKENS:
         vectors = torch.zeros(num_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
         slot_mapping = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
-        cache_update(vectors, vectors, pages, slot_mapping, layout, key_mean=key_mean)
+        cache_update(vectors, vectors, pages, slot_mapping, layout, key_transform=key_transform)
     for query_len in range(1, max_query_len + 1):
         for batch in _batches(layout, pages, num_heads * query_len, max_batch, max_blocks):
             decode_attention(
@@ -69,7 +69,7 @@ def warm_up(
                 window=window,
                 softcap=softcap,
                 sinks=sinks,
-                key_mean=key_mean,
+                key_transform=key_transform,
             )
 
 

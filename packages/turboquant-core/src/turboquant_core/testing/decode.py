@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from turboquant_core.config import TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops.reference.cache_update import cache_update
 from turboquant_core.ops.reference.decode_attention import decode_attention, stored_row
@@ -39,6 +40,7 @@ class DecodeCase:
         softcap: The bound of logits, or None.
         sinks: Whether every head has a sink.
         key_mean: Whether keys were stored without their mean.
+        key_matrix: Whether they went through a matrix of their head.
     """
 
     head_dim: int = 128
@@ -57,6 +59,7 @@ class DecodeCase:
     softcap: float | None = None
     sinks: bool = False
     key_mean: bool = False
+    key_matrix: bool = False
 
     @property
     def layout(self) -> KVCacheLayout:
@@ -113,8 +116,7 @@ class DecodeInputs:
         first = 0
         for row, (length, row_len) in enumerate(zip(case.seq_lens, case.row_lens, strict=True)):
             keys, values = stored_row(views, self.block_table, row, length, layout.config, torch.float64)
-            if case.key_mean:
-                keys = keys + options["key_mean"].double()[:, None]
+            keys = options["key_transform"].restored(keys.transpose(0, 1)).transpose(0, 1)
             keys, values = (rounded(x).repeat_interleave(group, dim=0) for x in (keys, values))
             start = case.seq_starts[row] if case.seq_starts else 0
             for token in range(row_len):
@@ -152,13 +154,14 @@ def build(case: DecodeCase, device: torch.device, seed: int = 0) -> DecodeInputs
     table = torch.full((batch, max(blocks, default=0) + 1), UNUSED_BLOCK, dtype=torch.int32, device=device)
     pages = layout.allocate(num_blocks, device).fill_(POISON)
     mean = 2 * normal(case.num_kv_heads, case.head_dim) if case.key_mean else None
+    transform = KeyTransform(mean, _matrices(case, normal) if case.key_matrix else None)
     for row, length in enumerate(case.seq_lens):
         own = order[sum(blocks[:row]) : sum(blocks[: row + 1])] if case.paged else order.new_tensor([row])
         table[row, : len(own)] = own
         token = torch.arange(length, device=device)
         slots = own[token // layout.block_size] * layout.block_size + token % layout.block_size
         key, value = (normal(length, case.num_kv_heads, case.head_dim) for _ in range(2))
-        cache_update(key if mean is None else key + mean, value, pages, slots, layout, key_mean=mean)
+        cache_update(key if mean is None else key + mean, value, pages, slots, layout, key_transform=transform)
     options: dict[str, Any] = {
         "scale": case.scale,
         "query_start_loc": None,
@@ -167,13 +170,20 @@ def build(case: DecodeCase, device: torch.device, seed: int = 0) -> DecodeInputs
         "window": case.window,
         "softcap": case.softcap,
         "sinks": normal(case.num_heads) if case.sinks else None,
-        "key_mean": mean,
+        "key_transform": transform,
     }
     if not isinstance(case.query_lens, int):
         ends = int32((0, *case.query_lens)).cumsum(0, dtype=torch.int32)
         options |= {"query_start_loc": ends, "max_query_len": max(case.query_lens)}
     query = normal(sum(case.row_lens), case.num_heads, case.head_dim).to(case.dtype)
     return DecodeInputs(case, query, pages, table if case.paged else None, int32(case.seq_lens), options)
+
+
+def _matrices(case: DecodeCase, normal: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """A well-conditioned matrix of each KV head that neither keeps lengths nor is symmetric."""
+    noise = normal(case.num_kv_heads, case.head_dim, case.head_dim)
+    matrices: torch.Tensor = 1.5 * torch.eye(case.head_dim, device=noise.device) + noise / (2 * case.head_dim**0.5)
+    return matrices
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

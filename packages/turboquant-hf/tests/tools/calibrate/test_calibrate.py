@@ -15,7 +15,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from turboquant_core.calibration import read_key_means
+from turboquant_core.calibration import read_calibration
 from turboquant_core.commands import app
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf import TurboQuantCache
@@ -64,9 +64,12 @@ def test_a_file_that_belongs_to_the_model(tiny_model, tiny_model_folder, tmp_pat
     assert outcome.exit_code == 0, outcome.output
     assert "key means of 2 layers" in said(outcome)
     assert "over 600 tokens" in said(outcome)
-    key_means = read_key_means(path, ModelIdentity.of(tiny_model.config, "LlamaForCausalLM"))
-    assert (key_means.num_tokens, key_means.source) == (600, str(tiny_model_folder))
-    assert {index: tuple(mean.shape) for index, mean in key_means.means.items()} == {0: (2, 64), 1: (2, 64)}
+    calibration = read_calibration(path, ModelIdentity.of(tiny_model.config, "LlamaForCausalLM"))
+    assert (calibration.num_tokens, calibration.source) == (600, str(tiny_model_folder))
+    assert {index: tuple(transform.mean.shape) for index, transform in calibration.layers.items()} == {
+        0: (2, 64),
+        1: (2, 64),
+    }
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -82,7 +85,7 @@ def test_only_its_own_file_is_replaced(tiny_model_folder, tmp_path):
     assert "this command did not write it" in " ".join(outcome.output.split())
     assert weights.read_bytes() == before
     assert run(tiny_model_folder, "--out", weights, *options, "--force").exit_code == 0
-    assert read_key_means(weights).num_tokens == 300
+    assert read_calibration(weights).num_tokens == 300
 
 
 def test_json_alone(tiny_model_folder, tmp_path):
@@ -99,10 +102,10 @@ def test_json_alone(tiny_model_folder, tmp_path):
 
 def test_means_are_those_of_the_keys_that_attention_sees(tiny_model):
     input_ids = torch.randint(1500, (1, CHUNK_SIZE + 90), generator=torch.Generator().manual_seed(3))
-    means = mean_keys(loaded(tiny_model), input_ids).means
+    layers = mean_keys(loaded(tiny_model), input_ids).layers
     for layer in (0, 1):
         keys = keys_of_layer(tiny_model, layer, input_ids)
-        torch.testing.assert_close(means[layer], keys.double().mean(1).float(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(layers[layer].mean, keys.double().mean(1).float(), atol=1e-5, rtol=1e-4)
 
 
 def test_sliding_windows_count_and_so_do_tokens_that_have_left_them():
@@ -120,10 +123,11 @@ def test_sliding_windows_count_and_so_do_tokens_that_have_left_them():
     torch.manual_seed(1)
     model = Gemma3ForCausalLM(config).eval()
     input_ids = torch.randint(100, (1, 300))
-    means = mean_keys(loaded(model), input_ids).means
-    assert means.keys() == {0, 1}
-    for layer in means:
-        torch.testing.assert_close(means[layer], keys_of_layer(model, layer, input_ids).mean(1), atol=1e-5, rtol=1e-4)
+    layers = mean_keys(loaded(model), input_ids).layers
+    assert layers.keys() == {0, 1}
+    for layer in layers:
+        expected = keys_of_layer(model, layer, input_ids).mean(1)
+        torch.testing.assert_close(layers[layer].mean, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_layers_without_keys_have_no_mean():
@@ -146,8 +150,8 @@ def test_layers_without_keys_have_no_mean():
         layer_types=["linear_attention", "full_attention"],
     )
     torch.manual_seed(1)
-    means = mean_keys(loaded(Qwen3NextForCausalLM(config)), torch.randint(100, (1, 300))).means
-    assert means.keys() == {1}
+    layers = mean_keys(loaded(Qwen3NextForCausalLM(config)), torch.randint(100, (1, 300))).layers
+    assert layers.keys() == {1}
 
 
 def test_a_text_of_ones_own(tiny_model_folder, tmp_path):
@@ -155,7 +159,7 @@ def test_a_text_of_ones_own(tiny_model_folder, tmp_path):
     text.write_text("Shakespeare was born " * 100, encoding="utf-8")
     outcome = run(tiny_model_folder, "--out", path, "--text", text, "--device", "cpu")
     assert outcome.exit_code == 0, outcome.output
-    assert read_key_means(path).num_tokens == 300
+    assert read_calibration(path).num_tokens == 300
 
 
 def test_a_text_is_cut_to_the_models_context(tiny_config, tiny_model_folder, tmp_path):
@@ -164,7 +168,7 @@ def test_a_text_is_cut_to_the_models_context(tiny_config, tiny_model_folder, tmp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_model_folder / name).read_bytes())
     assert run(folder, "--out", path, "--device", "cpu").exit_code == 0
-    assert read_key_means(path).num_tokens == 400
+    assert read_calibration(path).num_tokens == 400
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import torch
 
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import MSEQuantizer
 
@@ -14,7 +15,7 @@ def cache_update(
     slot_mapping: torch.Tensor,
     layout: KVCacheLayout,
     *,
-    key_mean: torch.Tensor | None = None,
+    key_transform: KeyTransform = IDENTITY,
 ) -> None:
     """See `turboquant_core.ops.cache_update.cache_update`."""
     config = layout.config
@@ -22,9 +23,7 @@ def cache_update(
     kept = (slot_mapping >= 0) & (slot_mapping < len(pages) * layout.block_size)
     slots = slot_mapping[kept]
     block, position = slots // layout.block_size, slots % layout.block_size
-    key, value = key[kept], value[kept]
-    if key_mean is not None:
-        key = key.float() - key_mean
+    key, value = key_transform.of_keys(key[kept]), value[kept]
     stored_key = MSEQuantizer(config.head_dim, int(config.key_bits), config.key_scale).quantize(key)
     stored_value = MSEQuantizer(config.head_dim, int(config.value_bits), config.value_scale).quantize(value)
     views.key_codes[block, :, position] = stored_key.codes

@@ -3,6 +3,7 @@
 import torch
 
 from turboquant_core.config import TurboQuantConfig
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import PageViews
 from turboquant_core.mse import MSEQuantizer
 from turboquant_core.ops._bounds import existing_blocks, row_capacity
@@ -23,7 +24,7 @@ def decode_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
-    key_mean: torch.Tensor | None = None,
+    key_transform: KeyTransform = IDENTITY,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels compute, in float32, or float64 for a float64 query.
 
@@ -40,7 +41,7 @@ def decode_attention(
         window: As there; 0 for none.
         softcap: As there; 0 for none.
         sinks: As there.
-        key_mean: As there.
+        key_transform: As there.
 
     Returns:
         The output like `query` and its log-sum-exp [num_tokens, num_heads], both in the type of the arithmetic.
@@ -63,9 +64,7 @@ def decode_attention(
         if row_len == 0 or (length == 0 and sinks is None):
             continue
         keys, values = stored_row(views, block_table, row, length, config, dtype)
-        if key_mean is not None:
-            mean = key_mean[row] if key_mean.ndim == 3 else key_mean
-            keys = keys + mean.to(dtype)[:, None]
+        keys = key_transform.of_row(row).restored(keys.transpose(0, 1)).transpose(0, 1)
         # The heads of a KV head are rows of one product.
         num_kv_heads, num_rows = keys.shape[0], num_heads // keys.shape[0] * row_len
         grouped = query[tokens].to(dtype).transpose(0, 1).reshape(num_kv_heads, num_rows, head_dim)
@@ -102,7 +101,7 @@ def stored_row(
     config: TurboQuantConfig,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The dequantised keys and values of one row, [num_kv_heads, length, head_dim]; keys without their mean."""
+    """The dequantised keys and values of one row, [num_kv_heads, length, head_dim]; keys as they are stored."""
     block_size = views.key_codes.shape[2]
     if block_table is None:
         pages = torch.tensor([row], device=views.key_codes.device)

@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
-from turboquant_core.calibration import FORMAT, write_key_means
+from turboquant_core.calibration import FORMAT, write_calibration
 from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
 from turboquant_hf.tools.calibrate.mean_keys import mean_keys, num_chunks
 from turboquant_hf.tools.inputs import chosen_device, load, read_text
@@ -39,15 +39,16 @@ def calibrate(
     loaded = load(model, chosen_device(device), errors)
     input_ids = _encode(loaded, content, tokens)
     with Steps(errors, "running the model", num_chunks(input_ids.shape[1])) as steps:
-        key_means = mean_keys(loaded, input_ids, on_forward=steps.done)
-    write_key_means(out, key_means)
+        calibration = mean_keys(loaded, input_ids, on_forward=steps.done)
+    write_calibration(out, calibration)
+    means = {index: transform.tensors()["key_mean"] for index, transform in calibration.layers.items()}
+    layers = {str(index): list(mean.shape) for index, mean in means.items()}
     if json_target is not None:
-        layers = {str(index): list(mean.shape) for index, mean in key_means.means.items()}
-        found = {"file": str(out), "model": loaded.name, "num_tokens": key_means.num_tokens, "layers": layers}
+        found = {"file": str(out), "model": loaded.name, "num_tokens": calibration.num_tokens, "layers": layers}
         write_json("calibrate", found, json_target)
     if json_target != STDOUT:
         console.print(
-            f"{out}: key means of {len(key_means.means)} layers of {loaded.name}, over {key_means.num_tokens:,} tokens",
+            f"{out}: key means of {len(layers)} layers of {loaded.name}, over {calibration.num_tokens:,} tokens",
             highlight=False,
             soft_wrap=True,
         )

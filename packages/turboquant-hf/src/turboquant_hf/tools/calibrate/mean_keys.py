@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from turboquant_core.calibration import KeyMeans
+from turboquant_core.calibration import Calibration
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf._compat import with_cache
 from turboquant_hf.tools.models import LoadedModel
@@ -41,7 +42,9 @@ def num_chunks(num_tokens: int) -> int:
 
 
 @torch.inference_mode()
-def mean_keys(loaded: LoadedModel, input_ids: torch.Tensor, on_forward: Callable[[], None] = lambda: None) -> KeyMeans:
+def mean_keys(
+    loaded: LoadedModel, input_ids: torch.Tensor, on_forward: Callable[[], None] = lambda: None
+) -> Calibration:
     """The mean key of every layer over a text.
 
     Args:
@@ -56,8 +59,8 @@ def mean_keys(loaded: LoadedModel, input_ids: torch.Tensor, on_forward: Callable
         model(input_ids=chunk, **with_cache(cache), logits_to_keep=1)
         on_forward()
     num_tokens = input_ids.shape[1]
-    return KeyMeans(
-        means={index: (total / num_tokens).float() for index, total in cache.sums.items()},
+    return Calibration(
+        layers={index: KeyTransform((total / num_tokens).float()) for index, total in cache.sums.items()},
         model=ModelIdentity.of(model.config.get_text_config(decoder=True), type(model).__name__),
         source=loaded.name,
         num_tokens=num_tokens,
