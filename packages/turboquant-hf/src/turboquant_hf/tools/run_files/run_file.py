@@ -89,7 +89,7 @@ def read_run_file(path: Path, command: str) -> RunFile:
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Keep others from writing a run file in between; they wait as long."""
-    lock = path.with_name(f"{path.name}.lock")
+    lock = Path(f"{path}.lock")
     with FileLock(lock):
         try:
             yield

@@ -80,7 +80,7 @@ def tune(
     2 for what cannot be read or measured; 130 when interrupted, and the same command goes on from there.
     """
     console, errors = consoles()
-    run_path = run_file or out.with_name(f"{out.name}.run.json")
+    run_path = run_file or Path(f"{out}.run.json")
     outputs = [Output("--out", out, MARKER), Output("--run", run_path, None), json_output("tune", json_target)]
     check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
     content = read_text(text)
