@@ -15,7 +15,7 @@ from side_by_side.weights import file_stem, find_model
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import Cache, DynamicCache, with_cache
 from turboquant_hf.attending import attending
-from turboquant_hf.dispatch import ATTENTION
+from turboquant_hf.attention.dispatch import ATTENTION
 from turboquant_hf.scoring import kl_divergence
 from turboquant_hf.tools.article import article
 from turboquant_hf.tools.models import load_model

@@ -19,8 +19,8 @@ from transformers import (
 from turboquant_core import PRESETS, TurboQuantConfig
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.layers import OPTIONS
-from turboquant_hf.sliding import TurboQuantSlidingLayer
+from turboquant_hf.layers.build import OPTIONS
+from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 
 def generate(model, prompt, cache, **kwargs):

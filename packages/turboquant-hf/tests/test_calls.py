@@ -14,10 +14,11 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
-from turboquant_hf import CompressedDynamicCache, TurboQuantCache, ops
+from turboquant_hf import CompressedDynamicCache, TurboQuantCache
 from turboquant_hf._compat import Cache
 from turboquant_hf.calls import attention_lengths
-from turboquant_hf.kept import KeptTokens
+from turboquant_hf.storage import traced
+from turboquant_hf.storage.full_precision import KeptTokens
 
 LENGTH = 40
 EXACT = {"key_bits": 8, "value_bits": 8}
@@ -280,7 +281,7 @@ def test_linear_attention_is_handed_its_states_as_they_come(hybrid, name, monkey
 @pytest.mark.parametrize("options", [{}, {"max_length": 128}], ids=["growing", "static"])
 @pytest.mark.parametrize("num_tokens", [1, 3, 12])
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("where", [(ops, "write"), (KeptTokens, "write")], ids=["codes", "window"])
+@pytest.mark.parametrize("where", [(traced, "write"), (KeptTokens, "write")], ids=["codes", "window"])
 def test_a_call_that_stopped_inside_a_layer(model, options, num_tokens, layer, where, monkeypatch):
     options = {**EXACT, **options}
     cache, expected = filled(model, **options), filled(model, **options)
@@ -315,7 +316,7 @@ def test_an_interrupted_prompt_calibrates_nothing(model, options, monkeypatch):
     def stop(*_):
         raise Interrupted
 
-    monkeypatch.setattr(ops, "write", stop)
+    monkeypatch.setattr(traced, "write", stop)
     with pytest.raises(Interrupted):
         forward(model, ids(LENGTH, seed=2), cache)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from turboquant_core.key_transform import KeyTransform
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.codec import LayerCodec
+from turboquant_hf.storage.codec import LayerCodec
 
 
 @pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])

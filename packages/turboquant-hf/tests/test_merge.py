@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from turboquant_hf.kept import KeptCall
 from turboquant_hf.merge import reference_attend_kept
+from turboquant_hf.storage.full_precision import KeptCall
 
 pytest.importorskip("triton")
 

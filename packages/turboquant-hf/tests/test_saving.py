@@ -13,9 +13,9 @@ from transformers import Gemma3TextConfig
 
 from turboquant_core.testing.damage import damaged_bytes, damaged_json, header_of, read_or_refused, with_header
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.saved_header import HEADER, checksum_of
-from turboquant_hf.saving import save_layers
+from turboquant_hf.saving.file import save_layers
+from turboquant_hf.saving.header import HEADER, checksum_of
+from turboquant_hf.storage.full_precision import KeptTokens
 
 
 @pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_file_that_was_there(tiny_model, prompt, saved, m
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("turboquant_hf.saving.save_file", fail)
+    monkeypatch.setattr("turboquant_hf.saving.file.save_file", fail)
     with pytest.raises(OSError, match=r"cannot write .*prefix\.safetensors: No space left on device"):
         prefilled(tiny_model, prompt).save(saved)
     assert saved.read_bytes() == content

@@ -3,8 +3,8 @@ import torch
 from transformers import DynamicCache, MistralConfig, StaticCache
 
 from turboquant_hf import CompressedDynamicCache, TurboQuantCache
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.sliding import TurboQuantSlidingLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 
 def generate(model, prompt, cache, **kwargs):

@@ -2,9 +2,9 @@
 
 from importlib.metadata import version
 
-from turboquant_hf.attention import register
+from turboquant_hf.attention.function import register
 from turboquant_hf.cache import TurboQuantCache
-from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.memory import LayerMemory, MemoryReport
 from turboquant_hf.wrapper import CompressedDynamicCache
 

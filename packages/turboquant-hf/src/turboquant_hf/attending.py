@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache
-from turboquant_hf.dispatch import ATTENTION
-from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.attention.dispatch import ATTENTION
+from turboquant_hf.layers.growing import TurboQuantLayer
 
 
 @contextmanager

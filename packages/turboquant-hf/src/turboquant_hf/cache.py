@@ -11,13 +11,13 @@ import torch
 
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf._compat import EMPTY_LAYERS, CacheLayerMixin, PreTrainedConfig
-from turboquant_hf.attention import reads_codes
+from turboquant_hf.attention.function import reads_codes
 from turboquant_hf.guarded import GuardedCache
-from turboquant_hf.lasting import lasting
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.layers import build_layers
+from turboquant_hf.inference_mode import outside_inference_mode
+from turboquant_hf.layers.build import build_layers
+from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.memory import MemoryReport, layer_tensors, memory_report
-from turboquant_hf.saving import load_layers, save_layers
+from turboquant_hf.saving.file import load_layers, save_layers
 
 
 class TurboQuantCache(GuardedCache):
@@ -133,7 +133,7 @@ class TurboQuantCache(GuardedCache):
         save_layers(self.layers, self._text_config, Path(path), overwrite=overwrite)
 
     @classmethod
-    @lasting
+    @outside_inference_mode
     def load(
         cls,
         path: str | PathLike[str],

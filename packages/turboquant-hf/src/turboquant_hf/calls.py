@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from turboquant_hf._compat import CacheLayerMixin, LinearAttentionCacheLayerMixin
-from turboquant_hf.cross import CrossAttentionLayer
-from turboquant_hf.static import TurboQuantStaticLayer
+from turboquant_hf.layers.cross import CrossAttentionLayer
+from turboquant_hf.layers.static import TurboQuantStaticLayer
 
 RESET = "reset() forgets everything."
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from turboquant_core.quantized import storage_nbytes
-from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
 
 UNCOMPRESSED_ITEMSIZE = 2
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from turboquant_hf.kept import KeptCall
+from turboquant_hf.storage.full_precision import KeptCall
 
 
 def attend_kept(

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_hf.kept import KeptCall
+from turboquant_hf.storage.full_precision import KeptCall
 
 BLOCK_TOKENS = 32
 # More than that rarely helps, and every number of warps is another kernel to compile.

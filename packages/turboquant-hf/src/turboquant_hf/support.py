@@ -16,7 +16,7 @@ from turboquant_hf._compat import (
     takes_dynamic_cache,
     transformers_layers,
 )
-from turboquant_hf.cross import CrossAttentionLayer
+from turboquant_hf.layers.cross import CrossAttentionLayer
 
 LayerKind = Literal[
     "full attention",

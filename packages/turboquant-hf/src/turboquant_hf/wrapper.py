@@ -7,10 +7,10 @@ from typing import Any, Self
 from turboquant_core import TurboQuantConfig
 from turboquant_hf._compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedConfig
 from turboquant_hf.guarded import guard, unguard
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.layers import compressed_layer, kept_tokens
+from turboquant_hf.layers.build import compressed_layer, kept_tokens
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 from turboquant_hf.memory import MemoryReport, memory_report
-from turboquant_hf.sliding import TurboQuantSlidingLayer
 
 
 class CompressedDynamicCache:

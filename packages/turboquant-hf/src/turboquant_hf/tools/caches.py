@@ -10,7 +10,7 @@ from transformers import QuantizedCache
 from turboquant_core import PRESETS
 from turboquant_hf._compat import HAS_FP8_CACHE, Cache, DynamicCache, PreTrainedConfig
 from turboquant_hf.cache import TurboQuantCache
-from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
 
 WINDOW = 128
 """Newest tokens that QuantizedCache keeps as they are before it quantises them: its default `residual_length`."""

@@ -4,7 +4,7 @@ from functools import cache
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
-from turboquant_hf.codec import LayerCodec
+from turboquant_hf.storage.codec import LayerCodec
 
 UNCOMPRESSED_ITEMSIZES = {"bf16": 2, "fp8": 1}
 CACHES = (*UNCOMPRESSED_ITEMSIZES, *PRESETS)

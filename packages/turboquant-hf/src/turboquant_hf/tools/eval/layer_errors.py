@@ -15,9 +15,9 @@ from turboquant_hf._compat import (
     with_cache,
 )
 from turboquant_hf.attending import attending
-from turboquant_hf.dense import dense_attention
-from turboquant_hf.layers import DEFAULT_SINK_TOKENS
-from turboquant_hf.states import PagedStates
+from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.layers.build import DEFAULT_SINK_TOKENS
+from turboquant_hf.storage.store import PagedStates
 from turboquant_hf.tools.caches import compressed_layers
 from turboquant_hf.tools.eval.results import LayerError
 

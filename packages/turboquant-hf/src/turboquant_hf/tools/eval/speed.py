@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from turboquant_hf._compat import Cache, with_cache
 from turboquant_hf.attending import attending
-from turboquant_hf.dispatch import ATTENTION
+from turboquant_hf.attention.dispatch import ATTENTION
 from turboquant_hf.tools.eval.prefill import fill
 from turboquant_hf.tools.eval.results import Speed
 

@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.cross import CrossAttentionLayer
-from turboquant_hf.hybrid import TurboQuantHybridLayer
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.sliding import TurboQuantSlidingLayer
+from turboquant_hf.layers.cross import CrossAttentionLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.layers.hybrid import TurboQuantHybridLayer
+from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 EXACT = {"key_bits": 8, "value_bits": 8}
 VOCAB = 300

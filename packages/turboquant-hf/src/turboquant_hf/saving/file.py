@@ -18,11 +18,8 @@ from turboquant_core import OutlierQuantizer
 from turboquant_core.files import open_safetensors, reading, replacing
 from turboquant_core.key_transform import KeyTransform
 from turboquant_hf._compat import PreTrainedConfig
-from turboquant_hf.codec import LayerCodec
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
-from turboquant_hf.saved_header import (
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.saving.header import (
     DTYPES,
     HEADER,
     KEPT_TENSORS,
@@ -33,7 +30,10 @@ from turboquant_hf.saved_header import (
     slot_tensors,
     stored_name,
 )
-from turboquant_hf.states import PagedStates
+from turboquant_hf.storage.codec import LayerCodec
+from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.page_ops import BLOCK_SIZE, num_blocks, page_layout
+from turboquant_hf.storage.store import PagedStates
 
 ORDERS = ("key_order", "value_order")
 # As safetensors calls them.

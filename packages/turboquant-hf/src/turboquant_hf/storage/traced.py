@@ -1,4 +1,4 @@
-"""The operations of `paged`, and what masks are asked, each a single one for torch.compile while it traces a model.
+"""The operations of `page_ops`, and what masks are asked, each a single one for torch.compile while it traces a model.
 
 Called plainly they are the functions themselves: going through torch's dispatcher costs the host more than a layer's
 whole call.
@@ -11,8 +11,8 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.scale import ScaleRule
-from turboquant_hf import paged
-from turboquant_hf.codec import LayerCodec
+from turboquant_hf.storage import page_ops
+from turboquant_hf.storage.codec import LayerCodec
 
 _CODEC = (
     "Tensor?[] key_transform, Tensor? key_order, Tensor? value_order, int head_dim, float key_bits, float value_bits, "
@@ -26,19 +26,19 @@ Codec = tuple[
 def write(
     pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, codec: LayerCodec
 ) -> None:
-    """See `paged.write`."""
+    """See `page_ops.write`."""
     if torch.compiler.is_compiling():
         torch.ops.turboquant_hf.write(pages, keys, values, slots, *_pack(codec))
     else:
-        paged.write(pages, keys, values, slots, codec)
+        page_ops.write(pages, keys, values, slots, codec)
 
 
 def read(pages: torch.Tensor, count: int, codec: LayerCodec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `paged.read`."""
+    """See `page_ops.read`."""
     if torch.compiler.is_compiling():
         keys, values = torch.ops.turboquant_hf.read(pages, count, dtype, *_pack(codec))
         return keys, values
-    return paged.read(pages, count, codec, dtype)
+    return page_ops.read(pages, count, codec, dtype)
 
 
 def attend(
@@ -55,12 +55,12 @@ def attend(
     sinks: torch.Tensor | None,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `paged.attend`."""
+    """See `page_ops.attend`."""
     if torch.compiler.is_compiling():
         options = (scale, seq_starts, window, softcap, sinks, return_lse)
         output, lse = torch.ops.turboquant_hf.attend(query, pages, block_table, seq_lens, *options, *_pack(codec))
         return output, lse
-    return paged.attend(
+    return page_ops.attend(
         query,
         pages,
         block_table,
@@ -114,17 +114,17 @@ def _unpack(codec: Codec) -> LayerCodec:
 
 
 def _write(pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *codec: *Codec) -> None:
-    paged.write(pages, keys, values, slots, _unpack(codec))
+    page_ops.write(pages, keys, values, slots, _unpack(codec))
 
 
 def _read(pages: torch.Tensor, count: int, dtype: torch.dtype, *codec: *Codec) -> tuple[torch.Tensor, torch.Tensor]:
-    return paged.read(pages, count, _unpack(codec), dtype)
+    return page_ops.read(pages, count, _unpack(codec), dtype)
 
 
 def _read_shapes(
     pages: torch.Tensor, count: int, dtype: torch.dtype, *codec: *Codec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (pages.shape[1], count * paged.BLOCK_SIZE, codec[3])
+    shape = (pages.shape[1], count * page_ops.BLOCK_SIZE, codec[3])
     return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
 
 
@@ -141,7 +141,7 @@ def _attend(
     return_lse: bool,
     *codec: *Codec,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return paged.attend(
+    return page_ops.attend(
         query,
         pages,
         block_table,

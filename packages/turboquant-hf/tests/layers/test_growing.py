@@ -6,7 +6,7 @@ import torch
 
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
 from turboquant_hf._compat import DynamicSlidingWindowLayer
-from turboquant_hf.sliding import TurboQuantSlidingLayer
+from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 PRESETS = ["tq4", "tq3", "tq2.5", "k8v4"]
 

@@ -13,7 +13,7 @@ import torch
 
 from turboquant_core import KVCacheLayout, QuantizedTensor, TurboQuantConfig
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_hf.codec import LayerCodec
+from turboquant_hf.storage.codec import LayerCodec
 
 BLOCK_SIZE = 64
 # Coordinates dequantised at a time, in float32: what bounds the working set beside the result.

@@ -6,10 +6,10 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_hf.lasting import lasting
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.paged import BLOCK_SIZE
-from turboquant_hf.states import PagedStates
+from turboquant_hf.inference_mode import outside_inference_mode
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.storage.page_ops import BLOCK_SIZE
+from turboquant_hf.storage.store import PagedStates
 
 
 class WindowedStates(PagedStates):
@@ -87,7 +87,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         """Keep what leaves the window until the next `crop`, so that it can be undone."""
         self.record_past = True
 
-    @lasting
+    @outside_inference_mode
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +100,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
             self.states.trim()
         return read
 
-    @lasting
+    @outside_inference_mode
     def store_again(self, key_states: torch.Tensor, value_states: torch.Tensor, row_starts: torch.Tensor) -> None:
         """See `TurboQuantLayer.store_again`."""
         super().store_again(key_states, value_states, row_starts)
@@ -120,7 +120,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         kept = min(self.get_seq_length(), self.sliding_window - 1)
         return kept + query_length, self.get_seq_length() - kept
 
-    @lasting
+    @outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, and what has left the window.
 

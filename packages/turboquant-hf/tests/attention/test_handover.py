@@ -16,9 +16,9 @@ from transformers.models.llama import modeling_llama
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.attention import turboquant_attention
-from turboquant_hf.handover import Placeholder, Stored, hand_over
-from turboquant_hf.states import PagedStates
+from turboquant_hf.attention.function import turboquant_attention
+from turboquant_hf.attention.handover import Placeholder, Stored, hand_over
+from turboquant_hf.storage.store import PagedStates
 
 DEVICE = torch.device("cpu")
 

@@ -6,15 +6,15 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_hf import ops
 from turboquant_hf._compat import StaticLayer
-from turboquant_hf.codec import LayerCodec
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.lasting import lasting
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.paged import num_blocks
-from turboquant_hf.states import PagedStates, tokens_first
-from turboquant_hf.tables import block_table
+from turboquant_hf.inference_mode import outside_inference_mode
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.storage import traced
+from turboquant_hf.storage.codec import LayerCodec
+from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.page_ops import num_blocks
+from turboquant_hf.storage.store import PagedStates, tokens_first
+from turboquant_hf.storage.tables import block_table
 
 
 class StaticPagedStates(PagedStates):
@@ -97,7 +97,7 @@ class StaticPagedStates(PagedStates):
             num_sinks = self._num_sinks if num_new > self._num_sinks else 0
             self._keep_codec(self._calibrated(keys, values, num_sinks, row_starts))
         slots = torch.arange(num_new, device=self.pages.device) + self.length
-        ops.write(self.pages, keys, values, torch.where(slots < self.max_length, slots, -1), self._codec())
+        traced.write(self.pages, keys, values, torch.where(slots < self.max_length, slots, -1), self._codec())
         self.length.add_(num_new)
         self._is_empty = self._is_torn = False
 
@@ -265,7 +265,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         """Length and offset of the keys: all that there is room for."""
         return self._max_length, 0
 
-    @lasting
+    @outside_inference_mode
     def reset(self) -> None:
         """Forget every token; storage stays where it is."""
         if self.is_initialized:

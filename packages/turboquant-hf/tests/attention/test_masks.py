@@ -8,9 +8,9 @@ from transformers.masking_utils import create_causal_mask
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import CompressedDynamicCache, TurboQuantCache
-from turboquant_hf.attention import turboquant_attention
-from turboquant_hf.handover import Stored, hand_over
-from turboquant_hf.states import PagedStates
+from turboquant_hf.attention.function import turboquant_attention
+from turboquant_hf.attention.handover import Stored, hand_over
+from turboquant_hf.storage.store import PagedStates
 
 EXACT = {"key_bits": 8, "value_bits": 8}
 # What 8 bits cost here is 0.002 to 0.01 of the logits' norm; a token too many or too few costs 0.1 and more.

@@ -19,10 +19,10 @@ from turboquant_hf._compat import (
     StaticSlidingWindowLayer,
     masks_windows,
 )
-from turboquant_hf.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.sliding import TurboQuantSlidingLayer
-from turboquant_hf.static import StaticWindowLayer, TurboQuantStaticLayer, TurboQuantStaticSlidingLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.layers.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
+from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
+from turboquant_hf.layers.static import StaticWindowLayer, TurboQuantStaticLayer, TurboQuantStaticSlidingLayer
 from turboquant_hf.support import held_layers, layer_attention
 
 # benchmarks/eval_cache_options.py --kept says what they and others give.

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_hf import ops
 from turboquant_hf._compat import sdpa_mask
-from turboquant_hf.dispatch import check_dispatch
-from turboquant_hf.lasting import lasting
+from turboquant_hf.attention.dispatch import check_dispatch
+from turboquant_hf.inference_mode import outside_inference_mode
+from turboquant_hf.storage import traced
 
 _FACTS = "turboquant_facts"
 
@@ -50,7 +50,7 @@ class _Facts:
 
 
 # Only tensors that outlive inference mode count what is written into them.
-@lasting
+@outside_inference_mode
 def turboquant_mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, **kwargs: Any
 ) -> torch.Tensor | None:
@@ -95,7 +95,7 @@ def is_of_prompt(mask: torch.Tensor) -> bool:
     return facts is not None and facts.is_of_prompt
 
 
-@lasting
+@outside_inference_mode
 def prompt_starts(mask: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
     """The first token of every row of a prompt that is no padding, int32 [batch_size].
 
@@ -115,7 +115,7 @@ def prompt_starts(mask: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
         return facts.starts[0]
     # Every token but padding sees itself, and nobody sees padding.
     sees_itself = mask[:, 0, :, :num_tokens].diagonal(dim1=-2, dim2=-1)
-    starts = torch.where(sees_itself.any(-1), ops.first_seen(sees_itself), num_tokens).int()
+    starts = torch.where(sees_itself.any(-1), traced.first_seen(sees_itself), num_tokens).int()
     # Looking at a tensor would break the graph.
     if is_compiling:
         return starts
@@ -210,7 +210,7 @@ def _rows_of_mask(mask: torch.Tensor, q_offset: int | torch.Tensor, kv_offset: i
     if not is_compiling and torch.equal(mask, seen.expand_as(mask)):
         return Rows(None, window)
     # The first query token sees the first token that any sees.
-    starts = ops.first_seen(mask[:, 0, 0]) + kv_offset
+    starts = traced.first_seen(mask[:, 0, 0]) + kv_offset
     seen = seen & (token >= starts[:, None, None, None])
     if is_compiling:
         # Looking at a tensor would break the graph.

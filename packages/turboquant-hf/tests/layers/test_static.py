@@ -14,9 +14,9 @@ from transformers import (
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.layers import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
-from turboquant_hf.static import StaticPagedStates
+from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
+from turboquant_hf.layers.static import StaticPagedStates
+from turboquant_hf.storage.full_precision import KeptTokens
 
 MAX_LENGTH = 70
 

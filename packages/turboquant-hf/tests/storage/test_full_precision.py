@@ -8,8 +8,8 @@ from transformers import DynamicCache, Gemma3TextConfig, LlamaForCausalLM
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.states import PagedStates
+from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.store import PagedStates
 
 SINKS, RECENT = 3, 6
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

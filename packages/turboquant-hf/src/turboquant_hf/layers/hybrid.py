@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from turboquant_hf._compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
-from turboquant_hf.layer import TurboQuantLayer
-from turboquant_hf.sliding import TurboQuantSlidingLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 
 class _BesideState(LinearAttentionLayer):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_hf.tables import kept_bias, kept_indices, kept_slots
+from turboquant_hf.storage.tables import kept_bias, kept_indices, kept_slots
 
 
 @dataclass(frozen=True)

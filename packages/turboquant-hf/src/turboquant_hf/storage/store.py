@@ -8,12 +8,12 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_core.quantized import storage_nbytes
-from turboquant_hf import ops
-from turboquant_hf.codec import LayerCodec
-from turboquant_hf.kept import KeptTokens
 from turboquant_hf.merge import attend_kept
-from turboquant_hf.paged import BLOCK_SIZE, num_blocks, page_layout
-from turboquant_hf.tables import block_table, code_starts, row_lengths, slot_range
+from turboquant_hf.storage import traced
+from turboquant_hf.storage.codec import LayerCodec
+from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.page_ops import BLOCK_SIZE, num_blocks, page_layout
+from turboquant_hf.storage.tables import block_table, code_starts, row_lengths, slot_range
 
 # Storage that is full grows by a thirty-second, and a block: a token is copied some thirty times in all, where every
 # step of decoding reads all of them, and little is unused.
@@ -23,9 +23,9 @@ GROWTH_DIVISOR = 32
 class PagedStates:
     """Keys and values [batch_size, num_kv_heads, num_tokens, head_dim] of one layer, kept as codes and scales.
 
-    They are in pages that core's kernels attend on; see `paged`. Growing, cropping and picking rows are operations on
-    whole pages or on their second dimension. Sinks and a window of the newest tokens may be kept beside them as they
-    are; see `kept`.
+    They are in pages that core's kernels attend on; see `page_ops`. Growing, cropping and picking rows are operations
+    on whole pages or on their second dimension. Sinks and a window of the newest tokens may be kept beside them as they
+    are; see `full_precision`.
 
     What depends on data, the key mean and the outlier channels, comes from the first tokens appended that are no sinks
     and not known to be padding, for each row and head apart, and is kept from then on: every stored token is read with
@@ -125,7 +125,7 @@ class PagedStates:
             before = self._before_sinks(keys.dtype)
             self.codec = self._calibrated(keys, values, self._num_sinks - self._num_tokens, row_starts)
             if before is not None:
-                ops.write(self.pages, *before, slot_range(0, self._num_tokens, self.pages.device), self.codec)
+                traced.write(self.pages, *before, slot_range(0, self._num_tokens, self.pages.device), self.codec)
         elif self.codec is None and self._num_uncoded < stop:
             self.codec = self._calibrated(keys, values, 0, row_starts)
         if self.codec is None:
@@ -133,7 +133,7 @@ class PagedStates:
             self.pages.zero_()
         else:
             slots = slot_range(self._num_tokens, stop, self.pages.device)
-            ops.write(self.pages, keys, values, slots, self.codec)
+            traced.write(self.pages, keys, values, slots, self.codec)
         self._num_tokens, self._num_new = stop, num_new
 
     @property
@@ -223,7 +223,7 @@ class PagedStates:
             # Sinks and padding alone.
             read = self.pages.new_zeros(2, self.pages.shape[1], length, self.config.head_dim, dtype=dtype).unbind()
         else:
-            read = ops.read(self.pages, num_blocks(length), self._codec(), dtype)
+            read = traced.read(self.pages, num_blocks(length), self._codec(), dtype)
         keys, values = (states.view(shape)[:, :, tokens] for states in read)
         return (keys, values) if kept is None else self._overlay(kept, keys, values, with_recent)
 
@@ -243,7 +243,7 @@ class PagedStates:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Causal attention of the last stored tokens on the codes, and on what is kept; see `paged.attend`."""
+        """Causal attention of the last stored tokens on the codes, and on what is kept; see `page_ops.attend`."""
         sinks = None if sinks is None else sinks.detach().float()
         options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         kept = self.kept
@@ -356,12 +356,12 @@ class PagedStates:
         """Keys and values [num_tokens, batch_size * num_kv_heads, head_dim] that have codes before the last sink."""
         if self.codec is None or not self._num_tokens:
             return None
-        read = ops.read(self.pages, num_blocks(self._num_tokens), self.codec, dtype)
+        read = traced.read(self.pages, num_blocks(self._num_tokens), self.codec, dtype)
         keys, values = (states[:, : self._num_tokens].transpose(0, 1) for states in read)
         return keys, values
 
     def _attend_codes(self, query: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.attend(query, self.pages, self._block_table(), self._row_lengths(), self._codec(), **options)
+        return traced.attend(query, self.pages, self._block_table(), self._row_lengths(), self._codec(), **options)
 
     def _sees_codes(self, window: int | None) -> bool:
         """Whether any token of a call may see any codes."""
@@ -412,7 +412,7 @@ class PagedStates:
     def _fill_from_codes(self, kept: KeptTokens, start: int, stop: int) -> None:
         """Let the ring say what the codes of the positions start to stop - 1 do."""
         first = start // BLOCK_SIZE
-        read = ops.read(self.pages[first:], num_blocks(stop) - first, self._codec(), kept.keys.dtype)
+        read = traced.read(self.pages[first:], num_blocks(stop) - first, self._codec(), kept.keys.dtype)
         shape = (self.batch_size, self.num_kv_heads, -1, self.config.head_dim)
         tokens = slice(start - first * BLOCK_SIZE, stop - first * BLOCK_SIZE)
         keys, values = (states.view(shape)[:, :, tokens] for states in read)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from turboquant_hf import ops
+from turboquant_hf.storage import traced
 
 
 def without_gradient(states: torch.Tensor) -> torch.Tensor:
@@ -26,4 +26,4 @@ class _WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, ops.refuse_gradient(gradients[0])
+        return None, traced.refuse_gradient(gradients[0])

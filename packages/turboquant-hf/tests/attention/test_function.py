@@ -9,10 +9,10 @@ from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attending import attending
-from turboquant_hf.attention import register, turboquant_attention
-from turboquant_hf.handover import Stored, hand_over
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.states import PagedStates
+from turboquant_hf.attention.function import register, turboquant_attention
+from turboquant_hf.attention.handover import Stored, hand_over
+from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.store import PagedStates
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Kernels multiply in float16 what the reference multiplies in float32.

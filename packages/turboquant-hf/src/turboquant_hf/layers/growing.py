@@ -8,12 +8,12 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
-from turboquant_hf.attention import reads_codes
-from turboquant_hf.gradients import without_gradient
-from turboquant_hf.handover import Prompt, Stored, hand_over
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.lasting import lasting
-from turboquant_hf.states import PagedStates
+from turboquant_hf.attention.function import reads_codes
+from turboquant_hf.attention.gradients import without_gradient
+from turboquant_hf.attention.handover import Prompt, Stored, hand_over
+from turboquant_hf.inference_mode import outside_inference_mode
+from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.store import PagedStates
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -126,7 +126,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.states = self._new_states(*key_states.shape[:2])
         self.is_initialized = True
 
-    @lasting
+    @outside_inference_mode
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +152,7 @@ class TurboQuantLayer(CacheLayerMixin):
         keys, values = states.extend(key_states, value_states, self.dtype)
         return (without_gradient(keys), without_gradient(values)) if wants_gradient else (keys, values)
 
-    @lasting
+    @outside_inference_mode
     def store_again(self, key_states: torch.Tensor, value_states: torch.Tensor, row_starts: torch.Tensor) -> None:
         """Store the first tokens in place of what is stored, now that it is known which of them are padding.
 
@@ -181,7 +181,7 @@ class TurboQuantLayer(CacheLayerMixin):
         """Length and offset of the keys that a call with `query_length` new tokens attends to."""
         return self.get_seq_length() + query_length, 0
 
-    @lasting
+    @outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens.
 
@@ -199,20 +199,20 @@ class TurboQuantLayer(CacheLayerMixin):
             del self.states
             self.is_initialized = False
 
-    @lasting
+    @outside_inference_mode
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences `beam_idx`, int64 [batch_size]."""
         if self.is_initialized:
             self.states = self.states.select_rows(beam_idx)
 
-    @lasting
+    @outside_inference_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         if self.is_initialized:
             rows = torch.arange(self.states.batch_size).repeat_interleave(repeats)
             self.states = self.states.select_rows(rows)
 
-    @lasting
+    @outside_inference_mode
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
         if self.is_initialized:
@@ -220,13 +220,13 @@ class TurboQuantLayer(CacheLayerMixin):
             rows = torch.arange(self.states.batch_size, device=device)
             self.states = self.states.select_rows(rows[indices, ...].view(-1))
 
-    @lasting
+    @outside_inference_mode
     def offload(self) -> None:
         """Move everything kept to the CPU."""
         if self.is_initialized:
             self.states = self.states.to("cpu")
 
-    @lasting
+    @outside_inference_mode
     def prefetch(self) -> None:
         """Move everything kept back to the layer's device."""
         if self.is_initialized:
@@ -246,7 +246,7 @@ class TurboQuantLayer(CacheLayerMixin):
         heads = (batch_size, num_kv_heads, self.config.head_dim)
         return KeptTokens.empty(sinks, recent, heads, self.dtype, self.device)
 
-    @lasting
+    @outside_inference_mode
     def _dequantized(self, which: int) -> torch.Tensor | None:
         if self.is_empty:
             return None

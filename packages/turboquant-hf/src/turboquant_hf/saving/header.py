@@ -17,8 +17,8 @@ from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.scale import SCALE_DTYPE, ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS
 from turboquant_hf._compat import PreTrainedConfig
-from turboquant_hf.kept import ring_size_of
-from turboquant_hf.layer import TurboQuantLayer
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.storage.full_precision import ring_size_of
 
 HEADER = "turboquant-hf cache"
 FORMAT_VERSION = 6

@@ -6,11 +6,11 @@ import torch
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from turboquant_hf.dense import dense_attention, is_causal
-from turboquant_hf.dispatch import ATTENTION
-from turboquant_hf.gradients import without_gradient
-from turboquant_hf.handover import Prompt, Stored, taken_over
-from turboquant_hf.masks import (
+from turboquant_hf.attention.dense import dense_attention, is_causal
+from turboquant_hf.attention.dispatch import ATTENTION
+from turboquant_hf.attention.gradients import without_gradient
+from turboquant_hf.attention.handover import Prompt, Stored, taken_over
+from turboquant_hf.attention.masks import (
     Rows,
     check_length,
     check_mask,

@@ -14,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from turboquant_hf._compat import PreTrainedConfig
-from turboquant_hf.dispatch import ATTENTION, other_attention
-from turboquant_hf.states import PagedStates
-from turboquant_hf.tables import not_a_number
+from turboquant_hf.attention.dispatch import ATTENTION, other_attention
+from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.tables import not_a_number
 
 _PROPERTIES = (
     "_base",

@@ -11,9 +11,9 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
-from turboquant_hf.kept import KeptTokens
-from turboquant_hf.states import PagedStates
-from turboquant_hf.static import StaticPagedStates
+from turboquant_hf.layers.static import StaticPagedStates
+from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.store import PagedStates
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-4 if DEVICE.type == "cpu" else 2e-2

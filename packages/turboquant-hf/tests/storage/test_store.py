@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from turboquant_core import MSEQuantizer, TurboQuantConfig
-from turboquant_hf.paged import BLOCK_SIZE, attend, write
-from turboquant_hf.states import PagedStates, tokens_first
-from turboquant_hf.tables import block_table, row_lengths
+from turboquant_hf.storage.page_ops import BLOCK_SIZE, attend, write
+from turboquant_hf.storage.store import PagedStates, tokens_first
+from turboquant_hf.storage.tables import block_table, row_lengths
 
 
 def random_states(*shape, seed=0, offset=0.0):

@@ -3,7 +3,7 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.testing import gaussian
-from turboquant_hf.codec import LayerCodec
+from turboquant_hf.storage.codec import LayerCodec
 
 NUM_TOKENS, HEADS, HEAD_DIM = 41, 2, 64
 

@@ -10,7 +10,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def lasting(function: Callable[P, T]) -> Callable[P, T]:
+def outside_inference_mode(function: Callable[P, T]) -> Callable[P, T]:
     """Have a function make tensors that can be written anywhere: those made in inference mode only can be in it."""
 
     @wraps(function)

@@ -1,0 +1,1 @@
+"""`attn_implementation="turboquant"`: attention on what a layer stores."""

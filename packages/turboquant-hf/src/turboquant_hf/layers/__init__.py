@@ -1,0 +1,1 @@
+"""Layers of a cache: growing, sliding, static, hybrid and cross, and which of them a cache has."""
