@@ -51,6 +51,10 @@ SOURCES = {
                 raise RuntimeError("cannot import it")
         """,
     "lacking": "import no_such_package",
+    "late": """
+        def late(number: int = 1) -> None:
+            import no_such_package
+        """,
     "slow": """
         if __import__("os").environ.get("WAIT") == "import":
             print("waiting", flush=True)
@@ -78,7 +82,7 @@ def package(tmp_path_factory):
     """A folder with a package of commands whose import is noticed."""
     folder = tmp_path_factory.mktemp("installed")
     (folder / "some_commands").mkdir()
-    (folder / "some_commands" / "__init__.py").write_text("")
+    (folder / "some_commands" / "__init__.py").write_text("raise AssertionError('this takes seconds')")
     for name, source in SOURCES.items():
         (folder / "some_commands" / f"{name}.py").write_text(HEADER + dedent(source))
     return folder
@@ -339,12 +343,19 @@ def start(package):
     return start
 
 
-def test_the_extra_that_brings_what_a_command_lacks_is_named(start):
-    process = start(["lacking"])
+@pytest.mark.parametrize("name", ["lacking", "late"])
+def test_the_extra_that_brings_what_a_command_lacks_is_named(start, name):
+    process = start([name])
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
     said = "No module named 'no_such_package'. Install some-commands[tools], which brings it."
-    assert errors == f"error: lacking is not available: some_commands.lacking:lacking: {said}\n"
+    assert errors == f"error: {name} is not available: some_commands.{name}:{name}: {said}\n"
+
+
+def test_wrong_arguments_are_said_before_a_command_imports_what_it_needs(run):
+    status, _, errors = run("late", "--number", "x")
+    assert status == 2
+    assert "Invalid value for '--number'" in errors
 
 
 def test_without_the_extra_the_command_says_how_to_install_it(start, tmp_path):

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -41,7 +42,8 @@ class InstalledCommand(TyperCommand):
     """A subcommand of an installed package, which is not imported before its arguments are read.
 
     Args:
-        entry_point: Where it is; a function as typer takes it.
+        entry_point: Where it is; a function as typer takes it. Its module is imported without the packages around it,
+            and imports within the function what takes seconds.
     """
 
     def __init__(self, entry_point: EntryPoint) -> None:
@@ -59,12 +61,20 @@ class InstalledCommand(TyperCommand):
         context.with_resource(interrupts.raised())
         return context
 
+    def unavailable(self, error: Exception) -> CommandError:
+        """What is said when something cannot be imported, and which extra of the package brings it."""
+        said = f"{self.name} is not available: {self._entry_point.value}: {error}"
+        package = self._entry_point.dist
+        extras = package.metadata.get_all("Provides-Extra", []) if package else []
+        if package and EXTRA in extras and isinstance(error, ModuleNotFoundError):
+            said += f". Install {package.name}[{EXTRA}], which brings it."
+        return CommandError(said)
+
     def _load(self) -> Any:
         try:
-            command = self._entry_point.load()
+            command = getattr(_module_alone(self._entry_point.module), self._entry_point.attr)
         except (ImportError, OSError) as error:
-            said = f"{self.name} is not available: {self._entry_point.value}: {error}"
-            raise CommandError(f"{said}{_remedy(error, self._entry_point)}") from error
+            raise self.unavailable(error) from error
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
         alone.command(self.name)(command)
         return typer.main.get_command(alone)
@@ -90,6 +100,9 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             # Before typer sees it, which would leave without a word.
             raise CommandError.interrupted() from None
+        except ImportError as error:
+            subcommand: Any = self.commands[ctx.invoked_subcommand]
+            raise subcommand.unavailable(error) from error
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **options: Any
@@ -182,14 +195,6 @@ def _discard_unwritten() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _remedy(error: Exception, entry_point: EntryPoint) -> str:
-    """What brings a module that is missing, where the subcommand's package has an extra for it."""
-    package = entry_point.dist
-    if isinstance(error, ModuleNotFoundError) and package and EXTRA in package.metadata.get_all("Provides-Extra", []):
-        return f". Install {package.name}[{EXTRA}], which brings it."
-    return ""
-
-
 def _docstring(entry_point: EntryPoint) -> str:
     """The docstring of a command, read from its source: to import it takes seconds."""
     *_, spec = _specs(entry_point.module)
@@ -199,6 +204,22 @@ def _docstring(entry_point: EntryPoint) -> str:
         if isinstance(node, ast.FunctionDef) and node.name == entry_point.attr:
             return ast.get_docstring(node) or ""
     return ""
+
+
+def _module_alone(name: str) -> ModuleType:
+    """A module, imported without the packages around it."""
+    if name in sys.modules:
+        return sys.modules[name]
+    *_, spec = _specs(name)
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _specs(module: str) -> Iterator[ModuleSpec | None]:

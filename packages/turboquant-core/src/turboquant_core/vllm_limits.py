@@ -1,4 +1,4 @@
-"""What turboquant-vllm serves, where turboquant-hf can read it too: neither imports the other."""
+"""What turboquant-vllm serves and vLLM takes, where turboquant-hf can read it too: neither imports the other."""
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 """head_dim that the backend takes: those that its kernels are tested at."""
@@ -18,3 +18,12 @@ BLOCK_SIZE_MULTIPLE = 16
 
 MIN_CAPABILITY = (8, 0)
 """Oldest compute capability: FlashAttention 2, which prefills, needs Ampere."""
+
+MEMORY_SHARE = 0.92
+"""Share of a card's memory that vLLM takes by default."""
+
+BATCHED_TOKENS = 8192
+"""Tokens of a step at most, by default."""
+
+RESERVE_GIB = 2.3
+"""Activations, CUDA graphs and CUDA itself: what benchmarks/results/engine.json leaves for them on an H200."""

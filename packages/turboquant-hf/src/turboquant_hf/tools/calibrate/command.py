@@ -7,11 +7,11 @@ import torch
 import typer
 
 from turboquant_core.calibration import FORMAT, write_calibration
+from turboquant_core.command_options import MAX_TOKENS, DeviceOption, ForceOption, JsonOption, ModelArgument, TextOption
 from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
 from turboquant_hf.tools.calibrate.mean_keys import mean_keys, num_chunks
 from turboquant_hf.tools.inputs import chosen_device, load, read_text
 from turboquant_hf.tools.models import LoadedModel
-from turboquant_hf.tools.options import MAX_TOKENS, DeviceOption, ForceOption, JsonOption, ModelArgument, TextOption
 from turboquant_hf.tools.terminal import Steps, consoles
 
 MARKER = f'"format":"{FORMAT}"'

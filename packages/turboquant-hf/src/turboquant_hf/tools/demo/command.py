@@ -1,12 +1,12 @@
 """The command line of the demo."""
 
+from turboquant_core.command_options import DeviceOption, ForceOption, JsonOption, ModelArgument
 from turboquant_core.command_output import STDOUT, CommandError, check_outputs, json_output, write_json
 from turboquant_hf.scoring import CHUNK_SIZE
 from turboquant_hf.tools.demo.comparison import encode_long_prompt, num_steps, run_demo
 from turboquant_hf.tools.demo.render import render
 from turboquant_hf.tools.inputs import chosen_device, load
 from turboquant_hf.tools.models import LoadedModel
-from turboquant_hf.tools.options import DeviceOption, ForceOption, JsonOption, ModelArgument
 from turboquant_hf.tools.terminal import Steps, consoles
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, LARGEST_HEAD_DIM
+from turboquant_core.vllm_limits import BATCHED_TOKENS, BLOCK_SIZE_MULTIPLE, LARGEST_HEAD_DIM
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.support import LayerAttention
 from turboquant_hf.tools.doctor.attention import ModelAttention
@@ -13,12 +13,8 @@ from turboquant_hf.tools.doctor.cards import GIB
 from turboquant_hf.tools.doctor.sizes import UNCOMPRESSED_ITEMSIZES, token_bytes
 
 BLOCK_SIZE = BLOCK_SIZE_MULTIPLE
-# vLLM's default; with asynchronous scheduling two batches are in flight.
-MEMORY_SHARE = 0.92
-BATCHED_TOKENS = 8192
+# With asynchronous scheduling.
 BATCHES_IN_FLIGHT = 2
-RESERVE_GIB = 2.3
-"""Activations, CUDA graphs and CUDA itself: what benchmarks/results/engine.json leaves for them on an H200."""
 
 STATE_ITEMSIZE = 2
 

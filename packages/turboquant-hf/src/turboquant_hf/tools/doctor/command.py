@@ -2,20 +2,8 @@
 
 import typer
 
-from turboquant_core.command_output import (
-    REFUSED,
-    STDOUT,
-    CommandError,
-    check_outputs,
-    json_output,
-    write_json,
-)
-from turboquant_hf.tools.doctor.diagnosis import diagnose
-from turboquant_hf.tools.doctor.fit import fit
-from turboquant_hf.tools.doctor.inputs import GpuOption, MemoryOption, named_card, open_model
-from turboquant_hf.tools.doctor.render import render
-from turboquant_hf.tools.options import ForceOption, JsonOption, ModelArgument
-from turboquant_hf.tools.terminal import consoles
+from turboquant_core.command_options import ForceOption, GpuOption, JsonOption, MemoryOption, ModelArgument
+from turboquant_core.command_output import REFUSED, STDOUT, CommandError, check_outputs, json_output, write_json
 
 
 def doctor(
@@ -29,10 +17,17 @@ def doctor(
 
     Exit status: 0 if vLLM or transformers serves it compressed, 1 if neither does, 2 for what cannot be read.
     """
-    console, errors = consoles()
     if gpu is not None and memory is not None:
         raise CommandError("--gpu and --memory both say how much memory there is; give one of them")
     check_outputs([json_output("doctor", json_target)], {"MODEL": model}, force=force)
+
+    from turboquant_hf.tools.doctor.diagnosis import diagnose
+    from turboquant_hf.tools.doctor.fit import fit
+    from turboquant_hf.tools.doctor.inputs import named_card, open_model
+    from turboquant_hf.tools.doctor.render import render
+    from turboquant_hf.tools.terminal import consoles
+
+    console, errors = consoles()
     card = named_card(gpu)
     checkpoint, attention = open_model(model, errors)
     try:

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from turboquant_hf.tools.doctor.capacity import MEMORY_SHARE, RESERVE_GIB, cut_into_blocks, kv_memory
+from turboquant_core.vllm_limits import MEMORY_SHARE, RESERVE_GIB
+from turboquant_hf.tools.doctor.capacity import cut_into_blocks, kv_memory
 from turboquant_hf.tools.doctor.cards import GIB
 from turboquant_hf.tools.doctor.diagnosis import Diagnosis
 

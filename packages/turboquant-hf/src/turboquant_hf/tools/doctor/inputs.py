@@ -1,8 +1,5 @@
 """What doctor and plan share: opening a model's files, and the card."""
 
-from typing import Annotated
-
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -12,21 +9,11 @@ from turboquant_hf.tools.doctor.cards import Card, find_card
 from turboquant_hf.tools.doctor.checkpoint import Checkpoint, open_checkpoint
 from turboquant_hf.tools.inputs import with_remedy
 from turboquant_hf.tools.models import default_model
-from turboquant_hf.tools.options import number
-
-MAX_GIB = 1 << 20
-"""More memory than any machine has."""
 
 MAX_SIZE = 1 << 31
 """More than any size of a model."""
 
 _SIZES = ("head_dim", "value_dim", "num_heads", "num_kv_heads", "window")
-
-GpuOption = Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")]
-MemoryOption = Annotated[
-    float | None,
-    typer.Option(**number(0, MAX_GIB), help="Memory of a card in GiB, instead of --gpu."),
-]
 
 
 def open_model(name: str | None, errors: Console) -> tuple[Checkpoint, ModelAttention]:

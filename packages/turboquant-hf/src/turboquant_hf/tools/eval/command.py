@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from turboquant_core.command_options import MAX_TOKENS, DeviceOption, ForceOption, JsonOption, ModelArgument, TextOption
 from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
 from turboquant_hf.scoring import CHUNK_SIZE
 from turboquant_hf.tools.caches import CACHES, DEFAULT_CACHES, UNCOMPRESSED, find_cache
@@ -15,7 +16,6 @@ from turboquant_hf.tools.eval.settings import EVAL, MEASUREMENTS, EvalSettings
 from turboquant_hf.tools.eval.summary import summarise
 from turboquant_hf.tools.eval.units import missing_units
 from turboquant_hf.tools.inputs import chosen_device, load, read_text
-from turboquant_hf.tools.options import MAX_TOKENS, DeviceOption, ForceOption, JsonOption, ModelArgument, TextOption
 from turboquant_hf.tools.run_files.continuing import (
     begin,
     go_on,

@@ -1,31 +1,25 @@
 """The command line of `turboquant plan`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from turboquant_core.command_output import (
-    REFUSED,
-    STDOUT,
-    CommandError,
-    Output,
-    check_outputs,
-    json_output,
-    write_json,
+from turboquant_core.command_options import (
+    MAX_GIB,
+    MAX_TOKENS,
+    ForceOption,
+    GpuOption,
+    JsonOption,
+    MemoryOption,
+    ModelArgument,
+    number,
 )
-from turboquant_core.vllm_limits import MIN_CAPABILITY
-from turboquant_hf.tools.doctor.capacity import BATCHED_TOKENS, MEMORY_SHARE, RESERVE_GIB, kv_memory
-from turboquant_hf.tools.doctor.cards import GIB, Card
-from turboquant_hf.tools.doctor.checkpoint import Checkpoint
-from turboquant_hf.tools.doctor.engines import GGUF_REFUSAL
-from turboquant_hf.tools.doctor.inputs import MAX_GIB, GpuOption, MemoryOption, named_card, open_model
-from turboquant_hf.tools.options import MAX_TOKENS, ForceOption, JsonOption, ModelArgument, number
-from turboquant_hf.tools.plan.plan import caches_to_plan, make_plan, plotted_lengths, refusals
-from turboquant_hf.tools.plan.plot import MARKER, can_plot, write_plot
-from turboquant_hf.tools.plan.render import render
-from turboquant_hf.tools.terminal import consoles
+from turboquant_core.command_output import REFUSED, STDOUT, CommandError, Output, check_outputs, json_output, write_json
+from turboquant_core.vllm_limits import BATCHED_TOKENS, MEMORY_SHARE, MIN_CAPABILITY, RESERVE_GIB
 
+MARKER = "turboquant plan --plot"
 DEFAULT_LENGTH = 8192
 MAX_CARDS = 1 << 16
 
@@ -82,11 +76,21 @@ def plan(
     Exit status: 0 with a plan, 1 if vLLM does not serve the model compressed or its weights leave no room, 2 for what
     cannot be read.
     """
-    console, errors = consoles()
     if sum(given is not None for given in (gpu, memory, kv_memory_gib)) != 1:
         raise CommandError("give one of --gpu NAME, --memory GiB and --kv-memory GiB")
     _check_plot(plot)
     check_outputs([Output("--plot", plot, MARKER), json_output("plan", json_target)], {"MODEL": model}, force=force)
+
+    from turboquant_hf.tools.doctor.cards import GIB
+    from turboquant_hf.tools.doctor.engines import GGUF_REFUSAL
+    from turboquant_hf.tools.doctor.inputs import named_card, open_model
+    from turboquant_hf.tools.plan.memory import left_for_cache
+    from turboquant_hf.tools.plan.plan import caches_to_plan, make_plan, plotted_lengths, refusals
+    from turboquant_hf.tools.plan.plot import write_plot
+    from turboquant_hf.tools.plan.render import render
+    from turboquant_hf.tools.terminal import consoles
+
+    console, errors = consoles()
     card = named_card(gpu)
     try:
         caches = caches_to_plan(preset or [])
@@ -94,7 +98,7 @@ def plan(
         raise CommandError(str(error)) from error
     checkpoint, attention = open_model(model, errors)
     if why := refusals(checkpoint, attention, card.capability if card else MIN_CAPABILITY):
-        raise _refused(f"vLLM does not serve {checkpoint.name} compressed: {'; '.join(why)}")
+        raise CommandError(f"vLLM does not serve {checkpoint.name} compressed: {'; '.join(why)}", REFUSED, "refused")
     if attention.max_length and length and length > attention.max_length:
         raise CommandError(
             f"--length is {length:,}, and the context of {checkpoint.name} is {attention.max_length:,} tokens"
@@ -102,12 +106,9 @@ def plan(
     if kv_memory_gib is not None:
         kv_bytes, said = int(kv_memory_gib * GIB), "memory for the cache as given"
     else:
-        total = card.memory_gib if card else memory or 0.0
-        weights_bytes = _weights_bytes(checkpoint, weights)
-        kv_bytes = kv_memory(total, gpu_memory_utilization, weights_bytes, tensor_parallel, reserve)
-        said = _explain(total, card, gpu_memory_utilization, weights_bytes, tensor_parallel, reserve)
-        if kv_bytes <= 0:
-            raise _refused(f"nothing is left for a cache: {said}. Give more cards with --tensor-parallel.")
+        kv_bytes, said = left_for_cache(
+            checkpoint, card, memory, weights, gpu_memory_utilization, tensor_parallel, reserve
+        )
     if length is None:
         length = min(DEFAULT_LENGTH, attention.max_length or DEFAULT_LENGTH)
         if length < DEFAULT_LENGTH:
@@ -127,41 +128,17 @@ def plan(
     if checkpoint.is_gguf:
         errors.print(f"counted for the same model in safetensors files of 16 bits: {GGUF_REFUSAL}", highlight=False)
     if plot is not None:
-        write_plot(planned, plotted_lengths(attention.max_length), plot)
+        write_plot(planned, plotted_lengths(attention.max_length), plot, MARKER)
     if json_target is not None:
         write_json("plan", planned.to_dict(), json_target)
     if json_target != STDOUT:
         render(planned, said, console)
 
 
-def _refused(message: str) -> CommandError:
-    return CommandError(message, REFUSED, "refused")
-
-
 def _check_plot(plot: Path | None) -> None:
     if plot is None:
         return
-    if not can_plot():
+    if find_spec("matplotlib") is None:
         raise CommandError("--plot needs matplotlib, which is not installed here. Install it, or leave --plot out.")
     if plot.suffix != ".svg":
         raise CommandError(f"--plot is {plot}; it writes SVG, so the name must end with .svg")
-
-
-def _weights_bytes(checkpoint: Checkpoint, given_gib: float | None) -> int:
-    if given_gib is not None:
-        return int(given_gib * GIB)
-    if checkpoint.weights_nbytes is None:
-        raise CommandError(
-            f"{checkpoint.name} has no safetensors files that tell the bytes of its weights. Give --weights GiB."
-        )
-    return checkpoint.weights_nbytes
-
-
-def _explain(
-    total: float, card: Card | None, share: float, weights_bytes: int, tensor_parallel: int, reserve: float
-) -> str:
-    parts = f" / {tensor_parallel} cards" if tensor_parallel > 1 else ""
-    return (
-        f"{total:g} GiB{f' of {card.name}' if card else ''} x {share:g}, less {weights_bytes / GIB:.2f} GiB of weights"
-        f"{parts} and {reserve:g} GiB for activations, CUDA graphs and CUDA"
-    )

@@ -1,22 +1,14 @@
 """The plot of `turboquant plan`."""
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from turboquant_core.files import replacing
 from turboquant_hf.tools.doctor.checkpoint import short_name
 from turboquant_hf.tools.plan.plan import Plan
 
-MARKER = "turboquant plan --plot"
 
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
-
-
-def write_plot(plan: Plan, lengths: list[int], path: Path) -> None:
-    """Draw requests at once against their length, a line for each cache, as SVG."""
+def write_plot(plan: Plan, lengths: list[int], path: Path, creator: str) -> None:
+    """Draw requests at once against their length, a line for each cache, as SVG that says who made it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -33,4 +25,4 @@ def write_plot(plan: Plan, lengths: list[int], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as unfinished:
-        figure.savefig(unfinished, format="svg", metadata={"Creator": MARKER})
+        figure.savefig(unfinished, format="svg", metadata={"Creator": creator})

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
+from turboquant_core.command_options import ForceOption, JsonOption
 from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
 from turboquant_core.files import write_atomically
 from turboquant_hf.tools.eval.settings import EVAL
 from turboquant_hf.tools.eval.summary import RunSummary, summarise
-from turboquant_hf.tools.options import ForceOption, JsonOption
 from turboquant_hf.tools.report.model_card import MARKER as CARD_MARKER
 from turboquant_hf.tools.report.model_card import model_card
 from turboquant_hf.tools.report.page import MARKER as PAGE_MARKER

@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-from turboquant_core.command_output import STDOUT, Output, check_outputs, json_output, write_json
-from turboquant_core.layer_bits import FORMAT, write_layer_bits
-from turboquant_hf.tools.inputs import chosen_device, load, read_text
-from turboquant_hf.tools.options import (
+from turboquant_core.command_options import (
     MAX_TOKENS,
     DeviceOption,
     ForceOption,
@@ -17,6 +14,9 @@ from turboquant_hf.tools.options import (
     TextOption,
     number,
 )
+from turboquant_core.command_output import STDOUT, Output, check_outputs, json_output, write_json
+from turboquant_core.layer_bits import FORMAT, write_layer_bits
+from turboquant_hf.tools.inputs import chosen_device, load, read_text
 from turboquant_hf.tools.run_files.continuing import (
     begin,
     go_on,

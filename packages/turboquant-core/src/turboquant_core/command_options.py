@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several subcommands have."""
 
 import math
 from pathlib import Path
@@ -35,3 +35,13 @@ def number(least: float, most: float) -> dict[str, Any]:
         return value
 
     return {"parser": parse, "metavar": f"<{least:,} to {most:,}>"}
+
+
+MAX_GIB = 1 << 20
+"""More memory than any machine has."""
+
+GpuOption = Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")]
+MemoryOption = Annotated[
+    float | None,
+    typer.Option(**number(0, MAX_GIB), help="Memory of a card in GiB, instead of --gpu."),
+]
