@@ -1,3 +1,4 @@
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -77,8 +78,28 @@ def test_a_slip_in_the_name_of_the_settings_is_refused(name):
         Settings.of({name: {"preset": "tq3"}})
 
 
+@pytest.mark.parametrize("beside", [{}, {"turboquant": {"preset": "tq3"}}])
+@pytest.mark.parametrize(
+    ("setting", "written"),
+    [
+        ({"key_bits": 8}, '{"turboquant": {"key_bits": 8}}'),
+        ({"value_bits": None}, '{"turboquant": {"value_bits": null}}'),
+        ({"center_keys": False}, '{"turboquant": {"center_keys": false}}'),
+        ({"layer_bits": "bits.json"}, '{"turboquant": {"layer_bits": "bits.json"}}'),
+        ({"preset": "k8v4"}, '{"turboquant": {"preset": "k8v4"}}'),
+        ({"calibration": "means.safetensors"}, '{"turboquant": {"calibration": "means.safetensors"}}'),
+    ],
+)
+def test_a_setting_in_the_wrong_place_is_refused(setting, written, beside):
+    (name,) = setting
+    message = f"additional_config has '{name}', which nothing reads there; write {written}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Settings.of({**beside, **setting})
+
+
 def test_settings_of_others_are_left_alone():
     others = {"torchair_graph_config": {}, "quantization": 1, "turbo": 1, "turbomind": {}, "turboquark": 1, "": 0, 3: 4}
+    others |= {"preset": "throughput", "calibration": {"samples": 512}}
     assert Settings.of({**others, "turboquant": {"preset": "tq3"}}) == Settings(preset="tq3")
 
 

@@ -1,5 +1,6 @@
 """What a user may say about the cache: `--additional-config '{"turboquant": {...}}'`."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import SequenceMatcher
@@ -85,9 +86,12 @@ class Settings:
             ValueError: If a name or a value is unknown, or bits are given twice.
         """
         additional_config = additional_config if isinstance(additional_config, Mapping) else {}
-        for name in additional_config:
+        for name, value in additional_config.items():
             if name != KEY and _means_key(name):
                 raise ValueError(f"additional_config has {name!r}, which nothing reads; write {KEY!r}")
+            if _is_setting(name, value):
+                right = json.dumps({KEY: {name: value}}, default=repr)
+                raise ValueError(f"additional_config has {name!r}, which nothing reads there; write {right}")
         chosen = additional_config.get(KEY, {})
         if not isinstance(chosen, Mapping):
             raise ValueError(f'{KEY} is {chosen!r}; it must be an object such as {{"preset": "tq4"}}')
@@ -114,3 +118,12 @@ def _means_key(name: object) -> bool:
     """Whether a name in the additional configuration, which others' settings share, is ours with a slip in it."""
     letters = "".join(filter(str.isalpha, str(name).lower()))
     return letters.startswith(KEY) or SequenceMatcher(None, letters, KEY).ratio() > _NEAR
+
+
+def _is_setting(name: object, value: object) -> bool:
+    """Whether an entry of the additional configuration is a setting of ours in the wrong place, and not another's."""
+    if name == "preset":
+        return value in PRESETS
+    if name == "calibration":
+        return isinstance(value, str) and value.endswith(".safetensors")
+    return name in ("key_bits", "value_bits", "center_keys", "layer_bits")
