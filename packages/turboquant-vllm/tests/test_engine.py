@@ -22,6 +22,8 @@ def turboquant(**settings):
 EIGHT_BITS = turboquant(key_bits=8, value_bits=8)
 
 
+# Of smaller caches the last block, which does not fit any more, would be a larger part.
+CACHE = {"kv_cache_memory_bytes": 2**30}
 # In chunks of 32 almost all that a token sees are codes.
 CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 4}
 SCORED = {"prompt_logprobs": 50, "max_logprobs": 50}
@@ -29,7 +31,7 @@ SCORED = {"prompt_logprobs": 50, "max_logprobs": 50}
 
 @pytest.fixture(scope="module")
 def uncompressed(generate, story):
-    return generate([*PROMPTS, story], max_tokens=200, **SCORED)
+    return generate([*PROMPTS, story], max_tokens=100, **SCORED, **CACHE)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def speculating(generate):
 def eight_bits(generate, uncompressed, speculating):
     """Along the texts of the uncompressed cache, and along those of speculation."""
     texts = [*uncompressed["tokens"][0][:3], *speculating["tokens"][0]]
-    return generate([*PROMPTS, *PROMPTS], forced=texts, **EIGHT_BITS)
+    return generate([*PROMPTS, *PROMPTS], forced=texts, **EIGHT_BITS, **CACHE)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def in_chunks(generate, beginnings):
 
 @pytest.fixture(scope="module")
 def four_bits(generate, story):
-    return generate([story], max_tokens=1, **SCORED, **CHUNKS, **turboquant(preset="tq4"))
+    return generate([story], max_tokens=1, **SCORED, **CHUNKS, **CACHE, **turboquant(preset="tq4"))
 
 
 def test_eight_bits_say_what_the_uncompressed_cache_says(eight_bits, uncompressed, texts_of, assert_near):

@@ -87,13 +87,11 @@ def test_an_adapter(generate, tiny_model, adapter, plain, assert_near):
     assert_near(generate(TOKENS, **tiny, forced=expected["tokens"][0], **EIGHT_BITS), expected)
 
 
-def test_two_ranks_say_what_one_says(generate, tiny_model, plain, texts_of, assert_near):
+def test_two_ranks_say_what_one_says(generate, tiny_model, plain, texts_of, two_ranks, assert_near):
     expected = texts_of(plain, slice(2))
-    found = generate(
-        TOKENS, model=tiny_model("Llama"), **TINY, **EIGHT_BITS, forced=expected["tokens"][0],
-        tensor_parallel_size=2, env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
-    )  # fmt: skip
-    assert_near(found, expected)
+    found = generate(TOKENS, model=tiny_model("Llama"), **TINY, **EIGHT_BITS, **two_ranks, forced=expected["tokens"][0])
+    # They take their key means together, at start: with others they would say something else, if not much.
+    assert_near(found, expected, largest=0.01, mean=0.001)
 
 
 def test_a_draft_model(drafts, plain, texts_of, assert_near):

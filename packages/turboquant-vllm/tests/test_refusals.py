@@ -1,13 +1,11 @@
 """What an engine is refused with at its start, before it serves anything."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+import processes
+import refuse
 
 REFUSED = {
     "unknown preset": ({"preset": "tq9"}, {}, "preset is 'tq9'; it must be one of tq4"),
@@ -43,13 +41,9 @@ def refusals(tiny_model, tmp_path_factory):
         {"model": model, "attention_backend": "CUSTOM", "additional_config": {"turboquant": settings}, **options}
         for settings, options, _ in REFUSED.values()
     ]
-    answer = tmp_path_factory.mktemp("refusals") / "answer.json"
-    subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("refuse.py")), json.dumps(asked), str(answer)],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        check=True,
-    )
-    return dict(zip(REFUSED, json.loads(answer.read_text()), strict=True))
+    log = tmp_path_factory.mktemp("refusals") / "log.txt"
+    refused = processes.call(refuse.refusals, asked, log, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    return dict(zip(REFUSED, refused, strict=True))
 
 
 @pytest.mark.parametrize("case", REFUSED)

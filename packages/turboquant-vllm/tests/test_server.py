@@ -3,19 +3,17 @@
 What it says at one time is compared with what it says at another along the text of the first: see `forced.py`.
 """
 
-import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
+import processes
+from serve import serve as serve_openai
+
 pytestmark = pytest.mark.real_weights
 
-TESTS = Path(__file__).parent
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 # In another batch sums are rounded otherwise, which takes some coordinates over a boundary between codes of 4 bits.
 NEAR_AT_FOUR_BITS = {"largest": 1.5, "mean": 0.15}
@@ -34,23 +32,23 @@ def serve(model_folder, log, free_ports):
     @contextmanager
     def start(*options):
         (port,) = free_ports(1)
-        command = [
-            # `vllm serve`, but for a look at the metadata of a package called vllm, which the build for CPUs is not.
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder),
-            "--attention-backend", "CUSTOM", "--served-model-name", "smollm2", "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", "1024", "--logits-processors", "forced:ForcedText", "--port", str(port), *options,
+        arguments = [
+            "--model", str(model_folder), "--attention-backend", "CUSTOM", "--served-model-name", "smollm2",
+            "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3",
+            "--logits-processors", "forced:ForcedText", "--port", str(port), *options,
         ]  # fmt: skip
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-        with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=env) as server:
-            try:
-                client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-                deadline = time.monotonic() + 300
-                while server.poll() is None and not _serves(client):
-                    assert time.monotonic() < deadline, log.read_text()[-4000:]
-                    time.sleep(1)
-                yield server, client
-            finally:
-                server.terminate()
+        log.write_text("")
+        server = processes.start(serve_openai, arguments, log)
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            deadline = time.monotonic() + 300
+            while server.is_alive() and not _serves(client):
+                assert time.monotonic() < deadline, log.read_text()[-4000:]
+                time.sleep(0.2)
+            yield server, client
+        finally:
+            server.terminate()
+            server.join()
 
     return start
 
@@ -67,7 +65,7 @@ def _serves(client):
 @pytest.fixture(scope="module")
 def client(serve, log):
     with serve() as (server, client):
-        assert server.poll() is None, log.read_text()[-4000:]
+        assert server.is_alive(), log.read_text()[-4000:]
         yield client
 
 
@@ -157,5 +155,5 @@ def test_a_restart_says_the_same(client, serve, says_again):
 
 def test_a_server_that_is_refused_says_why(serve, log):
     with serve("--additional-config", '{"turboquant": {"preset": "tq9"}}') as (server, _):
-        assert server.wait(timeout=60)
+        assert server.exitcode
     assert "preset is 'tq9'; it must be one of tq4" in log.read_text()
