@@ -8,7 +8,7 @@ import torch
 
 from figure_text import table
 from llama_8b import MODEL
-from peers import BLOCK_SIZE, copies_beyond_l2, copy_bandwidth, graph_milliseconds
+from peers import BLOCK_SIZE, TIMED_PRESETS, copies_beyond_l2, copy_bandwidth, graph_milliseconds
 from results_file import read_result, write_result
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
@@ -16,7 +16,6 @@ from turboquant_core.ops import cache_update
 
 KV_HEADS, HEAD_DIM = MODEL.num_kv_heads, MODEL.head_dim
 UPDATE_TOKENS = 8192
-PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")
 
 
 def time_update(preset: str, centred: bool, bandwidth: float) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     presets: dict[str, dict[str, Any]] = {}
-    for preset in PRESETS:
+    for preset in TIMED_PRESETS:
         presets[preset] = {}
         for name, centred in (("plain", False), ("with_mean", True)):
             measured = presets[preset][name] = time_update(preset, centred, bandwidth)

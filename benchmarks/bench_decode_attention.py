@@ -14,6 +14,7 @@ from figure_text import shape, table
 from llama_8b import MODEL
 from peers import (
     BLOCK_SIZE,
+    TIMED_PRESETS,
     copies_beyond_l2,
     copy_bandwidth,
     flash_attention_3,
@@ -41,7 +42,6 @@ SHAPES = (
     (128, 8192),
 )
 PRESET_SHAPE = (32, 32768)
-PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")
 CHECKED_ROWS = 2
 
 
@@ -154,7 +154,7 @@ def main() -> None:
         contexts.append(row)
         print(describe(f"tq4 {batch} x {context}", row["tq4"], row, bandwidth), flush=True)
     peer = next(row for row in contexts if (row["batch"], row["context"]) == PRESET_SHAPE)
-    presets = {preset: time_attention(preset, *PRESET_SHAPE) for preset in PRESETS}
+    presets = {preset: time_attention(preset, *PRESET_SHAPE) for preset in TIMED_PRESETS}
     for preset, measured in presets.items():
         print(describe(f"{preset} {PRESET_SHAPE[0]} x {PRESET_SHAPE[1]}", measured, peer, bandwidth), flush=True)
     verification = {query_len: time_attention("tq4", *PRESET_SHAPE, query_len) for query_len in (1, 2, 4, 8)}

@@ -15,27 +15,28 @@ from turboquant_hf.scoring import score_caches
 from turboquant_hf.tools.article import article
 from turboquant_hf.tools.models import load_model
 
-LABELS = {"centred": "`tq4`, keys centred (default)", "not centred": "`tq4`, not centred"}
 
-
-def scores_table(scores: Mapping[str, Any]) -> str:
+def scores_table(result: Mapping[str, Any]) -> str:
     """What centring does to a model."""
+    scores, preset = result["scores"], result["preset"]
+    labels = {"centred": f"`{preset}`, keys centred (default)", "not centred": f"`{preset}`, not centred"}
     rows = [["uncompressed", f"{scores['reference']['perplexity']:.3f}", "", ""]]
-    for name, label in LABELS.items():
+    for name, label in labels.items():
         score = scores[name]
         perplexity = f"{score['perplexity']:.3f}" if score["perplexity"] < 100 else f"{score['perplexity']:,.0f}"
-        rows.append([label, perplexity, f"{increase(scores, name)} %", nats(score["mean_kl"])])
+        rows.append([label, perplexity, f"{increase(result, name)} %", nats(score["mean_kl"])])
     return table(("cache", "perplexity", "against uncompressed", "mean KL"), rows)
 
 
-def increase(scores: Mapping[str, Any], keys: str) -> str:
+def increase(result: Mapping[str, Any], keys: str) -> str:
     """How many per cent higher the perplexity is with keys "centred" or not."""
+    scores = result["scores"]
     higher = 100 * (scores[keys]["perplexity"] / scores["reference"]["perplexity"] - 1)
     return f"{higher:+.2f}" if higher < 100 else f"{higher:+,.0f}"
 
 
 def _of_qwen() -> Any:
-    return read_result("centring_qwen2.5-coder-1.5b")["scores"]
+    return read_result("centring_qwen2.5-coder-1.5b")
 
 
 FIGURES: dict[str, Callable[[], str]] = {
@@ -67,9 +68,9 @@ def main() -> None:
         },
         chunk_size=arguments.chunk_size,
     )
-    found = {name: score.to_dict() for name, score in scores.items()}
-    print(scores_table(found))
-    print(write_result("centring_" + file_stem(arguments.model), {**vars(arguments), "scores": found}, device="cpu"))
+    result = {**vars(arguments), "scores": {name: score.to_dict() for name, score in scores.items()}}
+    print(scores_table(result))
+    print(write_result("centring_" + file_stem(arguments.model), result, device="cpu"))
 
 
 if __name__ == "__main__":

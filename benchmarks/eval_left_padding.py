@@ -50,13 +50,14 @@ def log_probabilities(
     return torch.stack(found[1:])
 
 
-def kl_table(kl: Mapping[str, Mapping[Any, float]]) -> str:
+def kl_table(result: Mapping[str, Any]) -> str:
     """What padding before a row costs it."""
-    rows = [[f"`tq4` under `{attention}`: KL (nats)", *map(nats, found.values())] for attention, found in kl.items()]
+    kl, preset = result["mean_kl"], result["preset"]
+    rows = [[f"`{preset}` under `{name}`: KL (nats)", *map(nats, found.values())] for name, found in kl.items()]
     return table(("padded tokens before a row", *map(str, kl[ATTENTION])), rows)
 
 
-FIGURES = {"left-padding": lambda: kl_table(read_result("left_padding_smollm2")["mean_kl"])}
+FIGURES = {"left-padding": lambda: kl_table(read_result("left_padding_smollm2"))}
 
 
 @torch.no_grad()
@@ -83,8 +84,9 @@ def main() -> None:
                 candidate = log_probabilities(model, cache, row, arguments.prompt_tokens, padded)
             kl[attention][padded] = float(kl_divergence(reference, candidate).mean())
             print(f"{padded:4d} padded tokens, {attention}: KL {kl[attention][padded]:.4f}", flush=True)
-    path = write_result(f"left_padding_{file_stem(arguments.model)}", {**vars(arguments), "mean_kl": kl}, device="cpu")
-    print(path)
+    result = {**vars(arguments), "mean_kl": kl}
+    print(kl_table(result))
+    print(write_result(f"left_padding_{file_stem(arguments.model)}", result, device="cpu"))
 
 
 if __name__ == "__main__":

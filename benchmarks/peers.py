@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 BLOCK_SIZE = 16
+TIMED_PRESETS = ("tq4", "tq3", "tq2", "k6v4", "k8v4")
 
 
 def graph_milliseconds(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:

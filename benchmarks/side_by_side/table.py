@@ -11,7 +11,7 @@ PASSES = "passes"
 COLUMNS = ("cache", "bytes / token", "against bf16", "mean KL", "p99 KL", "top-1", "perplexity")
 SPEED = "decode, against DynamicCache"
 # What is shown of both models, and the caches' names.
-PRESETS = {"k8v4": "k8v4", "k6v4": "k6v4", "tq4": "4", "tq3": "3", "tq2": "2"}
+SHOWN_PRESETS = {"k8v4": "k8v4", "k6v4": "k6v4", "tq4": "4", "tq3": "3", "tq2": "2"}
 PEERS = {
     "`tq4`": "turboquant 4",
     "`k6v4`": "turboquant k6v4",
@@ -79,7 +79,7 @@ def presets(result: Mapping[str, Any]) -> str:
     for kind in kinds:
         columns += [f"{kind}: KL (nats)", "top-1", "perplexity"]
     rows = []
-    for preset, label in PRESETS.items():
+    for preset, label in SHOWN_PRESETS.items():
         cells = [f"`{preset}`"]
         for suffix in kinds.values():
             score = known.get(f"turboquant {label}{suffix}")

@@ -1,4 +1,4 @@
-"""What `turboquant calibrate` measures."""
+"""The mean key of every layer over a text."""
 
 from collections.abc import Callable
 from typing import Any
