@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -66,6 +67,8 @@ def _begin(log, environment, forks):
         for standard in (1, 2):
             os.dup2(output.fileno(), standard)
     os.environ.update(environment)
+    # It has been given the caller's path in place of its own.
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     if forks:
         # What was imported is not garbage.
         gc.freeze()
