@@ -251,6 +251,13 @@ def test_linear_attention_takes_nothing_back(hybrid, layer, prompt):
         assert torch.equal(forward(hybrid, ids(1, seed=seed), cache), forward(hybrid, ids(1, seed=seed), expected))
 
 
+def test_a_graph_is_given_what_a_call_is(llama, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    states = torch.randn(2, 1, 2, LENGTH, 64)
+    read = TurboQuantCache(llama.config).update(*states, 0)
+    assert all(map(torch.equal, read, states))
+
+
 def test_nothing_is_taken_back_from_nothing(model):
     cache = TurboQuantCache(model.config)
     cache.crop(-1)

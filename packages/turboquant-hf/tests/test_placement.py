@@ -17,6 +17,7 @@ OPTIONS = {
     "sinks": {**CODES, "sink_tokens": 3},
     "sinks and recent tokens": KEPT,
     "fractional bits": {**KEPT, "preset": "tq2.5"},
+    "fractional bits, codes": {**CODES, "preset": "tq2.5"},
     "static": {**KEPT, "max_length": LENGTH},
     "static, codes": {**CODES, "max_length": LENGTH},
     "windows": {"window": 16},

@@ -8,6 +8,7 @@ from transformers.masking_utils import create_causal_mask
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import CompressedDynamicCache, TurboQuantCache
+from turboquant_hf.attention import masks
 from turboquant_hf.attention.function import turboquant_attention
 from turboquant_hf.attention.handover import Stored, hand_over
 from turboquant_hf.storage.store import PagedStates
@@ -229,7 +230,7 @@ def test_no_mask_is_a_causal_one(sharp_model, query_len, options):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("query_len", [1, 5])
+@pytest.mark.parametrize("query_len", [1, 2, 5])
 def test_no_mask_hides_nothing_where_attention_is_not_causal(sharp_model, query_len):
     module, query = copy.deepcopy(sharp_model.model.layers[0].self_attn), torch.randn(1, 4, query_len, 64)
     module.is_causal = False
@@ -280,3 +281,24 @@ def test_a_mask_of_a_prompt_over_all_that_a_static_cache_has_room_for(fused_mode
             logits.append(fused_model(tokens(2, PROMPT), attention_mask=given, past_key_values=cache).logits)
     assert error(logits[1], logits[0]) < 1e-4
     assert error(logits[2], logits[0]) < 1e-4
+
+
+@pytest.mark.parametrize("hole", [False, True])
+@pytest.mark.parametrize("start", [0, 7])
+def test_a_mask_that_is_something_else_is_nan_in_a_graph(sharp_model, start, hole, monkeypatch):
+    """Of a graph the operations alone: compiling one takes long."""
+    module, query = sharp_model.model.layers[0].self_attn, torch.randn(1, 4, 5, 64)
+    states, _ = stored()
+    mask = torch.ones(5, 50, dtype=torch.bool).tril(45)[None, None]
+    mask[..., :start] = False
+    expected, _ = turboquant_attention(module, query, *placeholders(states), mask)
+    mask[..., 20] = not hole
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    rows = masks._rows_of_mask(mask, 45, 0, None)
+    assert (rows.starts.tolist(), rows.window, bool(rows.doubt.isnan())) == ([start], None, hole)
+    setattr(mask, masks._FACTS, masks._Facts(rows, False, False, None))
+    actual, _ = turboquant_attention(module, query, *placeholders(states), mask)
+    if hole:
+        assert actual.isnan().all()
+    else:
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)

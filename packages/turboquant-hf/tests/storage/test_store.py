@@ -173,3 +173,15 @@ def test_attention_gives_the_log_sum_exp_where_it_is_needed(return_lse, shape):
     output, lse = attend(query, stored.pages, *where, stored.codec, return_lse=return_lse, **options)
     assert output.shape == (2, 3, 4, 64)
     assert (lse.shape, lse.dtype) == (shape, torch.float32)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 2.0}, {"sinks": torch.zeros(4)}], ids=["softcap", "sinks"])
+def test_attention_sees_a_mean_that_moves_logits_unalike(option):
+    stored, query = stored_states(random_states(2, 2, 10, 64, offset=1.0)), random_states(2, 4, 1, 64, seed=1)
+    keys, values = (states.repeat_interleave(2, dim=1) for states in stored.dequantize(torch.float32))
+    logits = query @ keys.transpose(2, 3) / 8
+    sink = torch.zeros(2, 4, 1, 1)
+    logits = 2 * torch.tanh(logits / 2) if "softcap" in option else torch.cat([logits, sink], dim=-1)
+    expected = logits.softmax(-1)[..., :10] @ values
+    actual = stored.attend(query, scale=None, **option)
+    torch.testing.assert_close(actual, expected.transpose(1, 2), rtol=1e-3, atol=1e-3)
