@@ -24,6 +24,7 @@ import hypothesis
 import pytest
 from mutmut.__main__ import collect_source_file_mutation_data, create_mutants
 from mutmut.configuration import config
+from mutmut.mutation.diff_apply import find_mutant, get_diff_for_mutant
 from mutmut.state import state
 from mutmut.utils.file_utils import copy_also_copy_files, copy_src_dir
 from mutmut.utils.format_utils import mangled_name_from_mutant_name
@@ -170,6 +171,12 @@ def make_mutants() -> list[str]:
     return [name for _, name, _ in collect_source_file_mutation_data(mutant_names=())[0]]
 
 
+def change(mutant: str) -> str:
+    """What a mutant changes, as a diff without its head."""
+    lines = get_diff_for_mutant(mutant, path=find_mutant(mutant).path).splitlines()
+    return "\n".join(line for line in lines if line[:1] in "+-" and line[:3] not in ("+++", "---"))
+
+
 def main() -> None:
     """Make the mutants, and try those that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -200,7 +207,13 @@ def main() -> None:
     os.chdir(folder)
     options = ["--rootdir=.", "--tb=no", "-q", "-p", "no:cacheprovider", f"--basetemp={folder / 'tmp'}"]
     options += [*config().pytest_add_cli_args_test_selection, *config().pytest_add_cli_args]
-    sys.exit(pytest.main(options, plugins=[Trials(folder, mutants, arguments.budget)]))
+    status = pytest.main(options, plugins=[Trials(folder, mutants, arguments.budget)])
+    os.chdir(folder.parent)
+    found = {line["mutant"]: line["caught_by"] for line in read_lines(folder / RESULTS)}
+    survived = {name: change(name) for name in sorted(found) if found[name] is None}
+    summary = {"mutants": len(names), "tried": len(found), "survived": survived}
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Sum up what scripts/mutants.py found in the packages into benchmarks/results/mutants.json, and print the score."""
 
 import json
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -13,31 +12,18 @@ EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.json"
 LEAST_SCORE = 0.95
 
 
-def change(package: Path, mutant: str) -> str:
-    """What a mutant changes, as a diff without its head."""
-    command = [sys.executable, "-m", "mutmut", "show", mutant]
-    printed = subprocess.run(command, cwd=package, capture_output=True, text=True, check=True).stdout
-    return "\n".join(line for line in printed.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---"))
-
-
 def summary(package: Path, equivalent: set[str]) -> dict[str, Any]:
     """What was found in a package. Mutants whose change is listed as equivalent do not count."""
-    mutants = package / "mutants"
-    total = sum(
-        len(json.loads(meta.read_text(encoding="utf-8"))["exit_code_by_key"]) for meta in mutants.rglob("*.meta")
-    )
-    lines = map(json.loads, (mutants / "results.jsonl").read_text(encoding="utf-8").splitlines())
-    found = {line["mutant"]: line["caught_by"] for line in lines}
-    changes = {name: change(package, name) for name, test in sorted(found.items()) if test is None}
-    survived = {name: text for name, text in changes.items() if text not in equivalent}
-    caught = len(found) - len(changes)
-    sample = "" if len(found) == total else f" -- --sample {len(found)}"
+    found = json.loads((package / "mutants" / "summary.json").read_text(encoding="utf-8"))
+    survived = {name: text for name, text in found["survived"].items() if text not in equivalent}
+    caught = found["tried"] - len(found["survived"])
+    sample = "" if found["tried"] == found["mutants"] else f" -- --sample {found['tried']}"
     return {
         "command": f"nox -s 'mutants({package.name.removeprefix('turboquant-')})'{sample}",
         "mutmut": version("mutmut"),
-        "mutants": total,
-        "tried": len(found),
-        "equivalent": len(changes) - len(survived),
+        "mutants": found["mutants"],
+        "tried": found["tried"],
+        "equivalent": len(found["survived"]) - len(survived),
         "caught": caught,
         "score": round(caught / max(1, caught + len(survived)), 4),
         "survived": survived,
@@ -48,7 +34,7 @@ def main() -> None:
     """Replace the results of packages whose mutants were tried here, and hold all to the least score."""
     equivalent = {entry["change"] for entry in json.loads(EQUIVALENT.read_text(encoding="utf-8"))}
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    for path in sorted((ROOT / "packages").glob("*/mutants/results.jsonl")):
+    for path in sorted((ROOT / "packages").glob("*/mutants/summary.json")):
         package = path.parent.parent
         results[package.name] = summary(package, equivalent)
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
