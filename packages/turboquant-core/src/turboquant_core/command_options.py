@@ -9,6 +9,9 @@ import typer
 MAX_TOKENS = 1 << 40
 """More tokens than any option takes."""
 
+MAX_GIB = 1 << 20
+"""More memory than any machine has."""
+
 ModelArgument = Annotated[
     str | None, typer.Argument(help="Hub id, folder or GGUF file. Default: SmolLM2-135M-Instruct.")
 ]
@@ -36,9 +39,6 @@ def number(least: float, most: float) -> dict[str, Any]:
 
     return {"parser": parse, "metavar": f"<{least:,} to {most:,}>"}
 
-
-MAX_GIB = 1 << 20
-"""More memory than any machine has."""
 
 GpuOption = Annotated[str | None, typer.Option(help="Card to serve on, such as H200.")]
 MemoryOption = Annotated[
