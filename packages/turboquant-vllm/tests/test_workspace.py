@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_vllm import prefill
 from turboquant_vllm.prefill import Prefill, take_workspace
 from turboquant_vllm.prefill_rows import PrefillRows
@@ -88,10 +89,10 @@ def test_prefill_takes_no_more_than_the_profile_run(kernels_of_a_gpu, options, n
     window = options.get("window")
     assert window or len(rows.context_parts) > 2
     sinks = torch.empty(NUM_HEADS) if "sinks" in options else None
-    mean = torch.empty(NUM_KV_HEADS, HEAD_DIM) if options.get("centred", True) else None
+    transform = KeyTransform(torch.zeros(NUM_KV_HEADS, HEAD_DIM) if options.get("centred", True) else None)
     layer = Prefill(VarlenAttention(1.0, window, None, None), LAYOUT, sinks)
     own = None if "shares" in options else (key, key)
-    arguments = (query, own, LAYOUT.allocate(1), rows, mean, torch.empty_like(query))
+    arguments = (query, own, LAYOUT.allocate(1), rows, transform, torch.empty_like(query))
     # What is made once, for all layers, is not counted.
     layer(*arguments)
     with PeakMemory() as taken:
