@@ -25,8 +25,8 @@ from peers import (
 from results_file import read_result, write_result
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_core.ops.reference.decode_attention import decode_attention as reference
-from turboquant_core.ops.reference.decode_attention import stored_row
+from turboquant_core.ops.decode_attention.reference import decode_attention as reference
+from turboquant_core.ops.decode_attention.reference import stored_row
 
 HEADS, KV_HEADS, HEAD_DIM = MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim
 SHAPES = (
@@ -85,13 +85,12 @@ def check(cache: Cache, query: torch.Tensor) -> dict[str, float]:
     batch = len(cache.lengths)
     query_len = len(query) // batch
     out = cache.attend(query).reshape(batch, query_len, HEADS, HEAD_DIM)
-    views = cache.layout.views(cache.pages)
     ours = eager = norm = 0.0
     for row in sorted({0, batch - 1} if batch > 1 else {0})[:CHECKED_ROWS]:
         rows = slice(row, row + 1)
         part = query.reshape(batch, query_len, HEADS, HEAD_DIM)[row]
         table, lengths = cache.table[rows], cache.lengths[rows]
-        exact, _ = reference(part.double(), views, table, lengths, cache.layout.config, scale=HEAD_DIM**-0.5)
+        exact, _ = reference(part.double(), cache.pages, table, lengths, cache.layout, scale=HEAD_DIM**-0.5)
         ours += float((out[row].double() - exact).square().sum())
         eager += float((bfloat16_attention(part, cache, row).double() - exact).square().sum())
         norm += float(exact.square().sum())
@@ -104,7 +103,7 @@ def check(cache: Cache, query: torch.Tensor) -> dict[str, float]:
 def bfloat16_attention(query: torch.Tensor, cache: Cache, row: int) -> torch.Tensor:
     """Plain bf16 attention of query [query_len, HEADS, HEAD_DIM] on the dequantised values of one row."""
     length = int(cache.lengths[row])
-    stored = stored_row(cache.layout.views(cache.pages), cache.table, row, length, cache.layout.config, torch.float32)
+    stored = stored_row(cache.pages, cache.table, row, length, cache.layout, torch.float32)
     keys, values = (x.bfloat16().repeat_interleave(HEADS // KV_HEADS, dim=0) for x in stored)
     scores = query.transpose(0, 1) @ keys.transpose(1, 2) * HEAD_DIM**-0.5
     position = torch.arange(length, device="cuda")

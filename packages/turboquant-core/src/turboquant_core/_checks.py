@@ -33,7 +33,7 @@ def check_bits(bits: float) -> int:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is a whole number by its type; True and False are none."""
+    """Whether a value is a whole number by its type; True and False do not count as such."""
     # Operations ask at every call, and an abstract class answers slowly.
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
@@ -42,7 +42,7 @@ def check_int(name: str, value: object, least: int, most: int | None = None, rem
     """Return `value` when it is an int from `least` to `most`.
 
     Raises:
-        ValueError: If it is another or no int; 2.0 and True are none.
+        ValueError: If it is not; 2.0 and True do not count as ints.
     """
     if is_int(value) and value >= least and (most is None or value <= most):
         return int(value)
@@ -54,7 +54,7 @@ def check_number(name: str, value: object, least: float, most: float, remedy: st
     """Return `value` when it is a number from `least` to `most`.
 
     Raises:
-        ValueError: If it is another or no number; NaN and True are none.
+        ValueError: If it is not; NaN and True do not count as numbers.
     """
     if isinstance(value, float | Real) and not isinstance(value, bool) and least <= float(value) <= most:
         return float(value)

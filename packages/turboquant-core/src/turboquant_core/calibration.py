@@ -117,7 +117,7 @@ def read_calibration(path: str | os.PathLike[str], model: ModelIdentity | None =
 
 
 def _check_stored(name: str, stored: Any) -> tuple[int, str]:
-    """The layer and the kind of a tensor of the file, or ValueError if it is none of a transform."""
+    """The layer and the kind of a tensor of the file, or ValueError if no transform has it."""
     match, kinds = _TENSOR_NAME.fullmatch(name), tensor_shapes(1, 1)
     if match is None or match[2] not in kinds:
         raise ValueError(f"it holds a tensor {name!r}; tensors are named layers.N.{' or layers.N.'.join(kinds)}")

@@ -65,7 +65,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     """Write a file, text as UTF-8; one that is there is replaced once the new one is complete. See `replacing`.
 
     Raises:
-        OSError: As there.
+        OSError: If it cannot be written.
     """
     with replacing(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)

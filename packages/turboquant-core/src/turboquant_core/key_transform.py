@@ -145,7 +145,7 @@ def _inverse(matrix: torch.Tensor) -> torch.Tensor:
     wide = matrix.double()
     inverse: torch.Tensor = torch.linalg.inv_ex(wide).inverse.to(matrix.dtype)
     residual = (wide @ inverse.double() - torch.eye(matrix.shape[-1], dtype=wide.dtype, device=wide.device)).abs()
-    # A residual that is no number is too large, too.
+    # A residual of NaN is too large as well.
     if not bool((residual <= MAX_RESIDUAL).all()):
         raise ValueError(
             f"the matrix of keys cannot be undone: its inverse in float32 leaves {residual.max().item():.2g} of the "

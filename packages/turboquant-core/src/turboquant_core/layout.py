@@ -45,7 +45,8 @@ class KVCacheLayout:
     """The layout of a page: per KV head four planes, key codes, value codes, key scales, value scales.
 
     Planes keep code rows aligned (64 bytes at head_dim 128 and 4 bits) and let neighbouring tokens' scales be read
-    together. This class is the only place that knows an offset, a stride or a size.
+    together. Offsets, strides and sizes are known here alone: launchers take them from a layout and hand them
+    to kernels.
 
     Args:
         config: What is stored for one head.

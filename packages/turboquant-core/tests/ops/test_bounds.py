@@ -3,8 +3,6 @@
 What lies around it must stay as it is, and a result be that of the values that fit.
 """
 
-from typing import get_args
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,10 +10,10 @@ from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
-from turboquant_core.ops.kernels import cache_gather as gather_kernel
-from turboquant_core.ops.paths import KernelPath, obstacle
-from turboquant_core.ops.reference import cache_gather as gather_reference
-from turboquant_core.ops.update_paths import warpgroup_obstacle
+from turboquant_core.ops.cache_gather import launch as gather_launch
+from turboquant_core.ops.cache_gather import reference as gather_reference
+from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
+from turboquant_core.ops.decode_attention.paths import PATHS, PORTABLE
 from turboquant_core.testing import gaussian
 from turboquant_core.testing.decode import POISON, relative_error
 
@@ -60,7 +58,7 @@ def guarded(device):
 
 def update_paths(device):
     vector = vectors(1, device)
-    reason = warpgroup_obstacle(LAYOUT, *vector, LAYOUT.allocate(1, device))
+    reason = WARPGROUP.obstacle(LAYOUT, *vector, LAYOUT.allocate(1, device))
     return ["triton", "reference", *([] if reason else ["warpgroup"])]
 
 
@@ -118,8 +116,8 @@ def existing(block):
 
 def decode_paths(device, pages):
     """On a GPU all; in the interpreter those of Triton are one kernel."""
-    kernels = get_args(KernelPath) if device.type == "cuda" else ["portable"]
-    return ["reference", *(path for path in kernels if obstacle(path, LAYOUT, device, pages) is None)]
+    kernels = PATHS if device.type == "cuda" else [PORTABLE]
+    return ["reference", *(path.name for path in kernels if path.obstacle(LAYOUT, device, pages) is None)]
 
 
 def assert_attends_to_what_fits(device, table, lens, starts, start_loc, num_tokens, options=None):
@@ -270,7 +268,7 @@ def assert_gathers_what_fits(device, monkeypatch, table, lens, starts, cu_seqlen
         buffers[:] = [torch.full(shape, torch.nan, dtype=dtype, device=pages.device) for _ in range(2)]
         return tuple(buffer[GUARD : GUARD + max_tokens] for buffer in buffers)
 
-    for module in (gather_kernel, gather_reference):
+    for module in (gather_launch, gather_reference):
         monkeypatch.setattr(module, "empty_output", empty_output)
     for path in ("triton", "reference"):
         *gathered, found = cache_gather(

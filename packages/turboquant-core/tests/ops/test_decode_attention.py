@@ -1,7 +1,6 @@
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.ops.decode_attention import decode_attention
-from turboquant_core.ops.paths import KernelPath, obstacle
+from turboquant_core.ops.decode_attention.paths import PATHS
 from turboquant_core.testing import MODEL_SHAPES
 from turboquant_core.testing.decode import DecodeCase, build, relative_error
 
@@ -86,7 +85,7 @@ CASES = {
 def kernels(case):
     """The kernels that can run a case here."""
     device = torch.device("cuda" if CUDA else "cpu")
-    return [path for path in get_args(KernelPath) if obstacle(path, case.layout, device) is None]
+    return [path.name for path in PATHS if path.obstacle(case.layout, device) is None]
 
 
 def by_kernel(cases):

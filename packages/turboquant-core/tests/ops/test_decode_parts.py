@@ -9,26 +9,19 @@ import triton
 import triton.language as tl
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.ops import _dispatch, paths
-from turboquant_core.ops.kernels.decode import portable_lookup
-from turboquant_core.ops.kernels.decode.launch import (
-    Card,
-    DecodeShape,
-    fragment_launch,
-    padded_batch,
-    portable_launch,
-    representative_batches,
-)
-from turboquant_core.ops.kernels.decode.lookup import (
-    evaluate_odd,
-    lookup,
-    odd_polynomial,
-    unit_variance_centroids,
-)
-from turboquant_core.ops.kernels.decode.portable_lookup import PARTS, entries, entry_unit, entry_words
-from turboquant_core.ops.kernels.decode.prepare import _write_cu_tiles
-from turboquant_core.ops.kernels.decode.run import card_of, run_decode_attention
-from turboquant_core.ops.kernels.decode.schedule import owner, query_heads, share_start
+from turboquant_core.ops import _dispatch, _path
+from turboquant_core.ops._path import find_path
+from turboquant_core.ops.decode_attention.centroids import unit_variance_centroids
+from turboquant_core.ops.decode_attention.fragment.lookup import evaluate_odd, lookup, odd_polynomial
+from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
+from turboquant_core.ops.decode_attention.launch import attend, card_of
+from turboquant_core.ops.decode_attention.paths import FRAGMENT, PATHS, choose_path
+from turboquant_core.ops.decode_attention.portable import lookup as portable_lookup
+from turboquant_core.ops.decode_attention.portable.lookup import PARTS, entries, entry_unit, entry_words
+from turboquant_core.ops.decode_attention.portable.sizes import portable_launch
+from turboquant_core.ops.decode_attention.prepare import _write_cu_tiles
+from turboquant_core.ops.decode_attention.schedule import owner, query_heads, share_start
+from turboquant_core.ops.decode_attention.sizes import Card, DecodeShape, padded_batch, representative_batches
 from turboquant_core.testing import MODEL_SHAPES
 from turboquant_core.testing.decode import DecodeCase, build, relative_error
 
@@ -229,10 +222,10 @@ def test_permute_assembly_looks_every_code_up(kind, bits):
 FRAGMENT_CHANNELS = """
 import os
 os.environ.pop("TRITON_INTERPRET", None)
-from turboquant_core.ops.kernels.decode.fragments import operand_channels
-from turboquant_core.ops.paths import FRAGMENT_HEAD_DIMS
-for head_dim in FRAGMENT_HEAD_DIMS:
-    for bits in (2, 3, 4, 5, 6, 8):
+from turboquant_core.ops.decode_attention.fragment.operands import operand_channels
+from turboquant_core.ops.decode_attention.fragment import FRAGMENT
+for head_dim in FRAGMENT.head_dims:
+    for bits in FRAGMENT.key_bits:
         for order in operand_channels(head_dim, bits, bits):
             print(sorted(order) == list(range(head_dim)))
 """
@@ -400,14 +393,14 @@ def forced(inputs, path, **changes):
     tokens = len(case.seq_lens) * inputs.block_table.shape[1] * case.block_size
     bits = (case.key_bits, case.value_bits)
     shape = DecodeShape(len(case.seq_lens), case.num_kv_heads, case.head_dim, *bits, columns, tokens)
-    launch = (fragment_launch if path == "fragment" else portable_launch)(shape, card_of(inputs.query.device))
+    launch = find_path(path, PATHS).launch_of(shape, card_of(inputs.query.device))
     launch = replace(launch, **changes)
     launch = replace(launch, padded_columns=-(-columns // launch.columns) * launch.columns)
     out = torch.full_like(inputs.query, torch.nan)
     lse = torch.full(inputs.query.shape[:2], torch.nan, device=out.device)
-    arguments = (inputs.query, layout.views(inputs.pages), inputs.block_table, inputs.seq_lens, layout.config, path)
+    arguments = (inputs.query, inputs.pages, inputs.block_table, inputs.seq_lens, layout, find_path(path, PATHS))
     key_mean = options.pop("key_transform").mean
-    run_decode_attention(*arguments, out=out, lse=lse, launch=launch, key_mean=key_mean, **options)
+    attend(*arguments, launch, out=out, lse=lse, key_mean=key_mean, **options)
     return out, lse
 
 
@@ -436,7 +429,7 @@ def test_how_work_is_shared_does_not_matter(device, name, changes):
     expected, expected_lse = inputs.exact()
     names = ["portable"] if device.type == "cpu" else ["fragment", "fp16", "int8", "fp8", "portable"]
     for path in names:
-        if paths.obstacle(path, inputs.case.layout, device) is None:
+        if find_path(path, PATHS).obstacle(inputs.case.layout, device) is None:
             own = {"columns": 16} if path == "fragment" and "columns" in changes else changes
             out, lse = forced(inputs, path, **own)
             assert relative_error(out, expected) < 2e-3
@@ -447,7 +440,7 @@ def test_how_work_is_shared_does_not_matter(device, name, changes):
 @pytest.mark.parametrize("name", LAUNCH_CASES)
 def test_how_many_tiles_are_in_flight_does_not_matter(device, name, stages):
     inputs = build(LAUNCH_CASES[name], device)
-    if reason := paths.obstacle("fragment", inputs.case.layout, device):
+    if reason := FRAGMENT.obstacle(inputs.case.layout, device):
         pytest.skip(reason)
     (out, lse), (other, other_lse) = forced(inputs, "fragment"), forced(inputs, "fragment", stages=stages)
     assert relative_error(other, out) < 1e-5
@@ -464,12 +457,17 @@ LAYOUT = KVCacheLayout(TurboQuantConfig(128), 2, 16)
 GPU = torch.device("cuda", 0)
 
 
+def chosen(name, *arguments):
+    path = choose_path(name, *arguments)
+    return "reference" if path is None else path.name
+
+
 @pytest.fixture
 def card(monkeypatch):
     """Pretends that a card is there."""
 
     def pretend(capability, hip=None):
-        monkeypatch.setattr(paths, "interpreting", lambda: False)
+        monkeypatch.setattr(_path, "interpreting", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
 
@@ -483,25 +481,25 @@ def card(monkeypatch):
 def test_auto_takes_the_fastest_that_the_card_can_run(card, capability, expected):
     pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
     card(capability)
-    assert paths.choose_path("auto", LAYOUT, GPU) == expected
+    assert chosen("auto", LAYOUT, GPU) == expected
 
 
 def test_auto_minds_the_layout(card):
     card((9, 0))
-    assert paths.choose_path("auto", KVCacheLayout(TurboQuantConfig(96), 2, 16), GPU) == "fp16"
-    assert paths.choose_path("auto", KVCacheLayout(TurboQuantConfig(128), 2, 24), GPU) == "fp16"
+    assert chosen("auto", KVCacheLayout(TurboQuantConfig(96), 2, 16), GPU) == "fp16"
+    assert chosen("auto", KVCacheLayout(TurboQuantConfig(128), 2, 24), GPU) == "fp16"
 
 
 def test_auto_is_portable_on_amd(card):
     card((9, 4), hip="6.4")
-    assert paths.choose_path("auto", LAYOUT, GPU) == "portable"
+    assert chosen("auto", LAYOUT, GPU) == "portable"
 
 
 @pytest.mark.usefixtures("looks_for_gluon")
 def test_auto_does_without_gluon(card, monkeypatch):
     card((9, 0))
     monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)
-    assert paths.choose_path("auto", LAYOUT, GPU) == "fp16"
+    assert chosen("auto", LAYOUT, GPU) == "fp16"
 
 
 @pytest.mark.parametrize("missing", ["triton.experimental", "triton.experimental.gluon"])
@@ -512,19 +510,19 @@ def test_auto_does_without_the_package_that_gluon_would_be_in(card, monkeypatch,
     for name in [name for name in sys.modules if name.startswith(missing)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
-    assert paths.choose_path("auto", LAYOUT, GPU) == "fp16"
+    assert chosen("auto", LAYOUT, GPU) == "fp16"
 
 
 @pytest.mark.parametrize("path", ["auto", "fragment", "fp16", "int8", "fp8", "portable", "reference"])
 def test_names_mean_themselves(card, path):
     pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
     card((9, 0))
-    assert paths.choose_path(path, LAYOUT, GPU) == ("fragment" if path == "auto" else path)
+    assert chosen(path, LAYOUT, GPU) == ("fragment" if path == "auto" else path)
     if path in ("auto", "reference"):
-        assert paths.choose_path(path, LAYOUT, CPU) == "reference"
+        assert chosen(path, LAYOUT, CPU) == "reference"
     else:
         with pytest.raises(ValueError, match=rf"path is '{path}', which cannot run here: the tensors are on cpu"):
-            paths.choose_path(path, LAYOUT, CPU)
+            chosen(path, LAYOUT, CPU)
 
 
 @pytest.mark.parametrize(
@@ -534,7 +532,7 @@ def test_names_mean_themselves(card, path):
         ("fp16", (7, 0), LAYOUT, None, "the card is sm_70, and it needs sm_75"),
         ("int8", (7, 0), LAYOUT, None, "the card is sm_70, and it needs sm_75"),
         ("fp8", (8, 6), LAYOUT, None, "the card is sm_86, and it needs sm_89"),
-        ("fp16", (9, 4), LAYOUT, "6.4", "its inline assembly is NVIDIA's"),
+        ("fp16", (9, 4), LAYOUT, "6.4", "its instructions are NVIDIA's"),
         ("fragment", (9, 0), KVCacheLayout(TurboQuantConfig(128, 4, 8), 1, 16), None, "value_bits is 8, .*"),
         (
             "fragment",
@@ -549,13 +547,13 @@ def test_names_mean_themselves(card, path):
 def test_what_cannot_run_is_refused(card, path, capability, layout, hip, message):
     card(capability, hip)
     with pytest.raises(ValueError, match=rf"path is '{path}', which cannot run here: {message}. Use path='auto'"):
-        paths.choose_path(path, layout, GPU)
+        chosen(path, layout, GPU)
 
 
 def test_other_head_dims_take_the_next_path(card):
     card((9, 0))
     for head_dim in (8, 72, 80, 160, 192, 504, 512):
-        assert paths.choose_path("auto", KVCacheLayout(TurboQuantConfig(head_dim), 1, 16), GPU) == "fp16"
+        assert chosen("auto", KVCacheLayout(TurboQuantConfig(head_dim), 1, 16), GPU) == "fp16"
 
 
 @pytest.mark.usefixtures("looks_for_gluon")
@@ -563,27 +561,28 @@ def test_fragments_without_gluon_are_refused(card, monkeypatch):
     card((9, 0))
     monkeypatch.setattr(_dispatch, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"this Triton has no Gluon for sm_80; 3\.6 has"):
-        paths.choose_path("fragment", LAYOUT, GPU)
+        chosen("fragment", LAYOUT, GPU)
 
 
 def test_fragments_have_no_interpreter(monkeypatch):
-    monkeypatch.setattr(paths, "interpreting", lambda: True)
+    monkeypatch.setattr(_path, "interpreting", lambda: True)
     with pytest.raises(ValueError, match="path is 'fragment', which cannot run here: Gluon has no interpreter"):
-        paths.choose_path("fragment", LAYOUT, CPU)
-    assert paths.choose_path("int8", LAYOUT, CPU) == "int8"
+        chosen("fragment", LAYOUT, CPU)
+    assert chosen("int8", LAYOUT, CPU) == "int8"
 
 
 # ----------------------------------------------------------------------------------------------- compiled fragments
 
-# The kernel's arguments are those that `run_fragment` passes, so they need no list here.
+# The kernel's arguments are those that the launch passes, so they need no list here.
 COMPILE = """
 import os
 from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
-from turboquant_core.ops.kernels.decode import run_fragment as module
-from turboquant_core.ops.kernels.decode.call import AttendCall
-from turboquant_core.ops.kernels.decode.launch import Card, DecodeShape, fragment_launch
+from turboquant_core.ops.decode_attention.fragment import launch as module
+from turboquant_core.ops.decode_attention.call import AttendCall
+from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
+from turboquant_core.ops.decode_attention.sizes import Card, DecodeShape
 from turboquant_core.testing.compiled import Recorder
 from turboquant_core.testing.decode import DecodeCase, build
 
@@ -597,12 +596,13 @@ def report(arch, case, folder):
     floats, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
     module.fragment_kernel = recorder = Recorder(module.fragment_kernel)
     call = AttendCall(
-        operand, floats, floats if case.key_mean else None, layout.views(inputs.pages), inputs.block_table,
-        inputs.seq_lens, inputs.options["seq_starts"], inputs.options["query_start_loc"], ints, floats, floats,
-        len(inputs.query), max(case.row_lens), case.num_heads // case.num_kv_heads, case.window or 0,
-        case.softcap or 0.0, layout.config, launch,
+        operand=operand, factor=floats, bias=floats if case.key_mean else None, pages=inputs.pages, layout=layout,
+        block_table=inputs.block_table, seq_lens=inputs.seq_lens, seq_starts=inputs.options["seq_starts"],
+        query_start_loc=inputs.options["query_start_loc"], cu_tiles=ints, partial=floats, stats=floats,
+        num_tokens=len(inputs.query), query_len=max(case.row_lens), group=case.num_heads // case.num_kv_heads,
+        window=case.window or 0, softcap=case.softcap or 0.0, launch=launch,
     )
-    module.run_fragment(call)
+    module.launch(call)
     compiled = recorder.compile(arch, Path(folder))
     buffers = getattr(launch, "stages", 0) * launch.tile * layout.slot_bytes
     products = compiled.ptx.count("mma.sync")
@@ -640,7 +640,7 @@ def test_fragments_want_aligned_pages(card, padding, path):
         ..., : LAYOUT.head_bytes
     ]
     assert LAYOUT.head_bytes % 64 == 0
-    assert paths.choose_path("auto", LAYOUT, GPU, pages) == path
+    assert chosen("auto", LAYOUT, GPU, pages) == path
     if path != "fragment":
         with pytest.raises(ValueError, match="it takes multiples of 64 bytes"):
-            paths.choose_path("fragment", LAYOUT, GPU, pages)
+            chosen("fragment", LAYOUT, GPU, pages)

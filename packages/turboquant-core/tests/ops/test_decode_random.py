@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from turboquant_core.ops import decode_attention
-from turboquant_core.ops.paths import FASTEST_FIRST, obstacle
+from turboquant_core.ops.decode_attention.paths import FASTEST_FIRST
 from turboquant_core.testing.decode import DecodeCase, build, relative_error
 
 # head_dim, key_bits, value_bits, num_heads, num_kv_heads, block_size, query tokens, window: a kernel to compile each.
@@ -52,7 +52,7 @@ def test_random_rows(device, kernel):
             key_mean=seed % 4 == 0,
         )
         inputs = build(case, device, seed)
-        path = next(path for path in FASTEST_FIRST if obstacle(path, case.layout, device) is None)
+        path = next(path.name for path in FASTEST_FIRST if path.obstacle(case.layout, device) is None)
         out, lse = decode_attention(
             inputs.query, inputs.pages, inputs.block_table, inputs.seq_lens, case.layout,
             return_lse=True, path=path, **inputs.options,

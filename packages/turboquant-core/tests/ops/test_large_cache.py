@@ -1,14 +1,13 @@
 """Pages beyond the 2^31 bytes that a 32-bit offset reaches hold what pages within them do."""
 
-from typing import get_args
-
 import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
-from turboquant_core.ops.paths import KernelPath, obstacle
-from turboquant_core.ops.update_paths import warpgroup_obstacle
+from turboquant_core.ops._path import find_path
+from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
+from turboquant_core.ops.decode_attention.paths import PATHS
 from turboquant_core.testing import gaussian
 
 LAYOUT = KVCacheLayout(TurboQuantConfig(128, 4, 4), 8, 16)
@@ -37,7 +36,7 @@ def filled(pages, first_block, key, value, path):
 
 @pytest.mark.parametrize("path", ["warpgroup", "triton"])
 def test_updates_reach_the_last_page(large, vectors, path):
-    if path == "warpgroup" and (reason := warpgroup_obstacle(LAYOUT, *vectors, large)):
+    if path == "warpgroup" and (reason := WARPGROUP.obstacle(LAYOUT, *vectors, large)):
         pytest.skip(reason)
     small = LAYOUT.allocate(2, large.device)
     expected = filled(small, 0, *vectors, path)
@@ -48,10 +47,10 @@ def test_updates_reach_the_last_page(large, vectors, path):
     assert expected.any()
 
 
-@pytest.mark.parametrize("path", ["gather", *get_args(KernelPath)])
+@pytest.mark.parametrize("path", ["gather", *(path.name for path in PATHS)])
 def test_the_last_page_is_read_as_the_first(large, vectors, path):
     device = large.device
-    if path != "gather" and (reason := obstacle(path, LAYOUT, device, large)):
+    if path != "gather" and (reason := find_path(path, PATHS).obstacle(LAYOUT, device, large)):
         pytest.skip(reason)
     small = LAYOUT.allocate(2, device)
     large[-2:] = filled(small, 0, *vectors, "triton")

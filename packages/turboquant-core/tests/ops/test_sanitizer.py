@@ -20,8 +20,8 @@ import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
-from turboquant_core.ops.paths import KernelPath, obstacle
-from turboquant_core.ops.update_paths import warpgroup_obstacle
+from turboquant_core.ops.decode_attention.paths import PATHS
+from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
 from typing import get_args
 
 device, seen = torch.device("cuda"), set()
@@ -37,7 +37,7 @@ for head_dim, key_bits, value_bits, dtype in [
     pages = layout.allocate(6, device)
     mean = torch.randn(2, head_dim, device=device)
     for path in ("warpgroup", "triton"):
-        if path == "triton" or warpgroup_obstacle(layout, key, value, pages) is None:
+        if path == "triton" or WARPGROUP.obstacle(layout, key, value, pages) is None:
             for key_mean in (None, mean):
                 for given in (wrong_slots, slots):
                     cache_update(key, value, pages, given, layout, key_transform=KeyTransform(key_mean), path=path)
@@ -51,13 +51,13 @@ for head_dim, key_bits, value_bits, dtype in [
     for offsets in (None, *wrong_offsets):
         cache_gather(pages, *wrong, layout, starts=int32(-2**31, 7), cu_seqlens=offsets, max_tokens=65)
     sinks = torch.zeros(8, device=device)
-    for path in get_args(KernelPath):
-        if obstacle(path, layout, device, pages) is None:
+    for path in PATHS:
+        if path.obstacle(layout, device, pages) is None:
             everything = {"window": 20, "softcap": 9.0, "sinks": sinks, "key_transform": KeyTransform(mean)}
             for query_len, options in ((1, {}), (3, everything)):
                 query = torch.randn(2 * query_len, 8, head_dim, device=device, dtype=dtype)
                 for given in ((table, lens), wrong, (table, int32(-2**31, -1))):
-                    decode_attention(query, pages, *given, layout, path=path, return_lse=True, **options)
+                    decode_attention(query, pages, *given, layout, path=path.name, return_lse=True, **options)
                 for offsets in wrong_offsets:
                     decode_attention(
                         query, pages, *wrong, layout, path=path, query_start_loc=offsets, max_query_len=3,

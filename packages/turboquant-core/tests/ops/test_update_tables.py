@@ -4,11 +4,12 @@ import triton
 import triton.language as tl
 
 from turboquant_core import lloyd_max_codebook
-from turboquant_core.ops.kernels import grid_table as module
-from turboquant_core.ops.kernels.grid_table import UNITS, grid_table
-from turboquant_core.ops.kernels.launch_update import Processor, update_launch
-from turboquant_core.ops.kernels.quantize import nearest_codes
-from turboquant_core.ops.kernels.split_rotation import MATRIX_SCALE, padded_octet, split_rotation
+from turboquant_core.ops._padding import padded_octet
+from turboquant_core.ops.cache_update import grid_table as module
+from turboquant_core.ops.cache_update.grid_table import UNITS, grid_table
+from turboquant_core.ops.cache_update.quantize import nearest_codes
+from turboquant_core.ops.cache_update.split_rotation import MATRIX_SCALE, split_rotation
+from turboquant_core.ops.cache_update.triton.sizes import Processor, update_launch
 from turboquant_core.rotation import Rotation
 
 STEP = 1 / UNITS

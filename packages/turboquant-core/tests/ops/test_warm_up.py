@@ -5,9 +5,10 @@ import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import IDENTITY, KeyTransform
-from turboquant_core.ops import cache_gather, cache_update, decode_attention, warm_up
-from turboquant_core.ops.kernels import cache_update as update_kernel
-from turboquant_core.ops.update_paths import WARPGROUP_MIN_TOKENS
+from turboquant_core.ops import cache_gather, cache_update, decode_attention
+from turboquant_core.ops.cache_update.triton import launch as update_launch
+from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
+from turboquant_core.warm_up import warm_up
 
 LAYOUT = KVCacheLayout(TurboQuantConfig(128, 4, 4), num_kv_heads=2, block_size=16)
 
@@ -34,9 +35,10 @@ def test_without_kernels_there_is_nothing_to_compile_and_nothing_fails():
 @pytest.mark.parametrize("centred", [True, False])
 def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, centred):
     def kernel_of(num_tokens):
-        launch = update_kernel._launch(LAYOUT, torch.bfloat16, num_tokens, torch.device("cpu"), centred)
+        plan = update_launch._plan(LAYOUT, torch.bfloat16, num_tokens, torch.device("cpu"), centred)
         # Where warpgroups can run, they take all from so many tokens on.
-        return num_tokens >= WARPGROUP_MIN_TOKENS, frozenset(launch.constants.items())
+        constants = frozenset((name, x) for name, x in plan.arguments.items() if not isinstance(x, torch.Tensor))
+        return num_tokens >= WARPGROUP.least_tokens, constants
 
     launched = []
 
@@ -45,7 +47,7 @@ def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, 
         assert (key_transform.mean is not None) is centred
         launched.append(kernel_of(len(key)))
 
-    monkeypatch.setattr(sys.modules["turboquant_core.ops.warm_up"], "cache_update", update)
+    monkeypatch.setattr(sys.modules["turboquant_core.warm_up"], "cache_update", update)
     warm_up(LAYOUT, **options("cpu"), key_transform=centring("cpu") if centred else IDENTITY)
     assert len(launched) == len(set(launched)), "two of them compile the same"
     assert set(launched) == {kernel_of(num_tokens) for num_tokens in range(1, 300)}

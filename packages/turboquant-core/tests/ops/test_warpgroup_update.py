@@ -3,10 +3,11 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig, lloyd_max_codebook
-from turboquant_core.ops import _dispatch, update_paths
-from turboquant_core.ops.kernels.warpgroup_update.columns import finest_plane, product_columns
-from turboquant_core.ops.kernels.warpgroup_update.lane_table import FLOAT_ONE, LANES, SHIFT, UNITS, lane_table
-from turboquant_core.ops.kernels.warpgroup_update.run import TILE_TOKENS, num_programs
+from turboquant_core.ops import _dispatch, _path
+from turboquant_core.ops.cache_update.paths import choose_path
+from turboquant_core.ops.cache_update.warpgroup.columns import finest_plane, product_columns
+from turboquant_core.ops.cache_update.warpgroup.lane_table import FLOAT_ONE, LANES, SHIFT, UNITS, lane_table
+from turboquant_core.ops.cache_update.warpgroup.launch import TILE_TOKENS, num_programs
 
 CPU = torch.device("cpu")
 BITS = (2, 3, 4)
@@ -112,7 +113,7 @@ class OnHopper(torch.Tensor):
 @pytest.fixture
 def hopper(monkeypatch):
     def pretend(capability=(9, 0), hip=None):
-        monkeypatch.setattr(update_paths, "interpreting", lambda: False)
+        monkeypatch.setattr(_path, "interpreting", lambda: False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", hip)
 
@@ -122,7 +123,8 @@ def hopper(monkeypatch):
 def choose(path="auto", layout=LAYOUT, key=None, value=None, pages=None):
     key = vectors(layout) if key is None else key
     tensors = (key, key if value is None else value, pages_of(layout) if pages is None else pages)
-    return update_paths.choose_update_path(path, layout, *(x.as_subclass(OnHopper) for x in tensors))
+    chosen = choose_path(path, layout, *(x.as_subclass(OnHopper) for x in tensors))
+    return "reference" if chosen is None else chosen.name
 
 
 def test_hopper_takes_warpgroups_unless_there_is_little_to_do(hopper):
@@ -138,7 +140,7 @@ def test_hopper_takes_warpgroups_unless_there_is_little_to_do(hopper):
 @pytest.mark.parametrize(
     ("reason", "arguments"),
     [
-        ("head_dim is 96, and it takes 64 and 128", {"layout": KVCacheLayout(TurboQuantConfig(96, 4, 4), 2, 16)}),
+        ("head_dim is 96, and it takes 64, 128", {"layout": KVCacheLayout(TurboQuantConfig(96, 4, 4), 2, 16)}),
         ("key_bits is 8, and it takes 2, 3, 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 8, 4), 2, 16)}),
         ("value_bits is 6, and it takes 2, 3, 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 4, 6), 2, 16)}),
         ("key is torch.float32, and it takes", {"key": vectors(dtype=torch.float32)}),
@@ -180,7 +182,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.ops.kernels.warpgroup_update import run as module
+from turboquant_core.ops.cache_update.warpgroup import launch as module
 from turboquant_core.testing.compiled import Recorder
 
 def report(head_dim, key_bits, value_bits, dtype, centred, folder):
@@ -190,7 +192,7 @@ def report(head_dim, key_bits, value_bits, dtype, centred, folder):
     module._num_sms = lambda device: 132
     module.warpgroup_update_kernel = recorder = Recorder(module.warpgroup_update_kernel)
     mean = torch.zeros(8, head_dim) if centred else None
-    module.warpgroup_cache_update(x, x, layout.allocate(4), torch.arange(64), layout, key_mean=mean)
+    module.launch(x, x, layout.allocate(4), torch.arange(64), layout, key_mean=mean)
     compiled = recorder.compile(90, Path(folder))
     print(compiled.ptx.count("wgmma.mma_async"), compiled.shared_bytes, compiled.registers, compiled.stack_bytes)
 """

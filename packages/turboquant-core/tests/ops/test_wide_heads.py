@@ -6,10 +6,13 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.ops.kernels import cache_gather, cache_update
-from turboquant_core.ops.kernels.decode import run, run_portable
-from turboquant_core.ops.kernels.decode.launch import Card
-from turboquant_core.ops.kernels.launch_update import Processor
+from turboquant_core.ops.cache_gather import launch as gather
+from turboquant_core.ops.cache_update.triton import launch as update
+from turboquant_core.ops.cache_update.triton.sizes import Processor
+from turboquant_core.ops.decode_attention import launch as decode
+from turboquant_core.ops.decode_attention.paths import FP16
+from turboquant_core.ops.decode_attention.portable import launch as portable
+from turboquant_core.ops.decode_attention.sizes import Card
 from turboquant_core.testing.compiled import Recorder
 
 BATCH = 32
@@ -23,22 +26,22 @@ def record(module, name):
     return getattr(module, name)
 
 def report(arch, shared_bytes, folder):
-    run.card_of = lambda device: Card(divmod(arch, 10), 132)
-    cache_update._processor = lambda device: Processor(132, shared_bytes)
+    decode.card_of = lambda device: Card(divmod(arch, 10), 132)
+    update._processor = lambda device: Processor(132, shared_bytes)
     kernels = [
-        record(cache_update, "_update_kernel"), record(cache_gather, "_gather_kernel"),
-        record(run, "prepare_kernel"), record(run_portable, "portable_kernel"), record(run, "combine_kernel"),
+        record(update, "update_kernel"), record(gather, "gather_kernel"),
+        record(decode, "prepare_kernel"), record(portable, "portable_kernel"), record(decode, "combine_kernel"),
     ]
     key = torch.zeros(100, 2, 512, dtype=torch.bfloat16)
-    cache_update.cache_update(key, key, pages, torch.zeros(100, dtype=torch.int64), layout, key_mean=means)
-    cache_gather.cache_gather(
+    update.launch(key, key, pages, torch.zeros(100, dtype=torch.int64), layout, key_mean=means)
+    gather.launch(
         pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, dtype=torch.bfloat16,
         max_tokens=100,
     )
     query = torch.zeros(BATCH, 8, 512, dtype=torch.bfloat16)
-    run.run_decode_attention(
-        query, layout.views(pages), block_table, lengths, layout.config, "fp16",
-        run.choose_launch("fp16", layout.config, BATCH, 2, 4, 16, query.device), scale=1.0, query_len=1,
+    decode.attend(
+        query, pages, block_table, lengths, layout, FP16,
+        decode.choose_launch(FP16, layout, BATCH, 4, 16, query.device), scale=1.0, query_len=1,
         query_start_loc=None, seq_starts=None, window=0, softcap=0.0, sinks=None, key_mean=means,
         out=torch.empty_like(query), lse=None,
     )

@@ -7,9 +7,9 @@ import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig, config
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
-from turboquant_core.ops.kernels.decode.lookup import lookup
-from turboquant_core.ops.paths import FRAGMENT_BITS, card_obstacle
-from turboquant_core.ops.update_paths import warpgroup_obstacle
+from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
+from turboquant_core.ops.decode_attention.fragment import FRAGMENT
+from turboquant_core.ops.decode_attention.fragment.lookup import lookup
 from turboquant_core.testing import gaussian
 
 
@@ -42,25 +42,25 @@ def test_gathering_kernels_serve_a_new_width(device, new_width):
     torch.testing.assert_close(*gathered)
 
 
-@pytest.mark.parametrize("name", ["key_bits", "value_bits"])
-def test_fragments_name_a_width_that_they_do_not_look_up(new_width, name):
+@pytest.mark.parametrize(("name", "taken"), [("key_bits", "2, 3, 4, 5, 6, 8"), ("value_bits", "2, 3, 4, 5, 6")])
+def test_fragments_name_a_width_that_they_do_not_look_up(new_width, name, taken):
     layout = KVCacheLayout(TurboQuantConfig(64, **{"key_bits": 4, "value_bits": 4, name: new_width}), 1, 16)
-    assert card_obstacle("fragment", layout, (9, 0)) == f"{name} is 7, and it looks up 2, 3, 4, 5, 6, 8"
+    assert FRAGMENT.card_obstacle(layout, (9, 0)) == f"{name} is 7, and it takes {taken}"
     with pytest.raises(ValueError, match="bits is 7, and this looks up 2, 3, 4, 5, 6, 8"):
         lookup(64, new_width)
 
 
 def test_fragments_look_up_what_they_say():
-    for bits in FRAGMENT_BITS:
+    for bits in FRAGMENT.key_bits:
         assert lookup(64, bits).words == (1 if bits <= 4 else 2)
 
 
 @pytest.mark.parametrize("bits", [1, 7])
 def test_warpgroups_name_a_width_that_they_do_not_look_up(monkeypatch, bits):
     monkeypatch.setattr(config, "CACHE_BITS", (*config.CACHE_BITS, bits))
-    monkeypatch.setattr("turboquant_core.ops.update_paths.interpreting", lambda: False)
+    monkeypatch.setattr("turboquant_core.ops._path.interpreting", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     layout = KVCacheLayout(TurboQuantConfig(64, 4, bits), 1, 16)
     on_card = SimpleNamespace(device=torch.device("cuda"))
-    assert warpgroup_obstacle(layout, on_card, on_card, on_card) == f"value_bits is {bits}, and it takes 2, 3, 4"
+    assert WARPGROUP.obstacle(layout, on_card, on_card, on_card) == f"value_bits is {bits}, and it takes 2, 3, 4"

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.key_transform import IDENTITY, KeyTransform
-from turboquant_core.ops import warm_up as warm_up_ops
+from turboquant_core.warm_up import warm_up as warm_up_ops
 from turboquant_vllm.prefill import Prefill
 from turboquant_vllm.prefill_rows import GROUP_COUNTS, PrefillRows
 

@@ -2,12 +2,12 @@
 
 Values of tensors are not read back to be checked, so an operation keeps to its memory whatever they are:
 
-- A slot that is none of the pages' is not written.
-- A block that is none of the pages' is read as the last one.
+- A slot outside the pages is not written.
+- A block outside the pages is read as the last one.
 - A length is at least 0 and at most what the row's blocks hold; a first position is at least 0.
 - Offsets of query tokens lie within the query, and a row has 0 to max_query_len of them.
 
-`turboquant_core.ops.kernels.bounds` has the same for kernels.
+`turboquant_core.ops._triton.bounds` has the same for kernels.
 """
 
 import torch

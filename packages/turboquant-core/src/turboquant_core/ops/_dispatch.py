@@ -34,12 +34,11 @@ class KnownCalls(Generic[T]):
     def look_up(self, call: Hashable, find: Callable[[], T]) -> T:
         """What `find` returned for that call; what it raises is raised every time."""
         key = (interpreting(), call)
-        found = self._found.get(key)
-        if found is None:
+        if key not in self._found:
             if len(self._found) >= MAX_KNOWN_CALLS:
                 self._found.clear()
-            found = self._found[key] = find()
-        return found
+            self._found[key] = find()
+        return self._found[key]
 
 
 def described(x: torch.Tensor | None) -> Hashable:

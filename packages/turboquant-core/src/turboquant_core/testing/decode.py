@@ -9,8 +9,8 @@ import torch
 from turboquant_core.config import TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops.reference.cache_update import cache_update
-from turboquant_core.ops.reference.decode_attention import decode_attention, stored_row
+from turboquant_core.ops.cache_update.reference import cache_update
+from turboquant_core.ops.decode_attention.reference import decode_attention, stored_row
 
 # As float16 scales these bytes are NaN, so whoever uses one of them shows it.
 POISON = 0xFF
@@ -103,19 +103,18 @@ class DecodeInputs:
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp of the reference in float64."""
-        views = self.case.layout.views(self.pages)
-        arguments = (views, self.block_table, self.seq_lens, self.case.layout.config)
+        arguments = (self.pages, self.block_table, self.seq_lens, self.case.layout)
         return decode_attention(self.query.double(), *arguments, **self.reference_options())
 
     def eager(self, rounded: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Attention on dequantised keys and values, in float64 with every tensor that a model would keep `rounded`."""
         case, layout = self.case, self.case.layout
-        options, views = self.reference_options(), layout.views(self.pages)
+        options = self.reference_options()
         query, group = rounded(self.query.double()), case.num_heads // case.num_kv_heads
         out = torch.zeros_like(query)
         first = 0
         for row, (length, row_len) in enumerate(zip(case.seq_lens, case.row_lens, strict=True)):
-            keys, values = stored_row(views, self.block_table, row, length, layout.config, torch.float64)
+            keys, values = stored_row(self.pages, self.block_table, row, length, layout, torch.float64)
             keys = options["key_transform"].restored(keys.transpose(0, 1)).transpose(0, 1)
             keys, values = (rounded(x).repeat_interleave(group, dim=0) for x in (keys, values))
             start = case.seq_starts[row] if case.seq_starts else 0

@@ -7,8 +7,8 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_core.ops.merge_attention import merge_attention
 from turboquant_core.quantized import storage_nbytes
-from turboquant_hf.merge import attend_kept
 from turboquant_hf.storage import traced
 from turboquant_hf.storage.codec import LayerCodec
 from turboquant_hf.storage.full_precision import KeptTokens
@@ -262,7 +262,7 @@ class PagedStates:
                 return_lse=True,
                 **options,
             )
-        return attend_kept(query, call, codes, sinks=sinks, **options)
+        return merge_attention(query, call.keys, call.values, call.bias, codes, sinks=sinks, **options)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens; what that leaves unused beyond twice a growth is freed."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.ops.paths import FASTEST_FIRST, card_obstacle
+from turboquant_core.ops.decode_attention.paths import FASTEST_FIRST
 from turboquant_core.vllm_limits import (
     BLOCK_SIZE_MULTIPLE,
     FLASH_HEAD_DIM,
@@ -139,10 +139,10 @@ def _kernel(layout: KVCacheLayout, capability: tuple[int, int]) -> str:
     """The fastest kernel of a card, and what keeps it from a faster one."""
     reasons: list[str] = []
     for path in FASTEST_FIRST:
-        obstacle = card_obstacle(path, layout, capability)
+        obstacle = path.card_obstacle(layout, capability)
         if obstacle is None:
-            return "; ".join([f"{path} kernel", *reasons])
-        reasons.append(f"not {path}: {obstacle}")
+            return "; ".join([f"{path.name} kernel", *reasons])
+        reasons.append(f"not {path.name}: {obstacle}")
     raise AssertionError("one path runs on every card")
 
 

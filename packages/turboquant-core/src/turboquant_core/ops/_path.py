@@ -1,0 +1,98 @@
+"""What a path is: one way to run an operation, and what it takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from turboquant_core._checks import MAX_BITS, MIN_BITS
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._dispatch import has_gluon, interpreting
+
+ALL_BITS = tuple(range(MIN_BITS, MAX_BITS + 1))
+GLUON_CARDS = {"ampere": "sm_80", "hopper": "sm_90"}
+"""Generations of cards that Gluon has modules for, and what it calls them elsewhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Path:
+    """One way to run an operation beside its reference, and what it takes.
+
+    Attributes:
+        name: What calls of the operation name it by.
+        head_dims: Sizes of heads; None for all.
+        key_bits: Bits of a key coordinate.
+        value_bits: The same for values.
+        block_size_multiple: What pages have a multiple of tokens of.
+        capability: The oldest NVIDIA card; None for every card that Triton compiles for, of NVIDIA or not.
+        newest_capability: The newest one; None for all that come.
+        gluon: The generation of cards that Gluon is needed for, such as "ampere"; None for plain Triton, which its
+            interpreter runs too.
+    """
+
+    name: str
+    head_dims: tuple[int, ...] | None = None
+    key_bits: tuple[int, ...] = ALL_BITS
+    value_bits: tuple[int, ...] = ALL_BITS
+    block_size_multiple: int = 1
+    capability: tuple[int, int] | None = None
+    newest_capability: tuple[int, int] | None = None
+    gluon: str | None = None
+
+    def layout_obstacle(self, layout: KVCacheLayout) -> str | None:
+        """Why it cannot run for a layout; None if it can."""
+        config = layout.config
+        for name, found, taken in (
+            ("head_dim", config.head_dim, self.head_dims),
+            ("key_bits", config.key_bits, self.key_bits),
+            ("value_bits", config.value_bits, self.value_bits),
+        ):
+            if taken is not None and found not in taken:
+                return f"{name} is {found}, and it takes {', '.join(map(str, taken))}"
+        if layout.block_size % self.block_size_multiple:
+            return f"block_size is {layout.block_size}, and it takes multiples of {self.block_size_multiple}"
+        return None
+
+    def card_obstacle(self, layout: KVCacheLayout, capability: tuple[int, int]) -> str | None:
+        """Why it cannot run for a layout on NVIDIA cards of a compute capability; None if it can."""
+        if self.capability is not None:
+            newest = capability if self.newest_capability is None else self.newest_capability
+            if not self.capability <= capability <= newest:
+                found, needed = ("sm_{}{}".format(*version) for version in (capability, self.capability))
+                return f"the card is {found}, and it needs {needed}"
+        return self.layout_obstacle(layout)
+
+    def device_obstacle(self, layout: KVCacheLayout, device: torch.device) -> str | None:
+        """Why it cannot run for a layout on a device; None if it can."""
+        if interpreting():
+            return "Gluon has no interpreter" if self.gluon is not None else self.layout_obstacle(layout)
+        if device.type != "cuda":
+            return f"the tensors are on {device.type}, and kernels need CUDA"
+        if torch.version.hip is not None:
+            return self.layout_obstacle(layout) if self.capability is None else "its instructions are NVIDIA's"
+        if reason := self.card_obstacle(layout, torch.cuda.get_device_capability(device)):
+            return reason
+        if self.gluon is not None and not has_gluon(self.gluon):
+            return f"this Triton has no Gluon for {GLUON_CARDS[self.gluon]}; 3.6 has"
+        return None
+
+
+P = TypeVar("P", bound=Path)
+
+
+def find_path(name: str, paths: Sequence[P]) -> P | None:
+    """The path of that name; None for "auto" and "reference".
+
+    Raises:
+        ValueError: If there is none.
+    """
+    names = ["auto", *(path.name for path in paths), "reference"]
+    if name not in names:
+        raise ValueError(f"path is {name!r}; it must be one of {', '.join(names)}")
+    return next((path for path in paths if path.name == name), None)
+
+
+def refuse_path(path: Path, reason: str) -> ValueError:
+    """The error for a path that was asked for and cannot run."""
+    return ValueError(f"path is {path.name!r}, which cannot run here: {reason}. Use path='auto'.")

@@ -1,0 +1,164 @@
+"""Triton primitives for stored codes and scales.
+
+A tile of codes has the channels padded after every eighth (see `turboquant_core.ops.cache_update.split_rotation`):
+[rows, 8 * padded_octet], where octet is head_dim // 8. Planes are those of `turboquant_core.packing`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def channels(octet: tl.constexpr, padded_octet: tl.constexpr):
+    """Channel at every place of a padded row and whether one is there, [8 * padded_octet]."""
+    place = tl.arange(0, 8 * padded_octet)
+    return unpadded(place, octet, padded_octet), is_channel(place, octet, padded_octet)
+
+
+@triton.jit
+def unpadded(place, octet: tl.constexpr, padded_octet: tl.constexpr):
+    """Places in rows padded after every octet as places in rows without padding."""
+    if octet == padded_octet:
+        return place
+    return place // padded_octet * octet + place % padded_octet
+
+
+@triton.jit
+def is_channel(place, octet: tl.constexpr, padded_octet: tl.constexpr):
+    """Whether a place is no padding."""
+    return place % padded_octet < octet
+
+
+@triton.jit
+def pack_plane(
+    codes, width: tl.constexpr, shift: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, padded_octet: tl.constexpr
+):
+    """Bits [shift, shift + width) of codes [rows, 8 * padded_octet] as bytes, int32 [rows, width * padded_octet]."""
+    field = codes >> shift
+    if shift + width < bits:
+        field = field & ((1 << width) - 1)
+    if width == 8:
+        return field
+    fields = tl.reshape(field, [rows, 8 // width, width * padded_octet])
+    position = tl.arange(0, 8 // width) * width
+    return tl.sum(fields << position[None, :, None], axis=1)
+
+
+@triton.jit
+def unpack_plane(packed, width: tl.constexpr, rows: tl.constexpr, padded_octet: tl.constexpr):
+    """Undo `pack_plane`: int32 bytes [rows, width * padded_octet] to fields [rows, 8 * padded_octet]."""
+    if width == 8:
+        return packed
+    position = tl.arange(0, 8 // width) * width
+    fields = (packed[:, None, :] >> position[None, :, None]) & ((1 << width) - 1)
+    return tl.reshape(fields, [rows, 8 * padded_octet])
+
+
+@triton.jit
+def plane_bytes(
+    code_rows,
+    keep,
+    width: tl.constexpr,
+    shift: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+):
+    """Pointers to the bytes of a plane, [rows, width * padded_octet], and where they may be used."""
+    byte = tl.arange(0, width * padded_octet)
+    # Wider planes come first; together they hold the `shift` lower bits.
+    pointers = code_rows[:, None] + (shift * octet + unpadded(byte, octet, padded_octet))[None, :]
+    mask = keep[:, None]
+    if octet != padded_octet:
+        mask = mask & is_channel(byte, octet, padded_octet)[None, :]
+    return pointers, mask
+
+
+@triton.jit
+def store_plane(
+    code_rows,
+    codes,
+    keep,
+    width: tl.constexpr,
+    shift: tl.constexpr,
+    bits: tl.constexpr,
+    rows: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+):
+    """Store one plane of codes."""
+    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
+    packed = pack_plane(codes, width, shift, bits, rows, padded_octet)
+    tl.store(pointers, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def load_plane(
+    code_rows,
+    keep,
+    width: tl.constexpr,
+    shift: tl.constexpr,
+    rows: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+):
+    """The bits of one plane at their position in the codes, int32 [rows, 8 * padded_octet]."""
+    pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
+    packed = tl.load(pointers, mask=mask, other=0).to(tl.int32)
+    return unpack_plane(packed, width, rows, padded_octet) << shift
+
+
+@triton.jit
+def store_codes(
+    code_rows,
+    codes,
+    keep,
+    bits: tl.constexpr,
+    rows: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+):
+    """Pack codes [rows, 8 * padded_octet] and store them at byte pointers code_rows [rows] where `keep` [rows]."""
+    for step in tl.static_range(4):
+        if bits & (8 >> step):
+            store_plane(code_rows, codes, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet)
+
+
+@triton.jit
+def load_codes(
+    code_rows, keep, bits: tl.constexpr, rows: tl.constexpr, octet: tl.constexpr, padded_octet: tl.constexpr
+):
+    """Codes, int32 [rows, 8 * padded_octet], from byte pointers code_rows [rows] where `keep` [rows]."""
+    codes = tl.zeros([rows, 8 * padded_octet], tl.int32)
+    for step in tl.static_range(4):
+        if bits & (8 >> step):
+            codes |= load_plane(code_rows, keep, 8 >> step, bits & (-16 >> step), rows, octet, padded_octet)
+    return codes
+
+
+@triton.jit
+def look_up(table, index):
+    """The entries of table [n] at every index of a tensor.
+
+    One-dimensional, a gather goes through shared memory and leaves the layout of products as it is; gathering global
+    memory by pointers would move every element to another thread and back.
+    """
+    return tl.reshape(tl.gather(table, tl.reshape(index, [index.numel]), axis=0), index.shape)
+
+
+@triton.jit
+def scale_pointers(scale_bytes):
+    """Byte pointers to stored scales as float16 pointers."""
+    return scale_bytes.to(tl.pointer_type(tl.float16), bitcast=True)
+
+
+@triton.jit
+def store_scales(scale_bytes, scale, keep):
+    """Store scales, float32 [rows], as the float16 of their root."""
+    tl.store(scale_pointers(scale_bytes), tl.sqrt(scale).to(tl.float16), mask=keep)
+
+
+@triton.jit
+def load_scales(scale_bytes, keep):
+    """Stored scales as float32 [rows]."""
+    root = tl.load(scale_pointers(scale_bytes), mask=keep, other=0.0).to(tl.float32)
+    return root * root

@@ -1,0 +1,128 @@
+"""`cache_gather` as one Triton kernel."""
+
+import triton
+import triton.language as tl
+
+from turboquant_core.ops._triton.bounds import clamped, existing_block
+from turboquant_core.ops._triton.codes import channels, load_codes, load_scales
+
+
+# A block table is as wide as the longest row may be, and where those that prefill begin in it is any entry.
+@triton.jit(
+    do_not_specialize=["batch", "max_tokens", "row_capacity", "last_block", "table_row_stride"],
+    do_not_specialize_on_alignment=["block_table", "cu_seqlens", "starts"],
+)
+def gather_kernel(
+    keys,
+    values,
+    pages,
+    block_table,
+    cu_seqlens,
+    starts,
+    key_mean,
+    key_centroids,
+    value_centroids,
+    batch,
+    max_tokens,
+    row_capacity,  # the most stored tokens of a row
+    last_block,
+    table_row_stride,
+    table_column_stride,
+    page_stride,
+    page_head_stride,
+    num_kv_heads: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    key_bits: tl.constexpr,
+    value_bits: tl.constexpr,
+    key_codes: tl.constexpr,
+    value_codes: tl.constexpr,
+    key_code_stride: tl.constexpr,
+    value_code_stride: tl.constexpr,
+    key_scales: tl.constexpr,
+    value_scales: tl.constexpr,
+    key_scale_stride: tl.constexpr,
+    value_scale_stride: tl.constexpr,
+    has_starts: tl.constexpr,
+    has_mean: tl.constexpr,
+    block_batch: tl.constexpr,
+    block_tokens: tl.constexpr,
+):
+    """One program for some tokens of the output and a KV head."""
+    token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
+    head = tl.program_id(1).to(tl.int64)
+    total = tl.load(cu_seqlens + batch)
+    keep = token < tl.minimum(total, max_tokens)
+    row = _row_of(token, cu_seqlens, batch, block_batch)
+    position = token - tl.load(cu_seqlens + row, mask=keep, other=0)
+    if has_starts:
+        position += tl.maximum(tl.load(starts + row, mask=keep, other=0), 0)
+    position = clamped(position, 0, row_capacity - 1)
+    column = (position // block_size).to(tl.int64)
+    block = tl.load(
+        block_table + row.to(tl.int64) * table_row_stride + column * table_column_stride, mask=keep, other=0
+    )
+    head_rows = pages + existing_block(block, last_block).to(tl.int64) * page_stride + head * page_head_stride
+    slot = position % block_size
+    output = (token.to(tl.int64) * num_kv_heads + head) * head_dim
+    _gather_tile(
+        keys + output,
+        head_rows + key_codes + slot * key_code_stride,
+        head_rows + key_scales + slot * key_scale_stride,
+        keep,
+        key_centroids,
+        key_mean + head * head_dim,
+        head_dim,
+        padded_octet,
+        key_bits,
+        has_mean,
+        block_tokens,
+    )
+    _gather_tile(
+        values + output,
+        head_rows + value_codes + slot * value_code_stride,
+        head_rows + value_scales + slot * value_scale_stride,
+        keep,
+        value_centroids,
+        value_centroids,
+        head_dim,
+        padded_octet,
+        value_bits,
+        False,
+        block_tokens,
+    )
+
+
+@triton.jit
+def _row_of(token, cu_seqlens, batch, block_batch: tl.constexpr):
+    """The row that each output token belongs to: how many rows end at or before it."""
+    row = tl.arange(0, block_batch)
+    ends = tl.load(cu_seqlens + 1 + row, mask=row < batch, other=2**31 - 1)
+    return tl.sum((ends[None, :] <= token[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _gather_tile(
+    output_rows,
+    code_rows,
+    scale_rows,
+    keep,
+    centroids,
+    mean,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    bits: tl.constexpr,
+    has_mean: tl.constexpr,
+    rows: tl.constexpr,
+):
+    codes = load_codes(code_rows, keep, bits, rows, head_dim // 8, padded_octet)
+    scale = load_scales(scale_rows, keep)
+    x = tl.load(centroids + codes) * scale[:, None]
+    channel, real = channels(head_dim // 8, padded_octet)
+    if has_mean:
+        x += tl.load(mean + channel, mask=real, other=0)[None, :]
+    mask = keep[:, None]
+    if head_dim != 8 * padded_octet:
+        mask = mask & real[None, :]
+    tl.store(output_rows[:, None] + channel[None, :], x.to(output_rows.dtype.element_ty), mask=mask)

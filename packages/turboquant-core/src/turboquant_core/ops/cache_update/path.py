@@ -1,0 +1,53 @@
+"""What a path of `cache_update` is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._dispatch import VECTOR_DTYPES
+from turboquant_core.ops._path import Path
+
+# Copies are of sixteen bytes, and Triton sees strides to be multiples of sixteen elements.
+VECTOR_ALIGNMENT = 16
+
+Tensor = torch.Tensor
+Launch = Callable[[Tensor, Tensor, Tensor, Tensor, KVCacheLayout, Tensor | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatePath(Path):
+    """One way to quantise and store keys and values.
+
+    Attributes:
+        launch: Stores checked keys and values: key, value, pages, slot_mapping, layout, and the mean of keys or None.
+        dtypes: Types of keys and values.
+        vector_alignment: What addresses of keys and values, and strides in elements, are multiples of.
+        page_alignment: What those of pages are, in bytes.
+        least_tokens: Fewer are left to the next path, unless this one is asked for.
+    """
+
+    launch: Launch
+    dtypes: tuple[torch.dtype, ...] = VECTOR_DTYPES
+    vector_alignment: int = 1
+    page_alignment: int = 1
+    least_tokens: int = 0
+
+    def obstacle(self, layout: KVCacheLayout, key: Tensor, value: Tensor, pages: Tensor) -> str | None:
+        """Why it cannot run for a layout and these tensors; None if it can."""
+        if reason := self.device_obstacle(layout, key.device):
+            return reason
+        if key.dtype not in self.dtypes:
+            return f"key is {key.dtype}, and it takes {', '.join(map(str, self.dtypes))}"
+        for name, x, alignment in (
+            ("key", key, self.vector_alignment),
+            ("value", value, self.vector_alignment),
+            ("pages", pages, self.page_alignment),
+        ):
+            if any(at % alignment for at in (*x.stride()[:2], x.data_ptr())):
+                return (
+                    f"{name} starts at {x.data_ptr():#x} with strides {list(x.stride())}, and it takes multiples of "
+                    f"{alignment}"
+                )
+        return None

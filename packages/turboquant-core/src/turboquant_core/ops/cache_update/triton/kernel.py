@@ -1,0 +1,228 @@
+"""`cache_update` as one persistent Triton kernel."""
+
+import triton
+import triton.language as tl
+
+from turboquant_core.ops._triton.codes import store_codes, store_scales
+from turboquant_core.ops.cache_update.quantize import corrected_scale, decoded_sums, inverse_root, nearest_codes
+from turboquant_core.ops.cache_update.rotate import (
+    load_centred,
+    load_slices,
+    load_vectors,
+    multiply,
+    multiply_halves,
+    offset_factor,
+    power_for_halves,
+    subtract_offset,
+)
+from turboquant_core.ops.cache_update.split_rotation import MATRIX_SCALE
+
+MATRIX_UNSCALE = tl.constexpr(1 / MATRIX_SCALE)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_pages"])
+def update_kernel(
+    key,
+    value,
+    key_mean,
+    pages,
+    slot_mapping,
+    parts,
+    key_grid,
+    value_grid,
+    key_centroids,
+    value_centroids,
+    num_tokens,
+    num_pages,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    page_stride,
+    page_head_stride,
+    slot_stride,
+    num_kv_heads: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    padded_octet: tl.constexpr,
+    key_bits: tl.constexpr,
+    value_bits: tl.constexpr,
+    key_cells: tl.constexpr,
+    key_shift: tl.constexpr,
+    value_cells: tl.constexpr,
+    value_shift: tl.constexpr,
+    key_rule: tl.constexpr,
+    value_rule: tl.constexpr,
+    key_codes: tl.constexpr,
+    value_codes: tl.constexpr,
+    key_code_stride: tl.constexpr,
+    value_code_stride: tl.constexpr,
+    key_scales: tl.constexpr,
+    value_scales: tl.constexpr,
+    key_scale_stride: tl.constexpr,
+    value_scale_stride: tl.constexpr,
+    centred: tl.constexpr,
+    num_parts: tl.constexpr,
+    block_rows: tl.constexpr,
+    block_k: tl.constexpr,
+    depth: tl.constexpr,
+):
+    """Each program stores every so many-th tile of the keys, or of the values, of one head.
+
+    So the rotated mean is a constant, and the scales of a page lie together.
+    """
+    channels: tl.constexpr = 8 * padded_octet
+    octet: tl.constexpr = head_dim // 8
+    halves: tl.constexpr = key.dtype.element_ty == tl.float32
+    head = tl.program_id(0) % num_kv_heads
+    is_key = tl.program_id(0) // num_kv_heads % 2 == 0
+    first_block = tl.program_id(0) // (2 * num_kv_heads)
+    step = tl.num_programs(0) // (2 * num_kv_heads)
+    token_stride = tl.where(is_key, key_token_stride, value_token_stride)
+    x = tl.where(is_key, key, value) + head.to(tl.int64) * tl.where(is_key, key_head_stride, value_head_stride)
+    mean = key_mean + head * head_dim
+    codes_at = pages + head.to(tl.int64) * page_head_stride + tl.where(is_key, key_codes, value_codes)
+    scales_at = pages + head.to(tl.int64) * page_head_stride + tl.where(is_key, key_scales, value_scales)
+    high, middle, low = parts, parts, parts
+    if block_k == channels:
+        high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
+    offset = parts
+    if centred and not halves:
+        offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
+    key_entries = tl.load(key_grid + tl.arange(0, key_cells))
+    key_table = tl.load(key_centroids + tl.arange(0, 2**key_bits))
+    value_entries = tl.load(value_grid + tl.arange(0, value_cells))
+    value_table = tl.load(value_centroids + tl.arange(0, 2**value_bits))
+    # What does not change between tiles, hoisted, would spill: it costs less to compute it again.
+    for block in tl.range(first_block, tl.cdiv(num_tokens, block_rows), step, num_stages=depth, disable_licm=True):
+        first_token = block * block_rows
+        # Rows past the last token repeat it: loads without a mask are cheaper, and nothing of them is stored.
+        last = num_tokens - 1 - first_token
+        row = tl.arange(0, block_rows)
+        token = tl.minimum(row, last)
+        slot = tl.load(_start(slot_mapping, first_token, slot_stride) + token * slot_stride)
+        # Unsigned, quotient and rest are single bit operations, and negative slots beyond all others.
+        number = slot.to(tl.uint64) // block_size
+        position = (slot.to(tl.uint64) % block_size).to(tl.int32)
+        keep = (number < num_pages) & (row <= last)
+        page = number * page_stride
+        scale_rows = scales_at + page + position * tl.where(is_key, key_scale_stride, value_scale_stride)
+
+        x_rows = _start(x, first_token, token_stride) + token * token_stride
+        power = 1.0
+        if halves:
+            power = power_for_halves(x_rows, mean, is_key, head_dim, block_rows, block_k, centred)
+        rotated = tl.zeros([block_rows, channels], tl.float32)
+        if block_k == channels:
+            rotated = _add_slice(
+                rotated,
+                x_rows,
+                mean,
+                is_key,
+                power,
+                0,
+                high,
+                middle,
+                low,
+                head_dim,
+                centred,
+                num_parts,
+                block_k,
+                halves,
+            )
+        else:
+            for first in range(0, head_dim, block_k):
+                high_k, middle_k, low_k = load_slices(parts, first, num_parts, block_k, channels)
+                rotated = _add_slice(
+                    rotated, x_rows, mean, is_key, power, first, high_k, middle_k, low_k, head_dim, centred, num_parts,
+                    block_k, halves,
+                )  # fmt: skip
+        if centred and not halves:
+            rotated = subtract_offset(rotated, offset, block_rows)
+        # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
+        squares = tl.sum(rotated * rotated, axis=1)
+        per_length = inverse_root(squares)
+        norm = tl.sqrt(squares) * MATRIX_UNSCALE / power
+        if key_bits == value_bits:
+            _store_tile(
+                rotated, per_length, norm, codes_at + page + position * key_code_stride, scale_rows, keep, is_key,
+                key_entries, key_table, octet, padded_octet, key_bits, key_shift, key_rule, value_rule,
+            )  # fmt: skip
+        else:
+            if is_key:
+                _store_tile(
+                    rotated, per_length, norm, codes_at + page + position * key_code_stride, scale_rows, keep, is_key,
+                    key_entries, key_table, octet, padded_octet, key_bits, key_shift, key_rule, key_rule,
+                )  # fmt: skip
+            else:
+                _store_tile(
+                    rotated, per_length, norm, codes_at + page + position * value_code_stride, scale_rows, keep, is_key,
+                    value_entries, value_table, octet, padded_octet, value_bits, value_shift, value_rule, value_rule,
+                )  # fmt: skip
+
+
+@triton.jit
+def _start(pointer, first_token, stride):
+    # Only the tile's start needs 64 bits.
+    return pointer + first_token.to(tl.int64) * stride
+
+
+@triton.jit
+def _store_tile(
+    rotated,
+    per_length,
+    norm,
+    code_rows,
+    scale_rows,
+    keep,
+    is_key,
+    entries,
+    centroids,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+    bits: tl.constexpr,
+    shift: tl.constexpr,
+    key_rule: tl.constexpr,
+    value_rule: tl.constexpr,
+):
+    """Store codes and scales of rotated [rows, 8 * padded_octet]."""
+    codes = nearest_codes(rotated, per_length, entries, shift)
+    inner, squares = decoded_sums(
+        rotated,
+        codes,
+        centroids,
+        key_rule != "norm" or value_rule != "norm",
+        key_rule == "least_squares" or value_rule == "least_squares",
+        octet,
+        padded_octet,
+    )
+    store_codes(code_rows, codes, keep, bits, rotated.shape[0], octet, padded_octet)
+    inner *= per_length
+    scale = corrected_scale(norm, inner, squares, key_rule)
+    if key_rule != value_rule:
+        scale = tl.where(is_key, scale, corrected_scale(norm, inner, squares, value_rule))
+    store_scales(scale_rows, scale, keep)
+
+
+@triton.jit
+def _add_slice(
+    rotated,
+    x_rows,
+    mean,
+    is_key,
+    power,
+    first,
+    high,
+    middle,
+    low,
+    head_dim: tl.constexpr,
+    centred: tl.constexpr,
+    num_parts: tl.constexpr,
+    block_k: tl.constexpr,
+    halves: tl.constexpr,
+):
+    """Add what block_k input channels from `first` on contribute to the product."""
+    if halves:
+        x = load_centred(x_rows, mean, is_key, first, head_dim, block_k, centred)
+        return multiply_halves(x * power[:, None], high, middle, low, rotated, num_parts)
+    return multiply(load_vectors(x_rows, first, head_dim, block_k), high, middle, low, rotated, num_parts)

@@ -1,0 +1,39 @@
+"""`cache_update` by warpgroups, in Gluon: one rotation in tensor cores, codes looked up in the lanes of a warp."""
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, UpdatePath
+
+# Codes are stored in words.
+WORD_BYTES = 4
+
+
+def _launch(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layout: KVCacheLayout,
+    key_mean: torch.Tensor | None,
+) -> None:
+    from turboquant_core.ops.cache_update.warpgroup.launch import launch
+
+    launch(key, value, pages, slot_mapping, layout, key_mean)
+
+
+WARPGROUP = UpdatePath(
+    name="warpgroup",
+    launch=_launch,
+    head_dims=(64, 128),
+    key_bits=(2, 3, 4),
+    value_bits=(2, 3, 4),
+    capability=(9, 0),
+    newest_capability=(9, 0),
+    gluon="hopper",
+    dtypes=(torch.float16, torch.bfloat16),
+    vector_alignment=VECTOR_ALIGNMENT,
+    page_alignment=WORD_BYTES,
+    # A tile of 64 tokens is mostly empty below.
+    least_tokens=17,
+)

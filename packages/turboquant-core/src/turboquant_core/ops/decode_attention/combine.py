@@ -1,0 +1,171 @@
+"""After attention: merge a row's partial results by log-sum-exp, un-rotate, write the output."""
+
+import triton
+import triton.language as tl
+
+from turboquant_core.ops.decode_attention.schedule import owner, query_heads
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit(do_not_specialize=["batch", "num_heads", "num_tokens", "num_workers", "query_len"])
+def combine_kernel(
+    partial,  # float32 [num_workers + batch, num_kv_heads, num_columns, num_positions]
+    partial_stats,  # float32 [num_workers + batch, num_kv_heads, 2, num_columns]: reference exponent (log2), sum
+    cu_tiles,  # int32 [batch + 1]
+    query_start_loc,  # int32 [batch + 1], or None: query_len tokens a row
+    rotation,  # float32 [num_positions, head_dim]; row i belongs to position i
+    bias,  # float32 [batch, num_kv_heads, num_columns], log2 units, or None
+    sinks,  # float32 [num_heads], natural logits, or None
+    out,  # [num_tokens, num_heads, head_dim]
+    lse,  # out, float32 [num_tokens, num_heads], natural units, or None
+    batch,
+    num_heads,
+    num_tokens,
+    num_workers,
+    out_token_stride,
+    out_head_stride,
+    query_len,
+    centred_scores: tl.constexpr,
+    group: tl.constexpr,
+    num_columns: tl.constexpr,
+    head_dim: tl.constexpr,
+    num_positions: tl.constexpr,
+    block_heads: tl.constexpr,
+    block_slots: tl.constexpr,
+    block_dim: tl.constexpr,
+    block_channels: tl.constexpr,
+    precision: tl.constexpr,
+    overlap: tl.constexpr,
+):
+    """One program for `block_heads` query heads, counted through all tokens of all rows."""
+    position = tl.arange(0, num_positions)
+    if block_heads == 1:
+        # Few heads are latency: what no kernel before this one writes comes while it waits for them.
+        matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
+    if overlap:
+        tl.extra.cuda.gdc_wait()
+    row, head, column, token, used = query_heads(
+        tl.program_id(0) * block_heads + tl.arange(0, block_heads),
+        query_start_loc, batch, num_heads, num_tokens, query_len, group,
+    )  # fmt: skip
+    num_kv_heads = num_heads // group
+    kv_head = head // group
+    num_tiles = tl.load(cu_tiles + batch)
+    row_begin = tl.load(cu_tiles + row, mask=used, other=0)
+    row_end = tl.load(cu_tiles + row + 1, mask=used, other=0)
+    begin = owner(row_begin, num_workers, num_tiles)
+    end = tl.where(row_end > row_begin, owner(row_end - 1, num_workers, num_tiles) + 1, begin)
+
+    if block_heads == 1:
+        top, total, merged = _merge_one_head(
+            partial, partial_stats, row, kv_head, num_kv_heads, column, begin, end,
+            num_columns, num_positions, block_slots,
+        )  # fmt: skip
+    else:
+        top, total, merged = _merge_heads(
+            partial, partial_stats, row, kv_head, num_kv_heads, column, begin, end,
+            num_columns, num_positions, block_heads, block_slots,
+        )  # fmt: skip
+
+    # Scores were those of centred keys: the mean's own score shifts every logit of a head alike.
+    offset = tl.zeros([block_heads], tl.float32)
+    if centred_scores:
+        offset = tl.load(
+            bias + (row.to(tl.int64) * num_kv_heads + kv_head) * num_columns + column, mask=used, other=0.0
+        )
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) / LN_2 - offset
+        highest = tl.maximum(top, sink)
+        rescale = tl.exp2(top - highest)
+        total = total * rescale + tl.exp2(sink - highest)
+        merged = merged * rescale[:, None]
+        top = highest
+    # No key and no sink: the output is zero and the log-sum-exp minus infinity.
+    merged = tl.where(total[:, None] == 0, 0.0, merged / tl.where(total == 0, 1.0, total)[:, None])
+    target = out + token * out_token_stride + head * out_head_stride
+    for base in tl.static_range(0, block_dim, block_channels):
+        channel = base + tl.arange(0, block_channels)
+        real = channel < head_dim
+        if block_heads > 1 or base > 0:
+            matrix = _load_rotation(rotation, position, base, head_dim, block_channels)
+        # [heads, positions] x [positions, channels]
+        if block_heads == 1:
+            result = tl.sum(tl.trans(merged) * matrix, axis=0)[None, :]
+        else:
+            result = tl.dot(merged, matrix, input_precision=precision)
+        tl.store(
+            target[:, None] + channel[None, :], result.to(out.dtype.element_ty), mask=used[:, None] & real[None, :]
+        )
+    if lse is not None:
+        tl.store(lse + token * num_heads + head, (top + tl.log2(total) + offset) * LN_2, mask=used)
+
+
+@triton.jit
+def _load_rotation(rotation, position, base, head_dim: tl.constexpr, block_channels: tl.constexpr):
+    """Channels base to base + block_channels - 1 of every position, with zeros past head_dim."""
+    channel = base + tl.arange(0, block_channels)[None, :]
+    return tl.load(rotation + position[:, None] * head_dim + channel, mask=channel < head_dim, other=0.0)
+
+
+@triton.jit
+def _merge_one_head(
+    partial, partial_stats, row, kv_head, num_kv_heads, column, begin, end,
+    num_columns: tl.constexpr, num_positions: tl.constexpr, block_slots: tl.constexpr,
+):  # fmt: skip
+    """Many partial results at a time, each a row of a tile. Heads are a dimension of size one."""
+    position = tl.arange(0, num_positions)
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    merged = tl.zeros([1, num_positions], tl.float32)
+    for base in range(0, tl.max(end - begin), block_slots):
+        worker = begin + base + tl.arange(0, block_slots)
+        mask = worker < end
+        slot = (worker + row).to(tl.int64) * num_kv_heads + kv_head
+        exponent = tl.load(partial_stats + slot * (2 * num_columns) + column, mask=mask, other=float("-inf"))
+        amount = tl.load(partial_stats + slot * (2 * num_columns) + num_columns + column, mask=mask, other=0.0)
+        part = tl.load(
+            partial + (slot * num_columns + column)[:, None] * num_positions + position[None, :],
+            mask=mask[:, None],
+            other=0.0,
+        )
+        highest = tl.maximum(top, tl.max(exponent, axis=0))
+        rescale = tl.exp2(top - highest)
+        weight = tl.exp2(exponent - highest)
+        total = total * rescale + tl.sum(weight * amount, axis=0)
+        merged = merged * rescale[:, None] + tl.sum(weight[:, None] * part, axis=0)[None, :]
+        top = highest
+    return top, total, merged
+
+
+@triton.jit
+def _merge_heads(
+    partial, partial_stats, row, kv_head, num_kv_heads, column, begin, end,
+    num_columns: tl.constexpr, num_positions: tl.constexpr, block_heads: tl.constexpr, block_slots: tl.constexpr,
+):  # fmt: skip
+    """One partial result of many heads at a time, `block_slots` of them on their way together."""
+    position = tl.arange(0, num_positions)
+    top = tl.full([block_heads], float("-inf"), tl.float32)
+    total = tl.zeros([block_heads], tl.float32)
+    merged = tl.zeros([block_heads, num_positions], tl.float32)
+    for base in range(0, tl.max(end - begin), block_slots):
+        for i in tl.static_range(block_slots):
+            worker = begin + base + i
+            mask = worker < end
+            slot = (worker + row).to(tl.int64) * num_kv_heads + kv_head
+            exponent = tl.load(partial_stats + slot * (2 * num_columns) + column, mask=mask, other=float("-inf"))
+            amount = tl.load(partial_stats + slot * (2 * num_columns) + num_columns + column, mask=mask, other=0.0)
+            part = tl.load(
+                partial + (slot * num_columns + column)[:, None] * num_positions + position[None, :],
+                mask=mask[:, None],
+                other=0.0,
+            )
+            highest = tl.maximum(top, exponent)
+            # Heads of rows without tiles stay at minus infinity.
+            shift = tl.where(highest > float("-inf"), highest, 0.0)
+            rescale = tl.exp2(top - shift)
+            weight = tl.exp2(exponent - shift)
+            total = total * rescale + weight * amount
+            merged = merged * rescale[:, None] + weight[:, None] * part
+            top = highest
+    return top, total, merged

@@ -1,0 +1,293 @@
+"""Decode attention in Gluon: one warp a worker, codes looked up in the tensor cores' own registers."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from turboquant_core.ops._triton.lanes import lane_constant
+from turboquant_core.ops.decode_attention.fragment.operands import (
+    key_operand,
+    key_word_layout,
+    let_next_kernel_start,
+    mma_layout,
+    right_layout,
+    value_operand,
+    value_word_layout,
+    wait_for_previous_kernel,
+    weight_operand,
+)
+from turboquant_core.ops.decode_attention.fragment.tiles import (
+    allocate_roots,
+    allocate_words,
+    copy_tile,
+    read_words,
+    tile_pages,
+)
+from turboquant_core.ops.decode_attention.schedule import row_reach, share_start
+from turboquant_core.ops.decode_attention.scores import scale_exponents, softcapped
+
+LOWEST = gl.constexpr(-1e30)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "batch", "num_kv_heads", "block_table_stride", "query_len", "num_tokens", "row_capacity", "last_block",
+    ]
+)  # fmt: skip
+def fragment_kernel(
+    operand,  # float16 [batch, num_kv_heads, num_columns, head_dim]: rotated queries in operand order
+    factor,  # float32 [batch, num_kv_heads, num_columns]: scores to log2 units
+    bias,  # float32 like factor, or None: the key mean's score, needed for softcap
+    key_codes,  # int32 words of [pages, num_kv_heads, slots, key code bytes]
+    value_codes,
+    key_scales,  # float16 [pages, num_kv_heads, slots]
+    value_scales,
+    block_table,  # int32 [batch, max_blocks]; None when row b is page b
+    seq_lens,  # int32 [batch]
+    seq_starts,  # int32 [batch], or None
+    query_start_loc,  # int32 [batch + 1], or None
+    cu_tiles,  # int32 [batch + 1]
+    table,  # int32 [constants, 32]: look-up constants of keys, then of values, for each lane
+    partial,  # out, float32 [num_workers + batch, num_kv_heads, num_columns, head_dim]
+    partial_stats,  # out, float32 [num_workers + batch, num_kv_heads, 2, num_columns]
+    batch,
+    num_kv_heads,
+    block_table_stride,
+    key_page_stride,  # in words, like the other strides of codes
+    key_head_stride,
+    value_page_stride,
+    value_head_stride,
+    key_scale_page_stride,
+    key_scale_head_stride,
+    value_scale_page_stride,
+    value_scale_head_stride,
+    query_len,
+    num_tokens,
+    row_capacity,  # the most stored tokens of a row
+    last_block,
+    softcap,  # in log2 units; 0 for none
+    head_dim: gl.constexpr,
+    key_bits: gl.constexpr,
+    value_bits: gl.constexpr,
+    key_code_stride: gl.constexpr,  # from slot to slot, in elements, like the next
+    value_code_stride: gl.constexpr,
+    key_scale_stride: gl.constexpr,
+    value_scale_stride: gl.constexpr,
+    group: gl.constexpr,
+    num_columns: gl.constexpr,
+    columns: gl.constexpr,
+    block_size: gl.constexpr,
+    subtiles: gl.constexpr,
+    window: gl.constexpr,
+    has_softcap: gl.constexpr,
+    stages: gl.constexpr,
+    block_batch: gl.constexpr,
+    key_asm: gl.constexpr,
+    key_constraints: gl.constexpr,
+    key_constants: gl.constexpr,
+    value_asm: gl.constexpr,
+    value_constraints: gl.constexpr,
+    value_constants: gl.constexpr,
+    overlap: gl.constexpr,
+):
+    """Grid (num_workers, num_kv_heads * num_columns / columns), one warp each."""
+    mma: gl.constexpr = mma_layout()
+    right: gl.constexpr = right_layout()
+    by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    tile_tokens: gl.constexpr = 16 * subtiles
+    if overlap:
+        wait_for_previous_kernel()
+        let_next_kernel_start()
+    worker = gl.program_id(0)
+    num_workers = gl.num_programs(0)
+    head = gl.program_id(1) // (num_columns // columns)
+    first_column = gl.program_id(1) % (num_columns // columns) * columns
+
+    num_tiles = gl.load(cu_tiles + batch)
+    tile = share_start(worker, num_workers, num_tiles)
+    share_end = share_start(worker + 1, num_workers, num_tiles)
+    rows = gl.arange(0, block_batch, gl.BlockedLayout([1], [32], [1], [0]))
+    ends = gl.load(cu_tiles + 1 + rows, mask=rows < batch, other=2147483647)
+    row = gl.sum((ends <= tile).to(gl.int32), axis=0)
+
+    key_table = ()
+    for i in gl.static_range(key_constants):
+        key_table = key_table + (lane_constant(table, i),)
+    value_table = ()
+    for i in gl.static_range(value_constants):
+        value_table = value_table + (lane_constant(table, key_constants + i),)
+
+    wide_head = head.to(gl.int64)
+    cache = (
+        key_codes + wide_head * key_head_stride,
+        value_codes + wide_head * value_head_stride,
+        key_scales + wide_head * key_scale_head_stride,
+        value_scales + wide_head * value_scale_head_stride,
+    )
+    strides = (key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride)
+    slot_strides: gl.constexpr = (key_code_stride, value_code_stride, key_scale_stride, value_scale_stride)
+    buffers = (
+        allocate_words(stages, subtiles, head_dim, key_bits),
+        allocate_words(stages, subtiles, head_dim, value_bits),
+        allocate_roots(stages, subtiles),
+        allocate_roots(stages, subtiles),
+    )
+    column = first_column + gl.arange(0, columns, by_column)
+    operand_column = first_column + gl.arange(0, columns, gl.SliceLayout(0, right))[None, :]
+    operand_channel = gl.arange(0, head_dim, gl.SliceLayout(1, right))[:, None]
+    channel = gl.arange(0, head_dim, gl.SliceLayout(1, mma))[:, None]
+
+    while tile < share_end:
+        row_begin = gl.load(cu_tiles + row)
+        row_end = gl.load(cu_tiles + row + 1)
+        if row_end > tile:
+            length, start, row_len, first = row_reach(
+                row, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, window
+            )
+            begin = first // tile_tokens + tile - row_begin
+            end = begin + gl.minimum(share_end, row_end) - tile
+
+            place = (row.to(gl.int64) * num_kv_heads + head) * num_columns
+            used = operand_column < row_len * group
+            query = gl.load(operand + (place + operand_column) * head_dim + operand_channel, mask=used, other=0.0)
+            scale = gl.load(factor + place + column, mask=column < row_len * group, other=0.0)
+            shift = gl.zeros([columns], gl.float32, by_column)
+            if has_softcap and bias is not None:
+                shift = gl.load(bias + place + column, mask=column < row_len * group, other=0.0)
+            position = length - row_len + column // group
+            if block_table is None:
+                pages = row
+            else:
+                pages = block_table + row.to(gl.int64) * block_table_stride
+
+            top = gl.full([columns], LOWEST, gl.float32, by_column)
+            total = gl.zeros([16, columns], gl.float32, mma)
+            result = gl.zeros([head_dim, columns], gl.float32, mma)
+            # Tiles that every query token sees in full need no mask. The order of tiles does not matter.
+            if window > 0:
+                first = gl.maximum(start, length - window)
+            full_begin = gl.minimum(gl.maximum(begin, (first + tile_tokens - 1) // tile_tokens), end)
+            full_end = gl.maximum(gl.minimum(end, (length - row_len + 1) // tile_tokens), full_begin)
+            if full_end > full_begin:
+                last = full_end - 1
+                for ahead in gl.static_range(stages - 1):
+                    early = gl.minimum(full_begin + ahead, last)
+                    numbers = tile_pages(early, False, length, pages, last_block, block_size, subtiles)
+                    copy_tile(
+                        early, ahead, numbers, False, length, cache, strides, slot_strides, buffers,
+                        head_dim, key_bits, value_bits, block_size, subtiles,
+                    )  # fmt: skip
+                numbers = tile_pages(
+                    gl.minimum(full_begin + stages - 1, last), False, length, pages, last_block, block_size, subtiles
+                )
+                for full in range(full_begin, full_end):
+                    turn = full - full_begin
+                    async_copy.wait_group(stages - 2)
+                    copy_tile(
+                        gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, length,
+                        cache, strides, slot_strides, buffers, head_dim, key_bits, value_bits, block_size, subtiles,
+                    )  # fmt: skip
+                    numbers = tile_pages(
+                        gl.minimum(full + stages, last), False, length, pages, last_block, block_size, subtiles
+                    )
+                    top, total, result = _attend_tile(
+                        full, turn % stages, buffers, False, length, start, position, query, scale, shift, softcap,
+                        top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
+                        window, has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                    )  # fmt: skip
+                async_copy.wait_group(0)
+            for n in range(0, end - begin - (full_end - full_begin)):
+                edge = begin + n
+                if edge >= full_begin:
+                    edge += full_end - full_begin
+                edge_numbers = tile_pages(edge, True, length, pages, last_block, block_size, subtiles)
+                copy_tile(
+                    edge, 0, edge_numbers, True, length, cache, strides, slot_strides, buffers,
+                    head_dim, key_bits, value_bits, block_size, subtiles,
+                )  # fmt: skip
+                async_copy.wait_group(0)
+                top, total, result = _attend_tile(
+                    edge, 0, buffers, True, length, start, position, query, scale, shift, softcap,
+                    top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
+                    window, has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                )  # fmt: skip
+
+            slot = ((worker + row).to(gl.int64) * num_kv_heads + head) * num_columns
+            gl.store(partial + (slot + column[None, :]) * head_dim + channel, result)
+            gl.store(partial_stats + 2 * slot + column, top)
+            gl.store(partial_stats + 2 * slot + num_columns + column, gl.sum(total, axis=0))
+            tile += end - begin
+        row += 1
+
+
+@gluon.jit
+def _attend_tile(
+    index, stage, buffers, masked: gl.constexpr, length, start, position, query, scale, shift, softcap,
+    top, total, result, key_table, value_table,
+    head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr, columns: gl.constexpr,
+    subtiles: gl.constexpr, window: gl.constexpr, has_softcap: gl.constexpr, key_asm: gl.constexpr,
+    key_constraints: gl.constexpr, value_asm: gl.constexpr, value_constraints: gl.constexpr,
+):  # fmt: skip
+    """One tile of online softmax.
+
+    `top` is the reference exponent of each column: the largest log2 of weight times value scale so far, so that the
+    weights that multiply value codes are at most about one and fit float16, whatever the scales are.
+    """
+    mma: gl.constexpr = mma_layout()
+    token = gl.arange(0, 16, gl.SliceLayout(1, mma))
+    zeros = gl.zeros([16, columns], gl.float32, mma)
+    words: gl.constexpr = head_dim // 8
+    row_layout: gl.constexpr = gl.SliceLayout(1, mma)
+    scores = ()
+    value_scale = ()
+    highest = top
+    scale_tile = scale[None, :] + zeros
+    for j in gl.static_range(subtiles):
+        at = stage * subtiles + j
+        key_words = read_words(buffers[0], at, key_word_layout(words), head_dim, key_bits)
+        keys = key_operand(key_words, key_table, head_dim, key_asm, key_constraints, key_bits > 4)
+        score = mma_v2(keys, query, zeros)
+        token_at = (index * subtiles + j) * 16 + token
+        root = buffers[2].index(at).load(row_layout).to(gl.float32)
+        if masked:
+            root = gl.where(token_at < length, root, 0.0)
+        score = score * (root * root)[:, None]
+        if has_softcap:
+            score = softcapped(score * scale_tile + shift[None, :], softcap)
+        if masked:
+            seen = (token_at[:, None] <= position[None, :]) & (token_at[:, None] >= start)
+            if window > 0:
+                seen = seen & (token_at[:, None] > position[None, :] - window)
+            score = gl.where(seen, score, float("-inf"))
+        root = buffers[3].index(at).load(row_layout).to(gl.float32)
+        if masked:
+            root = gl.where(token_at < length, root, 0.0)
+        weight_scale = root * root
+        exponent = scale_exponents(weight_scale)
+        if has_softcap:
+            reach = score + exponent[:, None]
+        else:
+            reach = gl.fma(score, scale_tile, exponent[:, None] + zeros)
+        if j == 0:
+            reached = reach
+        else:
+            reached = gl.maximum(reached, reach)
+        scores = scores + (score,)
+        value_scale = value_scale + (weight_scale,)
+
+    highest = gl.maximum(top, gl.max(reached, axis=0))
+    rescale = gl.exp2(top - highest)
+    result = result * rescale[None, :]
+    total = total * rescale[None, :]
+    floor = zeros - highest[None, :]
+    for j in gl.static_range(subtiles):
+        if has_softcap:
+            weight = gl.exp2(scores[j] + floor)
+        else:
+            weight = gl.exp2(gl.fma(scores[j], scale_tile, floor))
+        total += weight
+        right = weight_operand(weight * value_scale[j][:, None], columns)
+        value_words = read_words(buffers[1], stage * subtiles + j, value_word_layout(words), head_dim, value_bits)
+        values = value_operand(value_words, value_table, head_dim, value_asm, value_constraints, value_bits > 4)
+        result = mma_v2(values, right, result)
+    return highest, total, result

@@ -1,0 +1,175 @@
+"""Gluon primitives: codes to tensor-core operands in registers.
+
+A warp reads the codes of sixteen tokens straight into the registers in which the tensor cores want their operand, looks
+the centroids up there and multiplies. Which lane holds which channel is free as long as the query (for keys) and the
+un-rotation (for values) list channels in the same order: `operand_channels` is that order, and the `convert_layout`s to
+operands are asserted to be no instruction.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from turboquant_core.ops.decode_attention.fragment.lookup import lookup
+
+
+@gluon.constexpr_function
+def mma_layout():
+    """m16n8k16: 16 rows over lanes 4 apart, 8 columns over 4 neighbouring lanes."""
+    return gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+
+
+@gluon.constexpr_function
+def left_layout():
+    """Operand A."""
+    return gl.DotOperandLayout(0, mma_layout(), 2)
+
+
+@gluon.constexpr_function
+def right_layout():
+    """Operand B."""
+    return gl.DotOperandLayout(1, mma_layout(), 2)
+
+
+@gluon.constexpr_function
+def key_word_layout(words):
+    """[16 tokens, words]: neighbouring words in a lane, for wide reads; four lanes a token."""
+    registers = [[0, 1 << i] for i in range(words.bit_length() - 3)]
+    lanes = [[0, words // 4], [0, words // 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([*registers, [8, 0]], lanes, [], [], [16, words])
+
+
+@gluon.constexpr_function
+def value_word_layout(words):
+    """[16 tokens, words]: eight lanes a token; a lane holds both tokens of a pair, which share an operand register."""
+    registers = [[0, 1 << i] for i in range(words.bit_length() - 4)]
+    lanes = [[2, 0], [4, 0], [0, words // 8], [0, words // 4], [0, words // 2]]
+    return gl.DistributedLinearLayout([*registers, [1, 0], [8, 0]], lanes, [], [], [16, words])
+
+
+@gluon.constexpr_function
+def value_pair_layout(words):
+    """The same, with the two tokens of a pair in neighbouring registers."""
+    registers = [[0, 1 << i] for i in range(words.bit_length() - 4)]
+    lanes = [[2, 0], [4, 0], [0, words // 8], [0, words // 4], [0, words // 2]]
+    return gl.DistributedLinearLayout([[1, 0], *registers, [8, 0]], lanes, [], [], [16, words])
+
+
+@gluon.jit
+def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr):
+    """Words of 16 tokens to operand A, float16 [16 tokens, head_dim]; `pair` says whether codes come in two words."""
+    count: gl.constexpr = head_dim // 8
+    if pair:
+        args = (_twice(words[0]), _twice(words[1])) + table
+    else:
+        args = (_twice(words[0]),) + table
+    a, b, c, d = gl.inline_asm_elementwise(
+        asm, constraints, args, dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2
+    )
+    x = gl.reshape(_join4(a, b, c, d), [16, 4, count // 4, 2, 4])  # token, word over lanes, word in a lane, half, pair
+    x = gl.reshape(gl.permute(x, [0, 2, 4, 1, 3]), [16, head_dim])
+    return gl.convert_layout(x, left_layout(), assert_trivial=True)
+
+
+@gluon.jit
+def value_operand(
+    words, table, head_dim: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr
+):
+    """Words of 16 tokens to operand A, float16 [head_dim, 16 tokens]."""
+    count: gl.constexpr = head_dim // 8
+    even, odd = _split_tokens(words[0], count)
+    if pair:
+        even_high, odd_high = _split_tokens(words[1], count)
+        args = (_twice(even), _twice(even_high), _twice(odd), _twice(odd_high)) + table
+    else:
+        args = (_twice(even), _twice(odd)) + table
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        asm,
+        constraints,
+        args,
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
+    x = gl.join(_join4(a, b, c, d), _join4(e, f, g, h))
+    # token pair, word over lanes, word in a lane, token of the pair, place in the half, half of the word
+    x = gl.reshape(x, [8, 8, count // 8, 2, 4, 2])
+    x = gl.reshape(gl.permute(x, [2, 5, 4, 1, 0, 3]), [head_dim, 16])
+    return gl.convert_layout(x, left_layout(), assert_trivial=True)
+
+
+@gluon.jit
+def weight_operand(weights, columns: gl.constexpr):
+    """Weights in the accumulator's layout, float32 [16 tokens, columns], to operand B, float16 of the same shape.
+
+    The instruction transposes 8 x 8 tiles across the warp, so what it leaves in this layout is the transpose of each
+    tile; naming the axes accordingly undoes that, and the layout becomes the operand's.
+    """
+    x = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+        "=r,r",
+        [weights.to(gl.float16)],
+        dtype=gl.float16,
+        is_pure=False,
+        pack=2,
+    )
+    x = gl.permute(gl.reshape(x, [2, 8, columns // 8, 8]), [0, 3, 2, 1])
+    return gl.convert_layout(gl.reshape(x, [16, columns]), right_layout(), assert_trivial=True)
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    """Wait until the kernel before this one has finished, where this one was launched while that one ran."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def let_next_kernel_start():
+    """Let the next kernel be launched, as far as it does not wait for this one."""
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _twice(words):
+    """The same operand for both elements of a pair."""
+    return gl.join(words, words)
+
+
+@gluon.jit
+def _split_tokens(words, count: gl.constexpr):
+    # Splitting takes neighbouring registers: only their names change here.
+    words = gl.convert_layout(words, value_pair_layout(count), assert_trivial=False)
+    return gl.split(gl.permute(gl.reshape(words, [8, 2, count]), [0, 2, 1]))
+
+
+@gluon.jit
+def _join4(a, b, c, d):
+    """[...] four times to [..., 4]."""
+    x = gl.join(gl.join(a, c), gl.join(b, d))
+    shape: gl.constexpr = x.type.shape[:-2]
+    return gl.reshape(x, shape + [4])
+
+
+def operand_channels(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int], list[int]]:
+    """Which channel every operand position is: for keys (the query's order), and for values (the output's)."""
+    words = head_dim // 8
+    key_order, value_order = lookup(head_dim, key_bits).key_order, lookup(head_dim, value_bits).value_order
+
+    def channel(word: int, code: int) -> int:
+        return 4 * word + code // 2 + code % 2 * (head_dim // 2)
+
+    keys = [
+        channel(lane * (words // 4) + inner, key_order[2 * pair + half])
+        for inner in range(words // 4)
+        for pair in range(4)
+        for lane in range(4)
+        for half in range(2)
+    ]
+    values = [
+        channel(lane * (words // 8) + inner, value_order[place])
+        for inner in range(words // 8)
+        for place in range(8)
+        for lane in range(8)
+    ]
+    return keys, values

@@ -1,0 +1,189 @@
+"""Gluon primitives: tiles of codes and scales on their way through shared memory.
+
+Copies are asynchronous, so that a warp works on one tile while the next ones arrive. Plain loads into registers do not
+do that here: ptxas moves a load down to where its value is used.
+
+What is copied and read together is a stream (see `widths`). Words of eight codes are made of one or two.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from turboquant_core._compat import async_load
+from turboquant_core.ops._triton.bounds import existing_block
+from turboquant_core.ops.decode_attention.fragment.widths import WIDTHS
+
+
+@gluon.constexpr_function
+def streams(bits):
+    """How many streams codes of `bits` bits have."""
+    return len(WIDTHS[bits].streams)
+
+
+@gluon.constexpr_function
+def stream_words(head_dim, bits, index):
+    """The different words of a stream in one row of codes; narrow planes serve several words of eight codes each."""
+    return head_dim * WIDTHS[bits].streams[index] // 32
+
+
+@gluon.constexpr_function
+def copy_layout(words):
+    """[16 tokens, words]: up to sixteen bytes a lane, a row in neighbouring lanes."""
+    each = min(4, words)
+    return gl.BlockedLayout([1, each], [32 * each // words, words // each], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def word_buffer_layout(words):
+    """Rows rotated by sixteen bytes, so that lanes that read the same place of different rows meet fewer conflicts."""
+    each = min(4, words)
+    return gl.SwizzledSharedLayout(each, max(1, 32 // words), words // each, [1, 0])
+
+
+@gluon.constexpr_function
+def field_layout(layout, distinct):
+    """A layout of [16 tokens, words] as one of [16 tokens, fields, distinct], word = field * distinct + place."""
+
+    def split(bases):
+        return [[row, word // distinct, word % distinct] for row, word in bases]
+
+    shape = [layout.shape[0], layout.shape[1] // distinct, distinct]
+    return gl.DistributedLinearLayout(split(layout.reg_bases), split(layout.lane_bases), [], [], shape)
+
+
+@gluon.constexpr_function
+def scale_buffer_layout():
+    """[16 tokens], copied four bytes at a time."""
+    return gl.SwizzledSharedLayout(vec=2, per_phase=1, max_phase=1, order=[0])
+
+
+@gluon.jit
+def allocate_words(stages: gl.constexpr, subtiles: gl.constexpr, head_dim: gl.constexpr, bits: gl.constexpr):
+    """Room for `stages` tiles, a buffer for each stream."""
+    first: gl.constexpr = stream_words(head_dim, bits, 0)
+    count: gl.constexpr = stages * subtiles
+    buffers = (gl.allocate_shared_memory(gl.int32, [count, 16, first], word_buffer_layout(first)),)
+    if streams(bits) == 2:
+        second: gl.constexpr = stream_words(head_dim, bits, 1)
+        buffers = buffers + (gl.allocate_shared_memory(gl.int32, [count, 16, second], word_buffer_layout(second)),)
+    return buffers
+
+
+@gluon.jit
+def allocate_roots(stages: gl.constexpr, subtiles: gl.constexpr):
+    """Room for the scale roots of `stages` tiles."""
+    return gl.allocate_shared_memory(gl.float16, [stages * subtiles, 16], scale_buffer_layout())
+
+
+@gluon.jit
+def tile_pages(
+    index, masked: gl.constexpr, length, pages, last_block, block_size: gl.constexpr, subtiles: gl.constexpr
+):
+    """The page of every sixteen tokens of a tile; page 0 past the end."""
+    # Where one is a multiple of the other, sixteen tokens inside a page lie in the page of those before them.
+    aligned: gl.constexpr = block_size > 0 and (block_size % (16 * subtiles) == 0 or 16 * subtiles % block_size == 0)
+    numbers = ()
+    for j in gl.static_range(subtiles):
+        first = (index * subtiles + j) * 16
+        if block_size == 0:
+            numbers = numbers + (pages,)
+        elif masked:
+            block = gl.load(pages + first // block_size, mask=first < length, other=0)
+            numbers = numbers + (existing_block(block, last_block),)
+        elif aligned and j * 16 % block_size != 0:
+            numbers = numbers + (numbers[j - 1],)
+        else:
+            numbers = numbers + (existing_block(gl.load(pages + first // block_size), last_block),)
+    return numbers
+
+
+@gluon.jit
+def copy_tile(
+    index, stage, numbers, masked: gl.constexpr, length, cache, strides, slot_strides: gl.constexpr, buffers,
+    head_dim: gl.constexpr,
+    key_bits: gl.constexpr, value_bits: gl.constexpr, block_size: gl.constexpr, subtiles: gl.constexpr,
+):  # fmt: skip
+    """Start to copy a tile of `cache` into stage `stage` of `buffers`, as one group.
+
+    Both are key codes, value codes, key scales, value scales, `strides` theirs from page to page and
+    `slot_strides` from slot to slot.
+    """
+    scale_layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    token = gl.arange(0, 16, scale_layout)
+    for j in gl.static_range(subtiles):
+        first = (index * subtiles + j) * 16
+        page = numbers[j].to(gl.int64)
+        slot = first
+        if block_size > 0:
+            # Sixteen tokens at a time, for the compiler to see that it divides.
+            slot = (index * subtiles + j) % (block_size // 16) * 16
+        elif masked:
+            # Past its end a contiguous row has no memory; what is read there is masked.
+            slot = gl.where(first < length, first, 0)
+        at = stage * subtiles + j
+        _copy_words(cache[0] + page * strides[0], slot, buffers[0], at, slot_strides[0], head_dim, key_bits)
+        _copy_words(cache[1] + page * strides[1], slot, buffers[1], at, slot_strides[1], head_dim, value_bits)
+        for k in gl.static_range(2, 4):
+            scales = cache[k] + page * strides[k] + slot * slot_strides[k]
+            async_load(buffers[k].index(at), scales + token * slot_strides[k])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _copy_words(
+    codes, slot, buffers, at, row_words: gl.constexpr, head_dim: gl.constexpr, bits: gl.constexpr
+):  # fmt: skip
+    rows = codes + slot.to(gl.int64) * row_words
+    _copy_stream(rows, buffers[0], at, row_words)
+    if streams(bits) == 2:
+        _copy_stream(rows + stream_words(head_dim, bits, 0), buffers[1], at, row_words)
+
+
+@gluon.jit
+def _copy_stream(rows, buffer, at, row_words: gl.constexpr):
+    words: gl.constexpr = buffer.shape[2]
+    layout: gl.constexpr = copy_layout(words)
+    token = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
+    word = gl.arange(0, words, gl.SliceLayout(0, layout))[None, :]
+    async_load(buffer.index(at), rows + token * row_words + word)
+
+
+@gluon.jit
+def read_words(buffers, at, layout: gl.constexpr, head_dim: gl.constexpr, bits: gl.constexpr):
+    """Eight codes a word, int32 [16 tokens, head_dim / 8]; above four bits two such tensors.
+
+    Nibble 2b of word n is channel 4n + b and nibble 2b + 1 channel 4n + b + head_dim / 2 (bytes b of the two words
+    above four bits).
+    """
+    if bits == 2:
+        codes = _nibbles(buffers[0], at, layout, 2)
+        return codes, codes
+    elif bits == 3:
+        codes = _nibbles(buffers[0], at, layout, 2) | (_nibbles(buffers[1], at, layout, 1) << 2)
+        return codes, codes
+    else:
+        first = buffers[0].index(at).load(layout)
+        if bits == 4:
+            return first, first
+        elif bits == 8:
+            return first, buffers[1].index(at).load(layout)
+        else:
+            high = _nibbles(buffers[1], at, layout, bits - 4)
+            even = (first & 0x0F0F0F0F) | ((high & 0x0F0F0F0F) << 4)
+            odd = ((first >> 4) & 0x0F0F0F0F) | (high & ~0x0F0F0F0F)
+            return even, odd
+
+
+@gluon.jit
+def _nibbles(buffer, at, layout: gl.constexpr, width: gl.constexpr):
+    """The fields of one or two bits that belong to each word, at the bottom of nibbles."""
+    distinct: gl.constexpr = buffer.shape[2]
+    fields: gl.constexpr = 4 // width
+    by_field: gl.constexpr = field_layout(layout, distinct)
+    mask: gl.constexpr = 0x33333333 if width == 2 else 0x11111111
+    # Every lane reads the words that its fields are in, which are the same for several lanes.
+    packed = buffer.index(at).load(gl.SliceLayout(1, by_field))
+    field = gl.arange(0, fields, gl.SliceLayout(0, gl.SliceLayout(2, by_field)))
+    codes = (gl.expand_dims(packed, 1) >> (width * field[None, :, None])) & mask
+    return gl.convert_layout(gl.reshape(codes, [16, fields * distinct]), layout, assert_trivial=True)

@@ -1,0 +1,43 @@
+"""What a path of `decode_attention` is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._path import Path
+from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape
+
+if TYPE_CHECKING:
+    from turboquant_core.ops.decode_attention.call import AttendCall
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodePath(Path):
+    """One way to multiply with codes, between preparing a query and combining partial results.
+
+    Attributes:
+        attend: Writes the partial results of a prepared call.
+        launch_of: The sizes of the launch for a call on a card.
+        positions: Which channel each position of the operand is, for queries and for outputs, by head_dim, key bits
+            and value bits; -1 for padding.
+        page_alignment: What addresses and strides of pages are multiples of, in bytes.
+    """
+
+    attend: "Callable[[AttendCall], None]"
+    launch_of: Callable[[DecodeShape, Card], DecodeLaunch]
+    positions: Callable[[int, int, int], tuple[list[int], list[int]]]
+    page_alignment: int = 1
+
+    def obstacle(self, layout: KVCacheLayout, device: torch.device, pages: torch.Tensor | None = None) -> str | None:
+        """Why it cannot run for a layout on a device, and these pages where they are known; None if it can."""
+        if reason := self.device_obstacle(layout, device):
+            return reason
+        if pages is not None and any(at % self.page_alignment for at in (*pages.stride()[:2], pages.data_ptr())):
+            return (
+                f"pages start at {pages.data_ptr():#x} with strides {list(pages.stride())}, and it takes multiples of "
+                f"{self.page_alignment} bytes"
+            )
+        return None

@@ -1,0 +1,36 @@
+"""Decode attention in plain Triton: float16, int8 or fp8 products, with byte permutes or without."""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from turboquant_core.ops._padding import padded_octet
+from turboquant_core.ops.decode_attention.path import DecodePath
+from turboquant_core.ops.decode_attention.portable.sizes import portable_launch
+
+if TYPE_CHECKING:
+    from turboquant_core.ops.decode_attention.call import AttendCall
+
+
+def _attend(call: "AttendCall", *, key_product: str, assembly: bool) -> None:
+    from turboquant_core.ops.decode_attention.portable.launch import launch
+
+    launch(call, key_product=key_product, assembly=assembly)
+
+
+def _positions(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int], list[int]]:
+    """Channels in order, padded after every eighth."""
+    octet = head_dim // 8
+    padded = range(padded_octet(head_dim))
+    channels = [first + place if place < octet else -1 for first in range(0, head_dim, octet) for place in padded]
+    return channels, channels
+
+
+def _path(name: str, key_product: str, capability: tuple[int, int] | None = None) -> DecodePath:
+    attend = partial(_attend, key_product=key_product, assembly=capability is not None)
+    return DecodePath(name=name, attend=attend, launch_of=portable_launch, positions=_positions, capability=capability)
+
+
+FP16 = _path("fp16", "float16", (7, 5))
+INT8 = _path("int8", "int8", (7, 5))
+FP8 = _path("fp8", "fp8", (8, 9))
+PORTABLE = _path("portable", "float16")

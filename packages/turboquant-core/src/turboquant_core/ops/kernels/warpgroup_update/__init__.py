@@ -1,1 +1,0 @@
-"""`cache_update` in Gluon, for Hopper's warpgroups."""

@@ -1,0 +1,90 @@
+"""Compile ahead of time what a server will launch."""
+
+import torch
+
+from turboquant_core.key_transform import IDENTITY, KeyTransform
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops.cache_update import cache_update
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN, decode_attention
+from turboquant_core.ops.decode_attention.paths import choose_path
+from turboquant_core.ops.decode_attention.sizes import representative_batches
+
+# One token more than the smallest tile of an update takes, for the other one.
+UPDATE_TOKENS = (1, 17)
+
+
+def warm_up(
+    layout: KVCacheLayout,
+    *,
+    num_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_batch: int,
+    max_blocks: int,
+    max_query_len: int = 1,
+    window: int | None = None,
+    softcap: float | None = None,
+    has_sinks: bool = False,
+    key_transform: KeyTransform = IDENTITY,
+) -> None:
+    """Launch cache_update and decode_attention once with every kernel that calls of these kinds compile.
+
+    Args:
+        layout: Of the pages.
+        num_heads: Query heads.
+        dtype: Of queries, keys and values.
+        device: Where they are.
+        max_batch: The most rows of a call.
+        max_blocks: The width of its block table.
+        max_query_len: The most query tokens of a row; fewer are covered too.
+        window: As in `decode_attention`.
+        softcap: As in `decode_attention`.
+        has_sinks: Whether calls give sinks.
+        key_transform: As in `decode_attention`.
+
+    Raises:
+        ValueError: If `max_query_len` is not 1 to 8, or as `decode_attention` raises.
+    """
+    if not 1 <= max_query_len <= MAX_QUERY_LEN:
+        raise ValueError(f"max_query_len is {max_query_len}; decode attention takes 1 to {MAX_QUERY_LEN}")
+    num_kv_heads, head_dim = layout.num_kv_heads, layout.config.head_dim
+    pages = torch.zeros(1, num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
+    sinks = torch.zeros(num_heads, device=device) if has_sinks else None
+    for num_tokens in UPDATE_TOKENS:
+        vectors = torch.zeros(num_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
+        slot_mapping = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
+        cache_update(vectors, vectors, pages, slot_mapping, layout, key_transform=key_transform)
+    for query_len in range(1, max_query_len + 1):
+        for batch in _batches(layout, pages, num_heads * query_len, max_batch, max_blocks):
+            decode_attention(
+                torch.zeros(batch * query_len, num_heads, head_dim, dtype=dtype, device=device),
+                pages,
+                # Every row the same one: no memory for a table that may be large.
+                torch.zeros(1, max_blocks, dtype=torch.int32, device=device).expand(batch, -1),
+                torch.full((batch,), query_len, dtype=torch.int32, device=device),
+                layout,
+                query_start_loc=None
+                if query_len == 1
+                else torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len,
+                max_query_len=query_len,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                key_transform=key_transform,
+            )
+
+
+def _batches(
+    layout: KVCacheLayout, pages: torch.Tensor, query_heads_of_row: int, max_batch: int, max_blocks: int
+) -> list[int]:
+    """Batches that between them launch every kernel of those up to max_batch."""
+    path = choose_path("auto", layout, pages.device, pages)
+    if path is None:
+        return []
+    from turboquant_core.ops.decode_attention.launch import choose_launch
+
+    num_columns, max_row_tokens = query_heads_of_row // layout.num_kv_heads, max_blocks * layout.block_size
+    return representative_batches(
+        lambda batch: choose_launch(path, layout, batch, num_columns, max_row_tokens, pages.device),
+        max_batch,
+    )
