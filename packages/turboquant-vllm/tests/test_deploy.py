@@ -8,7 +8,7 @@ import yaml
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from turboquant_vllm import _compat
+from turboquant_vllm._compat import versions
 from turboquant_vllm.settings import Settings
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -47,7 +47,7 @@ def test_the_image_has_a_vllm_that_was_tested():
     (image,) = [line.partition("=")[2] for line in containerfile() if line.startswith("ARG VLLM_IMAGE=")]
     found = re.fullmatch(r"vllm/vllm-openai:v(\d+\.\d+)\.\d+@sha256:[0-9a-f]{64}", image)
     assert found is not None
-    assert found[1] in _compat.TESTED
+    assert found[1] in versions.TESTED
 
 
 def test_the_container_does_not_run_as_root(service):

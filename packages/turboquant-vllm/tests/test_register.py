@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import turboquant_vllm
-from turboquant_vllm import _compat
+from turboquant_vllm._compat import versions
 from turboquant_vllm.settings import PRESETS
 
 
@@ -38,19 +38,19 @@ def test_on_a_cpu_nothing_changes_unless_the_backend_is_asked_for():
 def test_an_older_vllm_is_refused(monkeypatch, version):
     monkeypatch.setattr(vllm, "__version__", version)
     with pytest.raises(RuntimeError, match=f"needs vLLM 0.29.0 or newer.*this is {version}"):
-        _compat.check_version()
+        versions.check_version()
 
 
 def test_an_untried_vllm_is_warned_of(monkeypatch):
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
     with pytest.warns(UserWarning, match=r"tested with vLLM .*this is 0.99.0"):
-        _compat.check_version()
+        versions.check_version()
 
 
 def test_metadata_asks_for_the_versions_of_vllm_that_were_tried_and_no_newer_one():
     (asked,) = (found for line in dependencies() if (found := Requirement(line)).name == "vllm")
-    newest = Version(_compat.TESTED[-1])
-    for version in (str(_compat.OLDEST), *(f"{tested}.5" for tested in _compat.TESTED)):
+    newest = Version(versions.TESTED[-1])
+    for version in (str(versions.OLDEST), *(f"{tested}.5" for tested in versions.TESTED)):
         assert version in asked.specifier
     for version in ("0.28.1", f"{newest.major}.{newest.minor + 1}.0"):
         assert version not in asked.specifier

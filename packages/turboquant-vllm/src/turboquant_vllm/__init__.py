@@ -15,11 +15,13 @@ def register() -> None:
     Raises:
         RuntimeError: If this version of vLLM has no hook for smaller pages.
     """
-    from turboquant_vllm import _compat
+    from turboquant_vllm._compat.versions import check_version
+
+    check_version()
+    from turboquant_vllm._compat import registry
     from turboquant_vllm.settings import PRESETS
 
-    _compat.check_version()
-    _compat.register_kv_cache_dtypes(PRESETS)
-    _compat.register_backends(
+    registry.register_kv_cache_dtypes(PRESETS)
+    registry.register_backends(
         custom="turboquant_vllm.backend.TurboQuantBackend", cpu="turboquant_vllm.cpu_slot.SelectedBackend"
     )

@@ -5,14 +5,18 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
-from vllm.v1.kv_cache_layout import KVCacheLayout as VllmLayout
 
 from turboquant_core import vllm_limits
 from turboquant_vllm import support
-from turboquant_vllm._compat import current_config
+from turboquant_vllm._compat.engine import current_config
+from turboquant_vllm._compat.interface import (
+    AttentionBackend,
+    FullAttentionSpec,
+    MultipleOf,
+    SlidingWindowSpec,
+    VllmLayout,
+    current_platform,
+)
 from turboquant_vllm.engine_checks import engine_problems, reads_only_own_pages
 from turboquant_vllm.settings import Settings
 

@@ -3,10 +3,10 @@
 from typing import Any, ClassVar
 
 import torch
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_vllm._compat.interface import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from turboquant_vllm._compat.worker import split_decodes_and_prefills
 from turboquant_vllm.calibration import give_key_means
 from turboquant_vllm.metadata import DecodeRows, TurboQuantMetadata
 from turboquant_vllm.prefill_rows import PrefillRows, workspace_tokens

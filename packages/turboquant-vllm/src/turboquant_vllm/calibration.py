@@ -4,12 +4,13 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.utils import extract_layer_index
-
 from turboquant_core.calibration import Calibration, read_calibration
+from turboquant_vllm._compat.engine import all_layers
+from turboquant_vllm._compat.worker import (
+    extract_layer_index,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from turboquant_vllm.identity import model_identity
 
 
@@ -36,8 +37,9 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
     model_config = vllm_config.model_config
     calibration = read_for_model(path, model_config)
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    for name, layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase, list(layer_names)).items():
-        impl = layer.impl
+    layers = all_layers(vllm_config)
+    for name in layer_names:
+        impl = layers[name].impl
         if impl.key_mean.is_settled:
             # The layer whose cache this one shares has had it.
             continue

@@ -2,19 +2,15 @@
 
 from typing import Any
 
+from turboquant_vllm._compat.engine import current_config
+from turboquant_vllm._compat.registry import is_chosen, own_backend
+
 
 def __getattr__(name: str) -> Any:
     if name != "SelectedBackend":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    if not is_chosen(current_config()):
+        return own_backend()
+    from turboquant_vllm.backend import TurboQuantBackend
 
-    from turboquant_vllm._compat import current_config
-
-    config = current_config()
-    if config is not None and config.attention_config.backend == AttentionBackendEnum.CUSTOM:
-        from turboquant_vllm.backend import TurboQuantBackend
-
-        return TurboQuantBackend
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    return CPUAttentionBackend
+    return TurboQuantBackend

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
+from turboquant_vllm._compat.engine import is_batch_invariant
 from turboquant_vllm.settings import Settings
 from turboquant_vllm.support import INSTEAD
 
@@ -57,8 +58,6 @@ def _cache_problems(cache: Any) -> Iterator[str]:
 
 
 def _attention_problems(config: Any) -> Iterator[str]:
-    from vllm import envs
-
     model, parallel, speculative = config.model_config, config.parallel_config, config.speculative_config
     if model is not None and model.is_mm_prefix_lm:
         yield (
@@ -69,7 +68,7 @@ def _attention_problems(config: Any) -> Iterator[str]:
         yield f"reference sliding windows (rswa_window={model.rswa_window}) are not supported by TurboQuant. {INSTEAD}"
     if config.attention_config.use_non_causal:
         yield f"use_non_causal is set, and TurboQuant attends causally. {INSTEAD}"
-    if envs.VLLM_BATCH_INVARIANT:
+    if is_batch_invariant():
         yield "TurboQuant's results vary with the batch by rounding. Unset VLLM_BATCH_INVARIANT."
     if config.cache_config.kv_sharing_fast_prefill:
         yield "kv_sharing_fast_prefill is set, which TurboQuant does not serve. Leave --kv-sharing-fast-prefill out."

@@ -4,13 +4,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_vllm._compat import current_config, own_backend, use_config
+from turboquant_vllm._compat.engine import all_layers, current_config, use_config
+from turboquant_vllm._compat.flash import flash_version
+from turboquant_vllm._compat.interface import AttentionImpl, AttentionType, current_platform
+from turboquant_vllm._compat.registry import own_backend
 from turboquant_vllm.backend import process_settings
 from turboquant_vllm.calibration import read_for_model
 from turboquant_vllm.centring import KeyMean
@@ -79,7 +80,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Prepare what depends on weights; after a reload at the addresses that CUDA graphs have."""
         if self._shares_with is not None:
-            self._share()
+            self._share(self._shares_with)
         elif self._layer_pages is not None:
             name, layer = self._layer_pages.layer_of(self)
             if self._layer_pages.is_skipped(name, layer):
@@ -152,16 +153,16 @@ class TurboQuantImpl(AttentionImpl[Any]):
             prefill(query[tokens], own, pages, rows, self._transform, output[tokens])
         return output
 
-    def _share(self) -> None:
+    def _share(self, target: str) -> None:
         """Read what the layer whose cache this one shares has stored, as that one stores it.
 
         Raises:
             ValueError: If that one stays uncompressed.
         """
-        other = self._engine_config.compilation_config.static_forward_context[self._shares_with].impl
+        other = all_layers(self._engine_config)[target].impl
         if not isinstance(other, TurboQuantImpl):
             raise ValueError(
-                f"{self._shares_with} stays uncompressed, and a layer that shares its cache is served by TurboQuant. "
+                f"{target} stays uncompressed, and a layer that shares its cache is served by TurboQuant. "
                 "Leave --kv-cache-dtype-skip-layers out."
             )
         self.config, self.key_mean = other.config, other.key_mean
@@ -208,9 +209,7 @@ _layout = cache(KVCacheLayout)
 
 
 def _flash_version(head_size: int, sinks: torch.Tensor | None) -> int:
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-
-    version = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
+    version = flash_version(head_size, has_sinks=sinks is not None)
     if version is None or (head_size > 256 and version < 4):
         raise ValueError(
             f"vLLM has no FlashAttention for head_size {head_size} on this GPU, which TurboQuant prefills with. "

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.utils import extract_layer_index
-
 from turboquant_core.layer_bits import LayerBits
+from turboquant_vllm._compat.engine import all_layers, attention_layers
+from turboquant_vllm._compat.worker import extract_layer_index
 from turboquant_vllm.backend import backend_with_bits
 from turboquant_vllm.layer_bits import read_for_model
 from turboquant_vllm.settings import Settings
@@ -41,7 +40,7 @@ class LayerPages:
             return None
         skipped = tuple(config.cache_config.kv_cache_dtype_skip_layers)
         bits = None if settings.layer_bits is None else read_for_model(settings.layer_bits, config.model_config)
-        return cls(bits, skipped, config.compilation_config.static_forward_context) if skipped or bits else None
+        return cls(bits, skipped, all_layers(config)) if skipped or bits else None
 
     def layer_of(self, impl: Any) -> tuple[str, Any]:
         """The layer of an implementation, by name.
@@ -49,7 +48,7 @@ class LayerPages:
         Raises:
             ValueError: If pages of unlike sizes would not lie together.
         """
-        layers = {name: layer for name, layer in self.layers.items() if isinstance(layer, AttentionLayerBase)}
+        layers = attention_layers(self.layers)
         kinds = {_kind(layer) for layer in layers.values()}
         if len(kinds) > 1 and (self.skipped or (self.bits and len(set(self.bits.layer_bits.values())) > 1)):
             asked = f"layers {', '.join(self.skipped)} are to stay uncompressed"

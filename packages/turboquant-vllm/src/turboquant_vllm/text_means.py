@@ -6,17 +6,11 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_pp_group
-from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
-from vllm.lora.layers import LoRAMapping
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.interfaces import requires_raw_input_tokens
-from vllm.sequence import IntermediateTensors
-from vllm.tokenizers import cached_tokenizer_from_config
 
 from turboquant_core.key_transform import IDENTITY, KeyTransform
-from turboquant_vllm._compat import model_with, position_rows
+from turboquant_vllm._compat.engine import all_layers, attention_layers
+from turboquant_vllm._compat.interface import init_logger
+from turboquant_vllm._compat.worker import cached_tokenizer_from_config, model_with, run_on_text
 from turboquant_vllm.engine_checks import MEANS_INSTEAD
 
 if TYPE_CHECKING:
@@ -35,7 +29,7 @@ def give_text_means(layer_names: Iterable[str], vllm_config: Any, device: torch.
     Raises:
         RuntimeError: If the model does not run on a text.
     """
-    layers: dict[str, Any] = vllm_config.compilation_config.static_forward_context
+    layers = all_layers(vllm_config)
     waiting = [layers[name] for name in layer_names if not layers[name].impl.key_mean.is_settled]
     if not waiting:
         return
@@ -63,15 +57,17 @@ def why_none(vllm_config: Any) -> str | None:
 def _take(layers: dict[str, Any], model: Any, vllm_config: Any, device: torch.device) -> None:
     """Run the model on the texts, and settle the means of its layers."""
     attending: dict[str, RawAttention] = {}
-    for name, layer in layers.items():
-        if isinstance(layer, AttentionLayerBase):
-            shared = getattr(layer, "kv_sharing_target_layer_name", None)
-            attending[name] = RawAttention(_implementation(name, layer), attending[shared] if shared else None)
+    for name, layer in attention_layers(layers).items():
+        shared = getattr(layer, "kv_sharing_target_layer_name", None)
+        attending[name] = RawAttention(_implementation(name, layer), attending[shared] if shared else None)
     replaced = {name: layers[name].impl for name in attending}
     try:
         for name, attention in attending.items():
             layers[name].impl = attention
-        num_tokens = sum(_run(model, ids, vllm_config, device) for ids in _texts(vllm_config))
+        num_tokens = 0
+        for ids in _texts(vllm_config):
+            run_on_text(model, ids, vllm_config, device)
+            num_tokens += len(ids)
     finally:
         for name, impl in replaced.items():
             layers[name].impl = impl
@@ -114,34 +110,6 @@ def shipped_texts() -> tuple[str, ...]:
     """Texts of several kinds, in an order that never changes."""
     paths = sorted(files("turboquant_vllm").joinpath("texts").iterdir(), key=lambda path: path.name)
     return tuple(path.read_text("utf-8") for path in paths)
-
-
-@torch.inference_mode()
-def _run(model: Any, ids: list[int], vllm_config: Any, device: torch.device) -> int:
-    """Run this rank's part of the model on a text, not compiled, as vLLM's runners call it, and count its tokens."""
-    num_tokens, model_config, stage = len(ids), vllm_config.model_config, get_pp_group()
-    arguments: dict[str, Any] = {
-        "input_ids": torch.tensor(ids, device=device),
-        "positions": torch.arange(num_tokens, device=device),
-        "intermediate_tensors": None,
-        "inputs_embeds": None,
-    }
-    if rows := position_rows(model_config):
-        arguments["positions"] = arguments["positions"].expand(rows, -1).contiguous()
-    # A manager without adapters counts as empty.
-    if (manager := getattr(model, "lora_manager", None)) is not None:
-        manager.set_adapter_mapping(LoRAMapping((0,) * num_tokens, (0,), is_prefill=True))
-    with set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True):
-        if not stage.is_first_rank:
-            arguments["intermediate_tensors"] = IntermediateTensors(stage.recv_tensor_dict())
-        elif model_config.is_multimodal_model:
-            arguments["inputs_embeds"] = model.embed_input_ids(arguments["input_ids"])
-            if not requires_raw_input_tokens(model):
-                arguments["input_ids"] = None
-        hidden = model(**arguments)
-        if not stage.is_last_rank:
-            stage.send_tensor_dict(hidden.tensors)
-    return num_tokens
 
 
 class RawAttention:

@@ -1,11 +1,11 @@
 """Attention on dense keys and values of many rows in one call: FlashAttention, or PyTorch on CPUs."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from turboquant_vllm._compat.flash import flash_attention, merge_on_gpu
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ class VarlenAttention:
         if self.fa_version is None:
             out = torch.empty_like(query) if out is None else out
             return out, self._eager(query, key, value, query_start_loc, key_start_loc, causal, sinks, out.zero_())
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-        out, lse = flash_attn_varlen_func(
+        out, lse = flash_attention(
             out=out,
             q=query,
             k=key,
@@ -74,7 +72,6 @@ class VarlenAttention:
             causal=causal,
             window_size=[-1, -1] if self.window is None else [self.window - 1, 0],
             softcap=self.softcap or 0.0,
-            return_softmax_lse=True,
             fa_version=self.fa_version,
             s_aux=sinks,
         )
@@ -132,12 +129,7 @@ def merge(
     (first_out, first_lse), (second_out, second_lse) = first, second
     out = torch.empty_like(first_out) if out is None else out
     if out.is_cuda:
-        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-
-        kernel: Callable[..., Any] = merge_attn_states
-        lse = torch.empty_like(first_lse)
-        kernel(out, first_out, first_lse, second_out, second_lse, lse)
-        return out, lse
+        return out, merge_on_gpu(first, second, out)
     lse = torch.logaddexp(first_lse, second_lse)
     shift = lse.masked_fill(lse.isneginf(), 0)
     first_weight, second_weight = ((part - shift).exp().T[..., None] for part in (first_lse, second_lse))

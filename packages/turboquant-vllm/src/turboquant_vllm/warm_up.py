@@ -3,13 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.warm_up import warm_up as warm_up_ops
+from turboquant_vllm._compat.engine import all_layers
+from turboquant_vllm._compat.interface import init_logger
 from turboquant_vllm.prefill import Prefill
 from turboquant_vllm.prefill_rows import GROUP_COUNTS, PrefillRows
 
@@ -25,13 +24,13 @@ def warm_up(
     kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, max_query_len: int, device: torch.device
 ) -> None:
     """Launch what the layers of one group launch: decode rows of up to max_query_len tokens, and prefill."""
-    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+    layers = all_layers(vllm_config)
     max_batch = vllm_config.scheduler_config.max_num_seqs
     max_blocks = -(-vllm_config.model_config.max_model_len // kv_cache_spec.block_size)
     dtype = vllm_config.model_config.dtype
     unlike: dict[Any, TurboQuantImpl] = {}
-    for layer in layers.values():
-        impl = layer.impl
+    for name in layer_names:
+        impl = layers[name].impl
         unlike.setdefault((impl.config, impl.num_heads, impl.varlen, impl.sinks is None), impl)
     logger.info_once("TurboQuant compiles its kernels.")
     for impl in unlike.values():

@@ -1,0 +1,1 @@
+"""What differs between the versions of vLLM: the only modules that import it."""
