@@ -288,7 +288,7 @@ def test_fractional_bits_are_refused(device, bits, message):
 def test_kernels_are_refused_on_a_cpu_without_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     layout, key, value, slots, mean = make_case("cpu", *CASES[0])
-    with pytest.raises(ValueError, match="path is 'triton' and the tensors are on cpu"):
+    with pytest.raises(ValueError, match="path is 'triton', which cannot run here: the tensors are on cpu"):
         update("triton", layout, key, value, slots, mean)
 
 

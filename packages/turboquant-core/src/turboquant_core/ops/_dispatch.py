@@ -1,10 +1,10 @@
-"""Which implementation runs, and the arguments that every cache operation checks alike."""
+"""What every operation checks and asks alike."""
 
 import os
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Generic, TypeVar
 
 import torch
 
@@ -13,7 +13,6 @@ from turboquant_core.key_transform import tensor_shapes
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.scale import SCALE_DTYPE
 
-Path = Literal["auto", "triton", "reference"]
 VECTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Lengths of prompts differ without end.
 MAX_KNOWN_CALLS = 1024
@@ -44,22 +43,6 @@ class KnownCalls(Generic[T]):
 def described(x: torch.Tensor | None) -> Hashable:
     """All that checks look at but where the memory is."""
     return None if x is None else (x.dtype, x.shape, x.stride(), x.device)
-
-
-def runs_triton(path: Path, device: torch.device) -> bool:
-    """Whether `path` means the Triton kernel for tensors on `device`; "auto" takes it on CUDA.
-
-    Raises:
-        ValueError: If there is no such path, or it cannot run on this device.
-    """
-    if path not in get_args(Path):
-        raise ValueError(f"path is {path!r}; it must be one of {', '.join(get_args(Path))}")
-    if path == "triton" and device.type != "cuda" and not interpreting():
-        raise ValueError(
-            f"path is 'triton' and the tensors are on {device.type}; kernels need CUDA. Use path='reference', or set "
-            "TRITON_INTERPRET=1 before triton is imported."
-        )
-    return path == "triton" or (path == "auto" and device.type == "cuda")
 
 
 def check_whole_bits(layout: KVCacheLayout) -> None:

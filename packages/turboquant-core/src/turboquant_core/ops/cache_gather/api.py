@@ -7,16 +7,15 @@ from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
 from turboquant_core.ops._dispatch import (
-    Path,
     check_key_transform,
     check_one_device,
     check_pages,
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
-    runs_triton,
 )
 from turboquant_core.ops._values import checks_values
+from turboquant_core.ops.cache_gather.paths import choose_path
 from turboquant_core.ops.cache_gather.reference import cache_gather as reference_cache_gather
 from turboquant_core.ops.cache_gather.values import check_gathered_values
 from turboquant_core.rotation import Rotation
@@ -33,7 +32,7 @@ def cache_gather(
     key_transform: KeyTransform = IDENTITY,
     dtype: torch.dtype = torch.bfloat16,
     max_tokens: int,
-    path: Path = "auto",
+    path: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens starts[b] to seq_lens[b] - 1 of every row b, dequantised but still rotated, one row after another.
 
@@ -56,7 +55,7 @@ def cache_gather(
             rounded. A matrix takes a workspace of float32.
         dtype: float16, bfloat16 or float32.
         max_tokens: Tokens in the output. Those past it are not written, though `cu_seqlens` counts them.
-        path: "triton", "reference", or "auto" for Triton on CUDA and the reference elsewhere.
+        path: A name of `turboquant_core.ops.cache_gather.paths`; "auto" is the fastest that can run.
 
     Returns:
         Keys and values, [max_tokens, num_kv_heads, head_dim] in `dtype`, uninitialised past the last token, and
@@ -95,7 +94,7 @@ def cache_gather(
             seq_lens, starts, row_capacity(len(pages), block_table.shape[1], layout.block_size)
         )
     rotation, has_matrix = Rotation(layout.config.head_dim), key_transform.matrix is not None
-    if runs_triton(path, pages.device):
+    if choose_path(path, layout, pages.device) is not None:
         from turboquant_core.ops.cache_gather.launch import launch as gather
     else:
         gather = reference_cache_gather
