@@ -28,12 +28,13 @@ def _prompt(prompt):
 
 def _use_references():
     """Have our layers call the references of their kernels."""
-    from turboquant_vllm import grouped, impl, prefill
+    from turboquant_vllm import impl
+    from turboquant_vllm.prefill import attention, context_codes
 
     replaced = {
         impl: ("cache_update", "decode_attention"),
-        prefill: ("cache_gather",),
-        grouped: ("decode_attention",),
+        attention: ("cache_gather",),
+        context_codes: ("decode_attention",),
     }
     for module, names in replaced.items():
         for name in names:

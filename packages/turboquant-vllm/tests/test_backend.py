@@ -9,7 +9,6 @@ from turboquant_core.vllm_limits import HEAD_DIMS
 from turboquant_vllm import backend
 from turboquant_vllm.backend import TurboQuantBackend
 from turboquant_vllm.settings import Settings
-from turboquant_vllm.support import check_layer
 
 
 def spec(kind=FullAttentionSpec, **fields):
@@ -116,26 +115,3 @@ def test_shapes_and_types_are_answered_truthfully():
 def test_pages_may_leave_a_process_whose_means_others_know(monkeypatch, settings, supported):
     monkeypatch.setattr(backend, "process_settings", lambda: settings)
     assert TurboQuantBackend.supports_kv_connector() is supported
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"head_size": 72}, "head_size is 72; TurboQuant serves 64, 80"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8; TurboQuant takes auto"),
-        ({"attn_type": "encoder_only"}, "attn_type is encoder_only"),
-        ({"alibi_slopes": [1.0]}, "ALiBi is not supported"),
-        ({"extra": {"chunk_lookback": 3}}, "chunk_lookback=3"),
-    ],
-)
-def test_a_layer_that_would_be_wrong_is_refused(fields, message):
-    fine = {
-        "head_size": 128,
-        "kv_cache_dtype": "auto",
-        "attn_type": "decoder",
-        "alibi_slopes": None,
-        "extra": {"chunk_lookback": -1},
-    }
-    check_layer(**fine)
-    with pytest.raises(ValueError, match=message):
-        check_layer(**fine | fields)

@@ -9,8 +9,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core.layer_bits import LayerBits, write_layer_bits
 from turboquant_core.model_identity import ModelIdentity
-from turboquant_vllm.backend import TurboQuantBackend, backend_with_bits
-from turboquant_vllm.layer_bits import read_for_model
+from turboquant_vllm.artifacts import layer_bits_of
+from turboquant_vllm.backend import TurboQuantBackend
 from turboquant_vllm.layer_pages import LayerPages, leave_to
 from turboquant_vllm.settings import Settings
 
@@ -46,24 +46,24 @@ def test_layers_of_one_kind_have_pages_of_their_own_sizes(generate, tiny_model, 
 
 
 def test_vllm_tells_backends_of_other_bits_apart():
-    names = {backend_with_bits(*pair).full_cls_name() for pair in [(4, 3), (3, 4)]} | {
+    names = {TurboQuantBackend.with_bits(*pair).full_cls_name() for pair in [(4, 3), (3, 4)]} | {
         TurboQuantBackend.full_cls_name()
     }
     assert len(names) == 3
-    assert backend_with_bits(4, 3) is backend_with_bits(4, 3)
+    assert TurboQuantBackend.with_bits(4, 3) is TurboQuantBackend.with_bits(4, 3)
 
 
 def test_bits_that_the_kernels_do_not_read_are_refused(tiny_model, tmp_path):
     folder = tiny_model("Llama")
     path = write_bits(tmp_path / "bits.json", folder, {**MIXED, 2: (3.5, 4)})
     with pytest.raises(ValueError, match=r'has 3.5 and 4 bits for layer 2.*whole bits.*Leave "layer_bits" out'):
-        read_for_model(path, model_config(folder))
+        layer_bits_of(model_config(folder), path)
 
 
 def test_the_file_of_another_model_is_refused(tiny_model, tmp_path):
     path = write_bits(tmp_path / "bits.json", tiny_model("Llama"), MIXED)
     with pytest.raises(ValueError, match=r"this model is another.*model_type llama and gpt_oss.*turboquant tune"):
-        read_for_model(path, model_config(tiny_model("GptOss")))
+        layer_bits_of(model_config(tiny_model("GptOss")), path)
 
 
 class Layer(AttentionLayerBase):

@@ -10,10 +10,12 @@ import torch
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import _values, cache_gather, cache_update
-from turboquant_vllm import prefill, prefill_rows
-from turboquant_vllm.prefill import Prefill
-from turboquant_vllm.prefill_rows import PrefillRows, workspace_tokens
-from turboquant_vllm.varlen import VarlenAttention
+from turboquant_vllm.batch import prefill_rows
+from turboquant_vllm.batch.prefill_rows import PrefillRows
+from turboquant_vllm.dense_attention import DenseAttention
+from turboquant_vllm.prefill import attention as prefill
+from turboquant_vllm.prefill.attention import Prefill
+from turboquant_vllm.workspace import workspace_tokens
 
 BLOCK_SIZE = 16
 
@@ -84,14 +86,14 @@ def flash_version(device, case):
 @pytest.fixture(autouse=True)
 def every_number_fits(monkeypatch):
     """Operations look at the values of what they are given, and attention at the lengths that a GPU's kernels need."""
-    attend = VarlenAttention.__call__
+    attend = DenseAttention.__call__
 
     def checked(self, query, key, value, query_start_loc, key_start_loc, max_query_len, max_key_len, **options):
         assert max_query_len == query_start_loc.diff().max()
         assert max_key_len == key_start_loc.diff().max()
         return attend(self, query, key, value, query_start_loc, key_start_loc, max_query_len, max_key_len, **options)
 
-    monkeypatch.setattr(VarlenAttention, "__call__", checked)
+    monkeypatch.setattr(DenseAttention, "__call__", checked)
     monkeypatch.setenv(_values.VARIABLE, "1")
     _values._asked_for.cache_clear()
     yield
@@ -150,7 +152,7 @@ class Inputs:
 
     def attend(self):
         case = self.case
-        attention = VarlenAttention(case.scale, case.window, case.softcap, flash_version(self.queries.device, case))
+        attention = DenseAttention(case.scale, case.window, case.softcap, flash_version(self.queries.device, case))
         out = torch.full_like(self.queries, math.nan)
         own = None if case.shares else (self.keys[self.own], self.values[self.own])
         Prefill(attention, self.layout, self.sinks)(self.queries, own, self.pages, self.rows, self.transform, out)
@@ -277,7 +279,7 @@ def test_groups_are_filled_up_to_a_number_that_is_compiled(device, monkeypatch):
 def unattending(head_dim):
     """Prefill of a layer, for what it does around its attention."""
     layout = KVCacheLayout(TurboQuantConfig(head_dim), 4, BLOCK_SIZE)
-    return Prefill(VarlenAttention(1.0, None, None, None), layout, None)
+    return Prefill(DenseAttention(1.0, None, None, None), layout, None)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "exact"), [(128, torch.bfloat16, True), (80, torch.bfloat16, False)])

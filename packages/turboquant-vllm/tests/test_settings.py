@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from turboquant_core import TurboQuantConfig
-from turboquant_vllm.settings import Settings
+from turboquant_vllm import settings
+from turboquant_vllm.settings import Settings, process_settings
 
 
 def test_four_bits_centred_unless_told_otherwise():
@@ -119,3 +120,12 @@ def test_an_engine_says_what_a_user_chose():
     cache = SimpleNamespace(cache_dtype="tq3")
     engine = SimpleNamespace(additional_config={"turboquant": {"center_keys": False}}, cache_config=cache)
     assert Settings.of_engine(engine) == Settings(preset="tq3", center_keys=False)
+
+
+def test_what_an_engine_said_holds_until_the_next_one_says_otherwise(monkeypatch):
+    monkeypatch.setattr(settings, "_latest", Settings())
+    for preset in ("tq3", "tq2"):
+        engine = SimpleNamespace(additional_config={}, cache_config=SimpleNamespace(cache_dtype=preset))
+        for config in (engine, None):
+            monkeypatch.setattr(settings, "current_config", lambda config=config: config)
+            assert process_settings() == Settings(preset=preset)

@@ -8,10 +8,11 @@ from torch.utils._pytree import tree_leaves
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
-from turboquant_vllm import prefill
-from turboquant_vllm.prefill import Prefill, take_workspace
-from turboquant_vllm.prefill_rows import PrefillRows
-from turboquant_vllm.varlen import VarlenAttention
+from turboquant_vllm.batch.prefill_rows import PrefillRows
+from turboquant_vllm.dense_attention import DenseAttention
+from turboquant_vllm.prefill import attention as prefill
+from turboquant_vllm.prefill.attention import Prefill
+from turboquant_vllm.workspace import take_workspace
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 128
 LAYOUT = KVCacheLayout(TurboQuantConfig(HEAD_DIM), NUM_KV_HEADS, block_size=16)
@@ -54,7 +55,7 @@ def kernels_of_a_gpu(monkeypatch):
     def merge(first, second, out=None):
         return torch.empty_like(first[0]) if out is None else out, torch.empty_like(first[1])
 
-    monkeypatch.setattr(VarlenAttention, "__call__", attention)
+    monkeypatch.setattr(DenseAttention, "__call__", attention)
     monkeypatch.setattr(prefill, "cache_gather", gather)
     monkeypatch.setattr(prefill, "merge", merge)
 
@@ -90,7 +91,7 @@ def test_prefill_takes_no_more_than_the_profile_run(kernels_of_a_gpu, options, n
     assert window or len(rows.context_parts) > 2
     sinks = torch.empty(NUM_HEADS) if "sinks" in options else None
     transform = KeyTransform(torch.zeros(NUM_KV_HEADS, HEAD_DIM) if options.get("centred", True) else None)
-    layer = Prefill(VarlenAttention(1.0, window, None, None), LAYOUT, sinks)
+    layer = Prefill(DenseAttention(1.0, window, None, None), LAYOUT, sinks)
     own = None if "shares" in options else (key, key)
     arguments = (query, own, LAYOUT.allocate(1), rows, transform, torch.empty_like(query))
     # What is made once, for all layers, is not counted.

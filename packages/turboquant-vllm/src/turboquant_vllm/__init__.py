@@ -23,5 +23,5 @@ def register() -> None:
 
     registry.register_kv_cache_dtypes(PRESETS)
     registry.register_backends(
-        custom="turboquant_vllm.backend.TurboQuantBackend", cpu="turboquant_vllm.cpu_slot.SelectedBackend"
+        custom="turboquant_vllm.backend.TurboQuantBackend", cpu="turboquant_vllm.cpu_backend.SelectedBackend"
     )

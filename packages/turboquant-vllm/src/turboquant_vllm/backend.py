@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 
 from turboquant_core import vllm_limits
-from turboquant_vllm import support
 from turboquant_vllm._compat.engine import current_config
 from turboquant_vllm._compat.interface import (
     AttentionBackend,
@@ -17,17 +16,20 @@ from turboquant_vllm._compat.interface import (
     VllmLayout,
     current_platform,
 )
-from turboquant_vllm.engine_checks import engine_problems, reads_only_own_pages
-from turboquant_vllm.settings import Settings
+from turboquant_vllm.refusals import INSTEAD, KV_CACHE_DTYPES, engine_problems, reads_only_own_pages
+from turboquant_vllm.settings import process_settings
 
 
 class TurboQuantBackend(AttentionBackend):
     """Serves from pages of codes."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = list(
-        support.CPU_DTYPES if current_platform.is_cpu() else support.DTYPES
-    )
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(support.KV_CACHE_DTYPES)
+    # FlashAttention takes no float32.
+    supported_dtypes: ClassVar[list[torch.dtype]] = [
+        torch.float16,
+        torch.bfloat16,
+        *([torch.float32] if current_platform.is_cpu() else []),
+    ]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(KV_CACHE_DTYPES)
     forward_includes_kv_cache_update: bool = False
     # Key and value bits of layers whose bits a file gives; None for those that have the settings'.
     layer_bits: ClassVar[tuple[float, float] | None] = None
@@ -50,6 +52,13 @@ class TurboQuantBackend(AttentionBackend):
         from turboquant_vllm.builder import TurboQuantMetadataBuilder
 
         return TurboQuantMetadataBuilder
+
+    @staticmethod
+    @cache
+    def with_bits(key_bits: float, value_bits: float) -> "type[TurboQuantBackend]":
+        """The backend of layers whose pages hold those bits; vLLM tells backends apart by name."""
+        name = f"{TurboQuantBackend.__name__}K{key_bits}V{value_bits}"
+        return type(name, (TurboQuantBackend,), {"layer_bits": (key_bits, value_bits), "__module__": __name__})
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
@@ -78,12 +87,12 @@ class TurboQuantBackend(AttentionBackend):
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or non_causal:
             raise ValueError(
                 f"{'non-causal attention' if non_causal else type(spec).__name__} is not supported by TurboQuant; it "
-                f"serves causal attention to all tokens or to those of a sliding window. {support.INSTEAD}"
+                f"serves causal attention to all tokens or to those of a sliding window. {INSTEAD}"
             )
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"keys have head_size {spec.head_size} and values {spec.head_size_v}; TurboQuant serves equal ones. "
-                + support.INSTEAD
+                + INSTEAD
             )
         # vLLM makes pages equal by more tokens for the smaller heads, and pads what does not divide.
         num_heads = 2 if spec.head_size == vllm_limits.LARGEST_HEAD_DIM else 1
@@ -121,25 +130,3 @@ class TurboQuantBackend(AttentionBackend):
     def supports_compute_capability(cls, capability: Any) -> bool:
         """From Ampere on."""
         return (capability.major, capability.minor) >= vllm_limits.MIN_CAPABILITY
-
-
-@cache
-def backend_with_bits(key_bits: float, value_bits: float) -> type[TurboQuantBackend]:
-    """The backend of layers whose pages hold those bits; vLLM tells backends apart by name."""
-    name = f"{TurboQuantBackend.__name__}K{key_bits}V{value_bits}"
-    return type(name, (TurboQuantBackend,), {"layer_bits": (key_bits, value_bits), "__module__": __name__})
-
-
-_latest: Settings = Settings()
-
-
-def process_settings() -> Settings:
-    """The settings of the engine in whose context this is called, or of the latest one of this process.
-
-    vLLM asks for the page size after the layers are built, not always in the context of their configuration.
-    """
-    global _latest
-    config = current_config()
-    if config is not None:
-        _latest = Settings.of_engine(config)
-    return _latest

@@ -7,13 +7,14 @@ import torch
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_vllm._compat.interface import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from turboquant_vllm._compat.worker import split_decodes_and_prefills
-from turboquant_vllm.calibration import give_key_means
-from turboquant_vllm.metadata import DecodeRows, TurboQuantMetadata
-from turboquant_vllm.prefill_rows import PrefillRows, workspace_tokens
+from turboquant_vllm.batch.metadata import DecodeRows, TurboQuantMetadata
+from turboquant_vllm.batch.prefill_rows import PrefillRows
+from turboquant_vllm.key_means.from_file import give_key_means
+from turboquant_vllm.key_means.from_texts import give_text_means
+from turboquant_vllm.refusals import INSTEAD
 from turboquant_vllm.settings import Settings
-from turboquant_vllm.support import INSTEAD
-from turboquant_vllm.text_means import give_text_means
 from turboquant_vllm.warm_up import warm_up
+from turboquant_vllm.workspace import workspace_tokens
 
 
 class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):

@@ -6,22 +6,20 @@ from typing import Any
 import torch
 
 from turboquant_core import KVCacheLayout
-from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_vllm._compat.engine import all_layers, current_config, use_config
 from turboquant_vllm._compat.flash import flash_version
 from turboquant_vllm._compat.interface import AttentionImpl, AttentionType, current_platform
 from turboquant_vllm._compat.registry import own_backend
-from turboquant_vllm.backend import process_settings
-from turboquant_vllm.calibration import read_for_model
-from turboquant_vllm.centring import KeyMean
-from turboquant_vllm.engine_checks import engine_problems
+from turboquant_vllm.artifacts import calibration_of
+from turboquant_vllm.batch.metadata import TurboQuantMetadata
+from turboquant_vllm.dense_attention import DenseAttention
 from turboquant_vllm.layer_pages import LayerPages, leave_to
-from turboquant_vllm.metadata import TurboQuantMetadata
-from turboquant_vllm.prefill import Prefill, take_workspace
-from turboquant_vllm.prefill_rows import workspace_tokens
-from turboquant_vllm.support import INSTEAD, check_layer
-from turboquant_vllm.varlen import VarlenAttention
+from turboquant_vllm.layer_transform import LayerTransform
+from turboquant_vllm.prefill.attention import Prefill
+from turboquant_vllm.refusals import INSTEAD, check_layer, engine_problems
+from turboquant_vllm.settings import process_settings
+from turboquant_vllm.workspace import take_workspace, workspace_tokens
 
 
 class TurboQuantImpl(AttentionImpl[Any]):
@@ -69,10 +67,12 @@ class TurboQuantImpl(AttentionImpl[Any]):
         device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
         if settings.calibration is not None:
             # A file that does not fit is refused here, before weights are loaded.
-            read_for_model(settings.calibration, config.model_config)
-        # The builder settles it, for it knows which layer this is.
-        self.key_mean = KeyMean(self.num_kv_heads, head_size, device) if settings.center_keys else None
-        self.varlen = VarlenAttention(
+            calibration_of(config.model_config, settings.calibration)
+        self.key_transform = LayerTransform(device)
+        if not settings.center_keys:
+            # Else the builder settles it, for it knows which layer this is.
+            self.key_transform.settle()
+        self.dense_attention = DenseAttention(
             self.scale, sliding_window, self.softcap, None if device.type == "cpu" else _flash_version(head_size, sinks)
         )
         self._float_sinks: torch.Tensor | None = None
@@ -93,8 +93,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
                     self.sinks, dtype=torch.float32, memory_format=torch.contiguous_format
                 )
             self._float_sinks.copy_(self.sinks)
-        if self.key_mean is not None:
-            self.key_mean.restore()
+        self.key_transform.restore()
 
     def do_kv_cache_update(
         self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -102,10 +101,8 @@ class TurboQuantImpl(AttentionImpl[Any]):
         """Store keys and values [num_tokens, num_kv_heads, head_dim] at their slots."""
         num_tokens = len(slot_mapping)
         key, value = key[:num_tokens], value[:num_tokens]
-        if self.key_mean is not None:
-            self.key_mean.check_settled()
         pages, layout = self._pages(kv_cache)
-        cache_update(key, value, pages, slot_mapping, layout, key_transform=self._transform)
+        cache_update(key, value, pages, slot_mapping, layout, key_transform=self.key_transform.settled)
 
     def forward(
         self,
@@ -143,14 +140,14 @@ class TurboQuantImpl(AttentionImpl[Any]):
                 window=self.sliding_window,
                 softcap=self.softcap,
                 sinks=self._float_sinks,
-                key_transform=self._transform,
+                key_transform=self.key_transform.settled,
                 out=output[:first],
             )
         if rows := attn_metadata.prefill:
             tokens = slice(first, first + rows.num_tokens)
-            prefill = Prefill(self.varlen, layout, self.sinks)
+            prefill = Prefill(self.dense_attention, layout, self.sinks)
             own = None if key is None or value is None else (key[tokens], value[tokens])
-            prefill(query[tokens], own, pages, rows, self._transform, output[tokens])
+            prefill(query[tokens], own, pages, rows, self.key_transform.settled, output[tokens])
         return output
 
     def _share(self, target: str) -> None:
@@ -165,7 +162,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
                 f"{target} stays uncompressed, and a layer that shares its cache is served by TurboQuant. "
                 "Leave --kv-cache-dtype-skip-layers out."
             )
-        self.config, self.key_mean = other.config, other.key_mean
+        self.config, self.key_transform = other.config, other.key_transform
 
     def _leave_uncompressed(self, layer: Any, act_dtype: torch.dtype) -> None:
         """Leave the layer to vLLM's own backend from now on."""
@@ -176,11 +173,8 @@ class TurboQuantImpl(AttentionImpl[Any]):
                 self.sliding_window, self.kv_cache_dtype, self.softcap, **named,
             )  # fmt: skip
         impl.process_weights_after_loading(act_dtype)
-        self.key_mean, layer.left_by = None, self
-
-    @property
-    def _transform(self) -> KeyTransform:
-        return IDENTITY if self.key_mean is None else self.key_mean.transform
+        self.key_transform.settle()
+        layer.left_by = self
 
     def _pages(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, KVCacheLayout]:
         """Pages of vLLM's uint8 [num_blocks, num_kv_heads, block_size, slot_bytes], whose planes lie otherwise."""

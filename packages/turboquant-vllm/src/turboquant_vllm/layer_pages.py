@@ -6,8 +6,7 @@ from typing import Any
 from turboquant_core.layer_bits import LayerBits
 from turboquant_vllm._compat.engine import all_layers, attention_layers
 from turboquant_vllm._compat.worker import extract_layer_index
-from turboquant_vllm.backend import backend_with_bits
-from turboquant_vllm.layer_bits import read_for_model
+from turboquant_vllm.artifacts import layer_bits_of
 from turboquant_vllm.settings import Settings
 
 SLIDING_WINDOW = "sliding_window"
@@ -39,7 +38,7 @@ class LayerPages:
         if config is None:
             return None
         skipped = tuple(config.cache_config.kv_cache_dtype_skip_layers)
-        bits = None if settings.layer_bits is None else read_for_model(settings.layer_bits, config.model_config)
+        bits = None if settings.layer_bits is None else layer_bits_of(config.model_config, settings.layer_bits)
         return cls(bits, skipped, all_layers(config)) if skipped or bits else None
 
     def layer_of(self, impl: Any) -> tuple[str, Any]:
@@ -76,7 +75,7 @@ class LayerPages:
         if self.bits is None:
             return None
         pair = self.bits.of_layer(extract_layer_index(name))
-        layer.attn_backend = backend_with_bits(*pair)
+        layer.attn_backend = layer.attn_backend.with_bits(*pair)
         return pair
 
 

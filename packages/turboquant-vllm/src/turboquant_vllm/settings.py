@@ -10,6 +10,7 @@ from turboquant_core import TurboQuantConfig
 from turboquant_core._checks import check_int
 from turboquant_core.config import PRESETS as ALL_PRESETS
 from turboquant_core.config import WHOLE_BITS, preset_bits
+from turboquant_vllm._compat.engine import current_config
 
 KEY = "turboquant"
 # How alike a name with a slip is at least: with a letter missing, or two swapped, it has 0.9.
@@ -112,6 +113,21 @@ class Settings:
                     "them"
                 )
         return cls(**chosen)
+
+
+_latest: Settings = Settings()
+
+
+def process_settings() -> Settings:
+    """The settings of the engine in whose context this is called, or of the latest one of this process.
+
+    vLLM asks for the page size after the layers are built, not always in the context of their configuration.
+    """
+    global _latest
+    config = current_config()
+    if config is not None:
+        _latest = Settings.of_engine(config)
+    return _latest
 
 
 def _means_key(name: object) -> bool:

@@ -5,12 +5,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from turboquant_core import KVCacheLayout
-from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.warm_up import warm_up as warm_up_ops
 from turboquant_vllm._compat.engine import all_layers
 from turboquant_vllm._compat.interface import init_logger
-from turboquant_vllm.prefill import Prefill
-from turboquant_vllm.prefill_rows import GROUP_COUNTS, PrefillRows
+from turboquant_vllm.batch.prefill_rows import GROUP_COUNTS, PrefillRows
+from turboquant_vllm.prefill.attention import Prefill
 
 if TYPE_CHECKING:
     from turboquant_vllm.impl import TurboQuantImpl
@@ -31,7 +30,8 @@ def warm_up(
     unlike: dict[Any, TurboQuantImpl] = {}
     for name in layer_names:
         impl = layers[name].impl
-        unlike.setdefault((impl.config, impl.num_heads, impl.varlen, impl.sinks is None), impl)
+        transformed = frozenset(impl.key_transform.settled.tensors())
+        unlike.setdefault((impl.config, impl.num_heads, impl.dense_attention, impl.sinks is None, transformed), impl)
     logger.info_once("TurboQuant compiles its kernels.")
     for impl in unlike.values():
         layout = KVCacheLayout(impl.config, impl.num_kv_heads, kv_cache_spec.block_size)
@@ -46,7 +46,7 @@ def warm_up(
             window=impl.sliding_window,
             softcap=impl.softcap,
             has_sinks=impl.sinks is not None,
-            key_transform=_transform(impl),
+            key_transform=impl.key_transform.settled,
         )
         # Rows are padded to powers of two.
         for exponent in range(max_batch.bit_length() + 1):
@@ -78,9 +78,5 @@ def _prefill(
         most_grouped_tokens=most_grouped_tokens,
     )
     pages = torch.zeros(1, layout.num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
-    prefill = Prefill(impl.varlen, layout, impl.sinks)
-    prefill(query, (key, key), pages, rows, _transform(impl), torch.empty_like(query))
-
-
-def _transform(impl: "TurboQuantImpl") -> KeyTransform:
-    return IDENTITY if impl.key_mean is None else impl.key_mean.transform
+    prefill = Prefill(impl.dense_attention, layout, impl.sinks)
+    prefill(query, (key, key), pages, rows, impl.key_transform.settled, torch.empty_like(query))

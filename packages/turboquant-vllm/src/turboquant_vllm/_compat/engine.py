@@ -25,7 +25,7 @@ def is_batch_invariant() -> bool:
 
 
 def all_layers(config: Any) -> dict[str, Any]:
-    """The layers with a cache of this process by name; vLLM adds them while it builds the model."""
+    """All layers of this process by name; vLLM adds them while it builds the model."""
     layers: dict[str, Any] = config.compilation_config.static_forward_context
     return layers
 

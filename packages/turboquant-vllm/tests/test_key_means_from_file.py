@@ -11,9 +11,10 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from turboquant_core.calibration import Calibration, read_calibration, write_calibration
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.model_identity import ModelIdentity
-from turboquant_vllm import calibration
-from turboquant_vllm.calibration import heads_of_rank, read_for_model
-from turboquant_vllm.centring import KeyMean
+from turboquant_vllm.artifacts import calibration_of
+from turboquant_vllm.key_means import from_file
+from turboquant_vllm.key_means.from_file import heads_of_rank
+from turboquant_vllm.layer_transform import LayerTransform
 
 
 def identity(folder):
@@ -41,30 +42,30 @@ def means_of(tmp_path):
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma3Text", "GptOss", "Qwen3Next"])
 def test_vllm_and_transformers_agree_on_what_a_model_is(tiny_model, means_of, architecture):
     folder = tiny_model(architecture)
-    assert read_for_model(means_of(folder), model_config(folder)).num_tokens == 100
+    assert calibration_of(model_config(folder), means_of(folder)).num_tokens == 100
 
 
 def test_the_language_model_counts_where_there_are_images(tiny_vision_model, means_of):
-    assert read_for_model(means_of(tiny_vision_model), model_config(tiny_vision_model)).model.model_type == "llama"
+    assert calibration_of(model_config(tiny_vision_model), means_of(tiny_vision_model)).model.model_type == "llama"
 
 
 def test_the_file_of_another_model_is_refused(tiny_model, means_of):
     with pytest.raises(ValueError, match=r"this model is another.*model_type llama and gpt_oss.*turboquant calibrate"):
-        read_for_model(means_of(tiny_model("Llama")), model_config(tiny_model("GptOss")))
+        calibration_of(model_config(tiny_model("GptOss")), means_of(tiny_model("Llama")))
 
 
 def test_a_missing_a_truncated_and_a_foreign_file_are_refused(tiny_model, means_of, tmp_path):
     folder = tiny_model("Llama")
     config = model_config(folder)
     with pytest.raises(FileNotFoundError, match=r"there is no file .*turboquant calibrate MODEL"):
-        read_for_model(str(tmp_path / "none"), config)
+        calibration_of(config, str(tmp_path / "none"))
     whole = means_of(folder)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(Path(whole).read_bytes()[:-9])
     with pytest.raises(ValueError, match="is truncated"):
-        read_for_model(str(cut), config)
+        calibration_of(config, str(cut))
     with pytest.raises(ValueError, match="holds no key means that can be used: its format is"):
-        read_for_model(str(folder / "model.safetensors"), config)
+        calibration_of(config, str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ class Layer(AttentionLayerBase):
     """A layer of one KV head as the builder finds it."""
 
     def __init__(self):
-        mean = KeyMean(1, 64, torch.device("cpu"))
-        self.impl = SimpleNamespace(num_kv_heads=1, head_size=64, key_mean=mean)
+        transform = LayerTransform(torch.device("cpu"))
+        self.impl = SimpleNamespace(num_kv_heads=1, head_size=64, key_transform=transform)
 
     def get_attn_backend(self):
         raise NotImplementedError
@@ -96,18 +97,18 @@ class Layer(AttentionLayerBase):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stage_of_two_ranks_gives_its_layers_their_means(monkeypatch, tiny_model, tmp_path, rank):
-    monkeypatch.setattr(calibration, "get_tensor_model_parallel_rank", lambda: rank)
-    monkeypatch.setattr(calibration, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(from_file, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(from_file, "get_tensor_model_parallel_world_size", lambda: 2)
     folder = tiny_model("Llama")
     path = write_means(tmp_path / "means.safetensors", folder)
     layers = {f"model.layers.{index}.self_attn.attn": Layer() for index in (2, 3)}
     config = SimpleNamespace(
         model_config=model_config(folder), compilation_config=SimpleNamespace(static_forward_context=layers)
     )
-    calibration.give_key_means(path, layers, config)
+    from_file.give_key_means(path, layers, config)
     for index, layer in zip((2, 3), layers.values(), strict=True):
         expected = read_calibration(path).layers[index].mean[rank : rank + 1]
-        torch.testing.assert_close(layer.impl.key_mean.transform.mean, expected, rtol=0, atol=0)
+        torch.testing.assert_close(layer.impl.key_transform.settled.mean, expected, rtol=0, atol=0)
 
 
 EIGHT_BITS = {"key_bits": 8, "value_bits": 8}

@@ -8,9 +8,9 @@ import torch
 from turboquant_core import KVCacheLayout, Rotation
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_gather
-from turboquant_vllm.grouped import attend_in_groups
-from turboquant_vllm.prefill_rows import ContextPart, PrefillRows
-from turboquant_vllm.varlen import VarlenAttention, merge
+from turboquant_vllm.batch.prefill_rows import ContextPart, PrefillRows
+from turboquant_vllm.dense_attention import DenseAttention, merge
+from turboquant_vllm.prefill.context_codes import attend_on_codes
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 
@@ -25,7 +25,7 @@ class Prefill:
         sinks: [num_heads], or None.
     """
 
-    attention: VarlenAttention
+    attention: DenseAttention
     layout: KVCacheLayout
     sinks: torch.Tensor | None
 
@@ -64,7 +64,7 @@ class Prefill:
         on_own = self._own(query, key, value, rows)
         context = self._dequantised_context(query, pages, rows, undone)
         if rows.groups is not None:
-            on_codes = attend_in_groups(
+            on_codes = attend_on_codes(
                 query,
                 pages,
                 rows.groups,
@@ -201,23 +201,6 @@ class Prefill:
     def _unrotated(self, vectors: torch.Tensor) -> torch.Tensor:
         matrix = _exact_matrix(self._rotation, vectors.dtype, vectors.device)
         return self._rotation.unrotate(vectors).to(vectors.dtype) if matrix is None else vectors @ matrix
-
-
-def take_workspace(query: torch.Tensor, num_kv_heads: int, num_stored: int) -> None:
-    """Allocate what prefill takes at most, and let go of it, for a profile run to see.
-
-    Args:
-        query: [num_tokens, num_heads, head_dim] of the largest batch.
-        num_kv_heads: KV heads.
-        num_stored: Stored tokens that are dequantised at a time.
-    """
-    num_tokens, num_heads, head_dim = query.shape
-    # Keys and values of a part, and keys less their mean.
-    workspace = [query.new_empty(length, num_kv_heads, head_dim) for length in (num_stored, num_stored, num_tokens)]
-    # The rotated query, and outputs: on own tokens, on the parts so far, and on another part.
-    workspace += [torch.empty_like(query) for _ in range(4)]
-    workspace += [query.new_empty(num_heads, num_tokens, dtype=torch.float32) for _ in range(3)]
-    del workspace
 
 
 @cache

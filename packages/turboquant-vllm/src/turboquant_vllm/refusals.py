@@ -1,16 +1,17 @@
-"""What of an engine's configuration the backend does not serve, each with its remedy.
+"""What of an engine and of a layer is refused, each with its remedy.
 
-vLLM asks for it on GPUs, through `supports_combination`; on CPUs it asks nothing, and every layer does.
+vLLM asks for an engine's on GPUs, through `supports_combination`; on CPUs it asks nothing, and every layer does.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
+from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, HEAD_DIMS
 from turboquant_vllm._compat.engine import is_batch_invariant
-from turboquant_vllm.settings import Settings
-from turboquant_vllm.support import INSTEAD
+from turboquant_vllm.settings import PRESETS, Settings
 
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *PRESETS)
+INSTEAD = "Leave --attention-backend out to serve this model uncompressed."
 # Connectors that may keep pages in the memory of this machine: the option that says where, and what it says then.
 OFFLOADING = {
     "OffloadingConnector": ("spec_name", "CPUOffloadingSpec"),
@@ -36,6 +37,35 @@ def engine_problems(config: Any, settings: Settings) -> list[str]:
         *_mean_problems(config, settings),
         *_layer_problems(config, settings),
     ]
+
+
+def check_layer(
+    *,
+    head_size: int,
+    kv_cache_dtype: str,
+    attn_type: str,
+    alibi_slopes: object,
+    extra: dict[str, object],
+) -> None:
+    """Refuse a layer that would be attended wrongly: on CPUs vLLM does not ask the hooks.
+
+    Raises:
+        ValueError: Naming what is not supported and what serves instead.
+    """
+    if head_size not in HEAD_DIMS:
+        raise ValueError(f"head_size is {head_size}; TurboQuant serves {', '.join(map(str, HEAD_DIMS))}. {INSTEAD}")
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        raise ValueError(
+            f"kv_cache_dtype is {kv_cache_dtype}; TurboQuant takes {', '.join(KV_CACHE_DTYPES)}: the bits of the cache "
+            'are set with --additional-config \'{"turboquant": {"preset": "tq4"}}\'.'
+        )
+    if attn_type != "decoder":
+        raise ValueError(f"attn_type is {attn_type}; TurboQuant serves decoder attention. {INSTEAD}")
+    if alibi_slopes is not None:
+        raise ValueError(f"ALiBi is not supported by TurboQuant. {INSTEAD}")
+    for name, value in extra.items():
+        if value is not None and value != -1:
+            raise ValueError(f"a layer with {name}={value!r} is not supported by TurboQuant. {INSTEAD}")
 
 
 def reads_only_own_pages(transfer: Any) -> bool:

@@ -1,30 +1,15 @@
-"""Key means of a calibration file, given to the layers and heads of this process."""
+"""Key means of a calibration file, for the layers and heads of this process."""
 
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
-from turboquant_core.calibration import Calibration, read_calibration
 from turboquant_vllm._compat.engine import all_layers
 from turboquant_vllm._compat.worker import (
     extract_layer_index,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from turboquant_vllm.identity import model_identity
-
-
-def read_for_model(path: str, model_config: Any) -> Calibration:
-    """The means in a file.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, something else, or belongs to another model than vLLM's `model_config` describes.
-    """
-    return _read(path, model_identity(model_config))
-
-
-_read = cache(read_calibration)
+from turboquant_vllm.artifacts import calibration_of
 
 
 def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> None:
@@ -35,12 +20,12 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
         ValueError: If it does not belong to the model.
     """
     model_config = vllm_config.model_config
-    calibration = read_for_model(path, model_config)
+    calibration = calibration_of(model_config, path)
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     layers = all_layers(vllm_config)
     for name in layer_names:
         impl = layers[name].impl
-        if impl.key_mean.is_settled:
+        if impl.key_transform.is_settled:
             # The layer whose cache this one shares has had it.
             continue
         # Where there are more ranks than KV heads, vLLM gives several ranks the same one.
@@ -48,7 +33,7 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
         if impl.num_kv_heads == 1:
             total = min(world_size, model_config.get_total_num_kv_heads())
         transform = calibration.of_layer(extract_layer_index(name), total, impl.head_size)
-        impl.key_mean.settle(transform.shard(heads_of_rank(total, impl.num_kv_heads, rank, world_size)))
+        impl.key_transform.settle(transform.shard(heads_of_rank(total, impl.num_kv_heads, rank, world_size)))
 
 
 def heads_of_rank(total: int, num_kv_heads: int, rank: int, world_size: int) -> slice:

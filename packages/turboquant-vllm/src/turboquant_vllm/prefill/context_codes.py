@@ -5,10 +5,10 @@ import torch
 from turboquant_core import KVCacheLayout
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import decode_attention
-from turboquant_vllm.prefill_rows import TokenGroups
+from turboquant_vllm.batch.prefill_rows import TokenGroups
 
 
-def attend_in_groups(
+def attend_on_codes(
     query: torch.Tensor,
     pages: torch.Tensor,
     groups: TokenGroups,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turboquant_vllm.prefill_rows import PrefillRows
+from turboquant_vllm.batch.prefill_rows import PrefillRows
 
 
 @dataclass

@@ -3,10 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from turboquant_vllm import text_means
-from turboquant_vllm.centring import KeyMean
-from turboquant_vllm.text_means import RawAttention, give_text_means, shipped_texts, why_none
-from turboquant_vllm.varlen import VarlenAttention
+from turboquant_vllm.dense_attention import DenseAttention
+from turboquant_vllm.key_means import from_texts
+from turboquant_vllm.key_means.from_texts import give_text_means, shipped_texts, why_none
+from turboquant_vllm.key_means.raw_attention import RawAttention
+from turboquant_vllm.layer_transform import LayerTransform
 
 TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]
 FIRST = [{"prompt_token_ids": list(range(start, start + 40))} for start in (10, 300)]
@@ -15,7 +16,9 @@ FIRST = [{"prompt_token_ids": list(range(start, start + 40))} for start in (10, 
 def implementation(device, window=None, softcap=None, sinks=None):
     """What a layer of four heads and two KV heads attends with on a CPU."""
     return SimpleNamespace(
-        varlen=VarlenAttention(0.125, window, softcap, None), sinks=sinks, key_mean=KeyMean(2, 64, device)
+        dense_attention=DenseAttention(0.125, window, softcap, None),
+        sinks=sinks,
+        key_transform=LayerTransform(device),
     )
 
 
@@ -49,7 +52,7 @@ def test_the_mean_is_that_of_the_keys_of_all_texts():
         query = draw(len(key), 4)
         attention.forward(None, query, key, key, None, None, torch.empty_like(query))
     assert attention.settle()
-    torch.testing.assert_close(impl.key_mean.transform.mean, torch.cat(keys).mean(0))
+    torch.testing.assert_close(impl.key_transform.settled.mean, torch.cat(keys).mean(0))
 
 
 def test_keys_that_are_not_finite_leave_their_layer_without_a_mean():
@@ -59,8 +62,8 @@ def test_keys_that_are_not_finite_leave_their_layer_without_a_mean():
     key[3, 1, 7] = torch.inf
     attention.forward(None, draw(20, 4), key, key, None, None, torch.empty(20, 4, 64))
     assert not attention.settle()
-    assert impl.key_mean.is_settled
-    assert not impl.key_mean.transform.mean.any()
+    assert impl.key_transform.is_settled
+    assert impl.key_transform.settled.mean is None
 
 
 def test_a_layer_that_shares_a_cache_reads_that_of_the_other():
@@ -94,16 +97,16 @@ def test_no_mean_is_taken_of_keys_that_would_be_others(load_format, is_hybrid, r
 
 
 def test_a_draft_is_left_without_means(monkeypatch):
-    monkeypatch.setattr(text_means, "why_none", lambda config: None)
-    monkeypatch.setattr(text_means, "model_with", lambda layers, model_config: None)
+    monkeypatch.setattr(from_texts, "why_none", lambda config: None)
+    monkeypatch.setattr(from_texts, "model_with", lambda layers, model_config: None)
     impl = implementation(torch.device("cpu"))
     config = SimpleNamespace(
         model_config=None,
         compilation_config=SimpleNamespace(static_forward_context={"draft": SimpleNamespace(impl=impl)}),
     )
     give_text_means(["draft"], config, torch.device("cpu"))
-    assert impl.key_mean.is_settled
-    assert not impl.key_mean.transform.mean.any()
+    assert impl.key_transform.is_settled
+    assert impl.key_transform.settled.mean is None
 
 
 def test_no_first_prompt_changes_an_answer(generate, tiny_model):

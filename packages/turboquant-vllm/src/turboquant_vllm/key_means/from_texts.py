@@ -3,18 +3,15 @@
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_vllm._compat.engine import all_layers, attention_layers
 from turboquant_vllm._compat.interface import init_logger
 from turboquant_vllm._compat.worker import cached_tokenizer_from_config, model_with, run_on_text
-from turboquant_vllm.engine_checks import MEANS_INSTEAD
-
-if TYPE_CHECKING:
-    from turboquant_vllm.impl import TurboQuantImpl
+from turboquant_vllm.key_means.raw_attention import RawAttention
+from turboquant_vllm.refusals import MEANS_INSTEAD
 
 logger = init_logger(__name__)
 # Tokens where there is no tokenizer.
@@ -30,7 +27,7 @@ def give_text_means(layer_names: Iterable[str], vllm_config: Any, device: torch.
         RuntimeError: If the model does not run on a text.
     """
     layers = all_layers(vllm_config)
-    waiting = [layers[name] for name in layer_names if not layers[name].impl.key_mean.is_settled]
+    waiting = [layers[name] for name in layer_names if not layers[name].impl.key_transform.is_settled]
     if not waiting:
         return
     reason = why_none(vllm_config)
@@ -39,8 +36,8 @@ def give_text_means(layer_names: Iterable[str], vllm_config: Any, device: torch.
         _take({name: layer for name, layer in layers.items() if layer in own}, model, vllm_config, device)
     # A draft sees hidden states of the model beside the text.
     for layer in waiting:
-        if not layer.impl.key_mean.is_settled:
-            layer.impl.key_mean.settle()
+        if not layer.impl.key_transform.is_settled:
+            layer.impl.key_transform.settle()
             whose = "a draft." if reason is None else f"this model: {reason}. {MEANS_INSTEAD}"
             logger.warning_once("TurboQuant does not centre the keys of %s", whose)
 
@@ -84,7 +81,7 @@ def _implementation(name: str, layer: Any) -> Any:
         RuntimeError: If it has none.
     """
     impl = layer.left_by if hasattr(layer, "left_by") else getattr(layer, "impl", None)
-    if not hasattr(impl, "key_mean"):
+    if not hasattr(impl, "key_transform"):
         raise RuntimeError(
             f"{name} is {type(layer).__name__} of another backend, and TurboQuant cannot run it on a text to take the "
             f"key means. {MEANS_INSTEAD}"
@@ -110,54 +107,3 @@ def shipped_texts() -> tuple[str, ...]:
     """Texts of several kinds, in an order that never changes."""
     paths = sorted(files("turboquant_vllm").joinpath("texts").iterdir(), key=lambda path: path.name)
     return tuple(path.read_text("utf-8") for path in paths)
-
-
-class RawAttention:
-    """Attends in a layer's place on keys and values as they are, and adds up the keys.
-
-    Args:
-        impl: The layer's implementation of ours, whether or not it is in use.
-        shared: The layer whose keys and values it reads instead of its own, or None.
-    """
-
-    def __init__(self, impl: "TurboQuantImpl", shared: "RawAttention | None") -> None:
-        self._impl, self._shared = impl, shared
-        self._total: torch.Tensor | int = 0
-        self._num_tokens = 0
-        self._key_value: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: None,
-        output: torch.Tensor,
-        **scales: Any,
-    ) -> torch.Tensor:
-        """Attend causally with query [num_tokens, num_heads, head_dim] of one text and write `output`."""
-        if self._shared is not None:
-            assert self._shared._key_value is not None
-            key, value = self._shared._key_value
-        else:
-            self._key_value = key, value
-            self._total = self._total + key.sum(dim=0, dtype=torch.float32)
-            self._num_tokens += len(key)
-        start_loc = torch.tensor([0, len(query)], dtype=torch.int32, device=query.device)
-        num_tokens, sinks = len(query), self._impl.sinks
-        self._impl.varlen(
-            query, key, value, start_loc, start_loc, num_tokens, num_tokens, causal=True, sinks=sinks, out=output
-        )
-        return output
-
-    def settle(self) -> bool:
-        """Settle the layer's mean, and say whether there was a finite one, or need of none."""
-        if self._impl.key_mean is None or self._shared is not None:
-            return True
-        assert isinstance(self._total, torch.Tensor)
-        mean = self._total / self._num_tokens
-        is_finite = bool(mean.isfinite().all())
-        self._impl.key_mean.settle(KeyTransform(mean) if is_finite else IDENTITY)
-        return is_finite

@@ -8,13 +8,8 @@ import torch
 from torch.nn.functional import pad
 
 from turboquant_core.ops.cache_gather import cumulative_lengths
+from turboquant_vllm.workspace import MOST_WORKSPACE_TOKENS
 
-# Dequantised keys and values of a part take at most so many bytes for every token that a batch may have: less than the
-# MLP takes of most models, so that the cache loses nothing by it.
-WORKSPACE_BYTES_PER_TOKEN = 64 * 1024
-# Stored tokens of a part: more for every token of a batch, or more in all, would save launches only.
-MOST_STORED_PER_TOKEN = 16
-MOST_WORKSPACE_TOKENS = 128 * 1024
 # New tokens of a group, which read the codes of their context together.
 GROUP_LEN = 8
 # Groups are filled up to one of these numbers, for every other is another kernel to compile. Partial results of more
@@ -23,13 +18,6 @@ GROUP_COUNTS = (32, 128, 512)
 # Rows of up to so many new tokens read their context as codes: 16 of each of 16 rows over 16,384 stored ones take an
 # H200 0.66 ms a layer, and 0.71 dequantised; with 32 it is 1.16 and 0.72.
 MOST_GROUPED_TOKENS = 16
-
-
-def workspace_tokens(max_num_batched_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """How many stored tokens are dequantised at a time."""
-    stored_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
-    per_token = min(MOST_STORED_PER_TOKEN, max(1, WORKSPACE_BYTES_PER_TOKEN // stored_bytes))
-    return min(MOST_WORKSPACE_TOKENS, per_token * max_num_batched_tokens)
 
 
 @dataclass(frozen=True)

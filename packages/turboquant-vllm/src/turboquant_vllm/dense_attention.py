@@ -9,7 +9,7 @@ from turboquant_vllm._compat.flash import flash_attention, merge_on_gpu
 
 
 @dataclass(frozen=True)
-class VarlenAttention:
+class DenseAttention:
     """Attention of one layer.
 
     Attributes:
