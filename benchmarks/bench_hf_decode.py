@@ -133,7 +133,7 @@ def gate(cache: TurboQuantCache, num_heads: int) -> float:
     """The largest relative error, over layers, of a token's attention against float32 on what the cache holds."""
     errors = []
     for layer in cache.layers:
-        states = layer.states
+        states = layer.store
         query = torch.randn(
             states.batch_size, num_heads, 1, states.config.head_dim, device="cuda", dtype=torch.bfloat16
         )

@@ -301,9 +301,9 @@ def try_family(family: str) -> Row:
     )
     shapes = {layer.index: layer for layer in model_attention(config).layers}
     for index, layer in enumerate(cache.layers):
-        states = getattr(layer, "states", None)
-        if states is not None:
-            assert (shapes[index].head_dim, shapes[index].num_kv_heads) == (states.config.head_dim, states.num_kv_heads)
+        store = getattr(layer, "store", None)
+        if store is not None:
+            assert (shapes[index].head_dim, shapes[index].num_kv_heads) == (store.config.head_dim, store.num_kv_heads)
     return Row(family, tuple(results), reason)
 
 

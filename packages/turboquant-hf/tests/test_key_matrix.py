@@ -50,7 +50,7 @@ def test_attention_sees_keys_as_they_were(model, prompt, with_matrix):
     expected = next_logits(model, prompt, prefilled(model, prompt))
     with_matrix()
     cache = prefilled(model, prompt)
-    assert cache.layers[0].states.codec.key_transform.matrix is not None
+    assert cache.layers[0].store.pages.codec.key_transform.matrix is not None
     found = next_logits(model, prompt, cache)
     assert not torch.equal(found, expected)
     assert (found - expected).norm() < 0.03 * expected.norm()

@@ -229,7 +229,7 @@ def test_offloading_from_a_gpu(model, padded):
         cache = TurboQuantCache(model.config, offloading=offloading, **KEPT)
         texts.append(generate(model, ids, cache, attention_mask=mask))
     assert torch.equal(*texts)
-    assert cache.layers[-1].states.pages.device.type == "cpu"
+    assert cache.layers[-1].store.pages.tensor.device.type == "cpu"
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

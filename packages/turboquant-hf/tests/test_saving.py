@@ -15,7 +15,7 @@ from turboquant_core.testing.damage import damaged_bytes, damaged_json, header_o
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.saving.file import save_layers
 from turboquant_hf.saving.header import HEADER, checksum_of
-from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.full_precision import FullPrecision
 
 
 @pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
@@ -263,7 +263,7 @@ def test_rows_begin_within_themselves(tiny_model, prompt, tmp_path):
     path = tmp_path / "prefix.safetensors"
     cache.save(path)
     loaded = TurboQuantCache.load(path, model.config)
-    assert loaded.layers[1].states.kept.row_starts.tolist() == [9, 0]
+    assert loaded.layers[1].store.length.row_starts.tolist() == [9, 0]
     tensors = load_file(path)
     tensors["row_starts"][0] = 41
 
@@ -401,13 +401,13 @@ def test_a_header_with_another_value_and_a_checksum_that_fits(tiny_model, conten
         changed = json.loads(text)
         text = json.dumps({**changed, "checksum": checksum_of(changed)})
     header["__metadata__"][HEADER] = text
-    empty = KeptTokens.empty
+    empty = FullPrecision.empty
 
-    def bounded(sink_tokens, recent_tokens, *options):
-        assert sink_tokens + recent_tokens <= tiny_model.config.max_position_embeddings
-        return empty(sink_tokens, recent_tokens, *options)
+    def bounded(sizes, *options):
+        assert sizes.first + sizes.recent <= tiny_model.config.max_position_embeddings
+        return empty(sizes, *options)
 
-    monkeypatch.setattr(KeptTokens, "empty", bounded)
+    monkeypatch.setattr(FullPrecision, "empty", bounded)
     damaged = with_header(content, json.dumps(header))
     loaded = read_or_refused(lambda path: TurboQuantCache.load(path, tiny_model.config), tmp_path / "a", damaged, AGAIN)
     if loaded is not None:

@@ -90,7 +90,8 @@ def test_sinks_and_recent_tokens(tiny_model, prompt):
         expected = generate(tiny_model, prompt, expected_cache)
         assert torch.equal(generate(tiny_model, prompt, cache), expected)
         assert compressed.vram_bytes() == expected_cache.nbytes
-        raw = cache.layers[0].states.kept.in_order(cache.get_seq_length())[0]
+        store, length = cache.layers[0].store, cache.layers[0].store.length
+        raw = store.full_precision.in_order(length.num_first, length.held_from, length.num_tokens)[0]
     assert torch.equal(cache.layers[0].keys[:, :, :3], raw[:, :, :3])
     assert torch.equal(cache.layers[0].keys[:, :, -7:], raw[:, :, -7:])
     with pytest.raises(ValueError, match="recent_tokens is -4"):

@@ -11,7 +11,7 @@ import torch
 
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf._compat import EMPTY_LAYERS, CacheLayerMixin, PreTrainedConfig
-from turboquant_hf.attention.function import reads_codes
+from turboquant_hf.attention.handover import reads_codes
 from turboquant_hf.guarded import GuardedCache
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.build import build_layers

@@ -146,18 +146,18 @@ def _measure(index: int, layer: object) -> LayerMemory:
     if not layer.is_initialized:
         return LayerMemory(index, "turboquant, empty", 0, 0, 0, 0, 0, 0)
     config = layer.config
-    states = layer.states
-    num_tokens = states.batch_size * states.num_tokens
-    kept_nbytes = 0 if states.kept is None else storage_nbytes(states.kept.tensors())
+    store, pages, full_precision = layer.store, layer.store.pages, layer.store.full_precision
+    num_tokens = store.batch_size * store.num_tokens
+    kept_nbytes = 0 if full_precision is None else storage_nbytes(full_precision.tensors())
     return LayerMemory(
         index=index,
         kind=f"turboquant {config.key_bits}/{config.value_bits} bits",
         num_tokens=num_tokens,
-        token_nbytes=states.used_nbytes,
+        token_nbytes=store.used_nbytes,
         kept_nbytes=kept_nbytes,
-        reserved_nbytes=states.pages.untyped_storage().nbytes() - states.used_nbytes,
-        fixed_nbytes=allocated - states.pages.untyped_storage().nbytes() - kept_nbytes,
-        bf16_nbytes=2 * UNCOMPRESSED_ITEMSIZE * num_tokens * states.num_kv_heads * config.head_dim,
+        reserved_nbytes=pages.nbytes - store.used_nbytes,
+        fixed_nbytes=allocated - pages.nbytes - kept_nbytes,
+        bf16_nbytes=2 * UNCOMPRESSED_ITEMSIZE * num_tokens * store.num_kv_heads * config.head_dim,
     )
 
 

@@ -125,5 +125,5 @@ def _restored(layer: Any) -> Any:
         return DynamicSlidingWindowLayer(layer.sliding_window)
     native = DynamicLayer()
     if layer.get_seq_length():
-        native.update(*layer.states.dequantize(layer.dtype))
+        native.update(*layer.store.dequantize(layer.dtype))
     return native

@@ -11,8 +11,9 @@ from turboquant_hf import TurboQuantCache
 from turboquant_hf.attending import attending
 from turboquant_hf.attention.function import register, turboquant_attention
 from turboquant_hf.attention.handover import Stored, hand_over
-from turboquant_hf.storage.full_precision import KeptTokens
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.growing.store import growing_store
+from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Kernels multiply in float16 what the reference multiplies in float32.
@@ -41,7 +42,7 @@ def no_dequantizing(monkeypatch):
     def refuse(self, dtype, **_):
         raise AssertionError("history was dequantised")
 
-    monkeypatch.setattr(PagedStates, "dequantize", refuse)
+    monkeypatch.setattr(Store, "_read", refuse)
 
 
 def generate(model, prompt, cache, **kwargs):
@@ -232,14 +233,14 @@ def test_weights_are_not_left_out_in_silence(fused_model, prompt):
 def test_dropout_scaling_and_a_position_bias_on_stored_tokens(tiny_model, options, query_len):
     torch.manual_seed(0)
     module, query = tiny_model.model.layers[0].self_attn, torch.randn(1, 4, query_len, 64, device=DEVICE)
-    kept = KeptTokens.empty(1, 8, (1, 2, 64), torch.float32, DEVICE)
-    states = PagedStates(TurboQuantConfig(64, 8, 8), 1, 2, DEVICE, kept)
+    sizes = FullPrecisionSizes(1, 8)
+    store = growing_store(TurboQuantConfig(64, 8, 8), 1, 2, torch.float32, DEVICE, sizes)
     keys, values = torch.randn(2, 1, 2, 50 + query_len, 64, device=DEVICE)
-    states.append(keys[:, :, :50], values[:, :, :50])
-    recent = states.append_parts(keys[:, :, 50:], values[:, :, 50:])
+    store.append(keys[:, :, :50], values[:, :, :50])
+    recent = store.append_parts(keys[:, :, 50:], values[:, :, 50:])
     if "position_bias" in options:
         options = {"position_bias": torch.randn(1, 4, query_len, 50 + query_len, device=DEVICE)}
-    handed = hand_over(Stored(states, recent), keys.shape, torch.float32)
+    handed = hand_over(Stored(store, recent), keys.shape, torch.float32, DEVICE)
     mask = torch.ones(query_len, 50 + query_len, dtype=torch.bool, device=DEVICE).tril(50)[None, None]
     outputs = [
         turboquant_attention(module, query, *pair, given, **options)[0]

@@ -18,7 +18,7 @@ from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attention.function import turboquant_attention
 from turboquant_hf.attention.handover import Placeholder, Stored, hand_over
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.growing.store import growing_store
 
 DEVICE = torch.device("cpu")
 
@@ -28,9 +28,9 @@ def ids(*shape):
 
 
 def placeholders():
-    states = PagedStates(TurboQuantConfig(64), 2, 2, DEVICE)
-    states.append(*torch.randn(2, 2, 2, 100, 64))
-    return hand_over(Stored(states, None), (2, 2, 100, 64), torch.bfloat16)
+    store = growing_store(TurboQuantConfig(64), 2, 2, torch.float32, DEVICE)
+    store.append(*torch.randn(2, 2, 2, 100, 64))
+    return hand_over(Stored(store, None), (2, 2, 100, 64), torch.bfloat16, DEVICE)
 
 
 def test_a_placeholder_takes_no_memory_and_says_what_it_is_like():

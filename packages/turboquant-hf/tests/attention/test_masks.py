@@ -11,7 +11,7 @@ from turboquant_hf import CompressedDynamicCache, TurboQuantCache
 from turboquant_hf.attention import masks
 from turboquant_hf.attention.function import turboquant_attention
 from turboquant_hf.attention.handover import Stored, hand_over
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.growing.store import growing_store
 
 EXACT = {"key_bits": 8, "value_bits": 8}
 # What 8 bits cost here is 0.002 to 0.01 of the logits' norm; a token too many or too few costs 0.1 and more.
@@ -141,7 +141,7 @@ def test_a_mask_of_padding_that_is_filled_again(fused_model, mode, dtype):
         cache = TurboQuantCache(fused_model.config)
         with mode():
             fused_model(prompt, attention_mask=buffer, past_key_values=cache)
-        first, *others = (layer.states.kept.row_starts for layer in cache.layers)
+        first, *others = (layer.store.length.row_starts for layer in cache.layers)
         assert first.tolist() == [padding if row == r else 0 for r in range(2)]
         # What is made of them is made once a step.
         assert all(starts is first for starts in others)
@@ -209,13 +209,13 @@ def test_a_window_that_the_mask_alone_knows(tiny_config, kept):
 def stored(num_tokens=50, **options):
     """Stored states, and what they say."""
     torch.manual_seed(0)
-    states = PagedStates(TurboQuantConfig(64, **options), 1, 2, torch.device("cpu"))
+    states = growing_store(TurboQuantConfig(64, **options), 1, 2, torch.float32, torch.device("cpu"))
     states.append(*torch.randn(2, 1, 2, num_tokens, 64))
     return states, states.dequantize(torch.float32)
 
 
 def placeholders(states):
-    return hand_over(Stored(states, None), (1, 2, states.num_tokens, 64), torch.float32)
+    return hand_over(Stored(states, None), (1, 2, states.num_tokens, 64), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("options", [{}, {"key_bits": 2.5, "value_bits": 2.5}])

@@ -195,7 +195,7 @@ def test_a_window_is_all_there_at_every_length(window):
         assert keys.shape == expected_keys.shape
         assert (keys[:, :, -1] - expected_keys[:, :, -1]).norm() < 0.02 * expected_keys[:, :, -1].norm()
         assert (values[:, :, 0] - expected_values[:, :, 0]).norm() < 0.02 * expected_values[:, :, 0].norm()
-        assert layer.states.num_tokens < window - 1 + 1 + 64
+        assert layer.store.num_tokens < window - 1 + 1 + 64
 
 
 def test_autocast_of_a_model_in_another_type_is_refused_by_name(tiny_model, prompt):

@@ -15,8 +15,9 @@ from transformers import (
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
-from turboquant_hf.layers.static import StaticPagedStates
-from turboquant_hf.storage.full_precision import KeptTokens
+from turboquant_hf.storage.static.store import static_store
+from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 MAX_LENGTH = 70
 
@@ -208,12 +209,12 @@ def test_tokens_that_do_not_fit_are_nan_in_a_graph_and_break_nothing(model, pres
         model(ids(num_tokens=63), past_key_values=cache)
         expected = model(ids(num_tokens=1), past_key_values=cache).logits
         assert compiled(ids(num_tokens=1, seed=1), past_key_values=cache).logits.isnan().all()
-        before = [layer.states.pages.clone() for layer in cache.layers]
+        before = [layer.store.pages.tensor.clone() for layer in cache.layers]
         with pytest.raises(IndexError, match="holds 65 tokens"):
             model(ids(num_tokens=1, seed=1), past_key_values=cache)
         cache.crop(-2)
         assert torch.equal(model(ids(num_tokens=1), past_key_values=cache).logits, expected)
-        assert all(map(torch.equal, before, (layer.states.pages for layer in cache.layers)))
+        assert all(map(torch.equal, before, (layer.store.pages.tensor for layer in cache.layers)))
     torch.compiler.reset()
 
 
@@ -237,7 +238,7 @@ def test_warming_up_changes_nothing(tiny_model):
     generate(tiny_model, ids(), cache)
     before = [tensor.clone() for layer in cache.layers for tensor in layer.tensors()]
     for layer in cache.layers:
-        layer.states.warm_up()
+        layer.store.warm_up()
     assert all(map(torch.equal, before, (tensor for layer in cache.layers for tensor in layer.tensors())))
     assert cache.get_seq_length() == 31
 
@@ -365,15 +366,15 @@ def test_a_window_that_no_mask_knows_of_is_refused():
 
 
 def test_nothing_is_warmed_up_without_a_gpu(model, monkeypatch):
-    monkeypatch.delattr(StaticPagedStates, "warm_up")
+    monkeypatch.delattr(Store, "warm_up")
     with torch.no_grad():
         model(ids(), past_key_values=new_cache(model))
 
 
 def test_a_long_call_that_does_not_fit_is_nan_and_breaks_nothing():
     recent, device = 5, torch.device("cpu")
-    kept = KeptTokens.empty(2, recent, (1, 2, 64), torch.float32, device)
-    states = StaticPagedStates(TurboQuantConfig(64), 1, 2, device, 40, kept)
+    sizes = FullPrecisionSizes(2, recent)
+    states = static_store(TurboQuantConfig(64), 1, 2, torch.float32, device, 40, sizes)
     states.append(*torch.randn(2, 1, 2, 30, 64))
     before = states.stored(torch.float32)
     keys, _ = states.extend(*torch.randn(2, 1, 2, 12, 64), torch.float32)

@@ -8,8 +8,9 @@ from transformers import DynamicCache, Gemma3TextConfig, LlamaForCausalLM
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
-from turboquant_hf.storage.full_precision import KeptTokens
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.growing.store import growing_store
+from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 SINKS, RECENT = 3, 6
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,8 +24,8 @@ def random_states(num_tokens, batch_size=2, seed=0):
 
 
 def new_states(sinks=SINKS, recent=RECENT, batch_size=2, bits=2):
-    kept = KeptTokens.empty(sinks, recent, (batch_size, 2, 64), torch.float32, DEVICE)
-    return PagedStates(TurboQuantConfig(64, bits, bits), batch_size, 2, DEVICE, kept)
+    sizes = FullPrecisionSizes(sinks, recent)
+    return growing_store(TurboQuantConfig(64, bits, bits), batch_size, 2, torch.float32, DEVICE, sizes)
 
 
 def as_seen(token, raw, codes, sinks, recent):
@@ -73,8 +74,8 @@ def test_calls_of_any_length_attend_as_one_token_after_another(sinks, recent, op
     for store in (states, plain):
         store.append(*(x[:, :, :20] for x in (keys, values)))
     plain.append(*(x[:, :, 20:] for x in (keys, values)))
-    plain.kept = None  # what all codes say, written with the same mean
-    codes = (keys, values) if plain.codec is None else plain.dequantize(torch.float32)
+    plain = Store(plain.pages, plain.length)  # what all codes say, written with the same mean
+    codes = (keys, values) if plain.pages.codec is None else plain.dequantize(torch.float32)
     start = options.get("start")
     given = {("seq_starts" if name == "start" else name): value for name, value in options.items()}
     first = 20
@@ -96,10 +97,10 @@ def test_dequantising_one_token_after_another_gives_the_same(sinks, recent):
     keys, values = random_states(34)
     layer = TurboQuantLayer(key_bits=2, value_bits=2, sink_tokens=sinks, recent_tokens=recent)
     layer.update(keys[:, :, :20], values[:, :, :20])
-    plain = copy.deepcopy(layer.states)
+    plain = copy.deepcopy(layer.store)
     plain.append(keys[:, :, 20:], values[:, :, 20:])
-    plain.kept = None
-    codes = (keys, values) if plain.codec is None else plain.dequantize(torch.float32)
+    plain = Store(plain.pages, plain.length)
+    codes = (keys, values) if plain.pages.codec is None else plain.dequantize(torch.float32)
     for token in range(20, 34):
         read = layer.update(*(x[:, :, token : token + 1] for x in (keys, values)))
         for states, raw, coded in zip(read, (keys, values), codes, strict=True):
@@ -147,7 +148,7 @@ def test_sinks_take_no_part_in_the_mean():
         states = new_states()
         for part in (slice(0, split), slice(split, 20)):
             states.append(keys[:, :, part], values[:, :, part])
-        torch.testing.assert_close(states.codec.key_transform.mean.view(2, 2, 64), keys[:, :, SINKS:].mean(2))
+        torch.testing.assert_close(states.pages.codec.key_transform.mean.view(2, 2, 64), keys[:, :, SINKS:].mean(2))
 
 
 @pytest.mark.parametrize("path", ["attend", "dequantize"])
@@ -182,9 +183,7 @@ def test_what_has_left_the_window_stays_codes_when_more_is_taken_back(taken_back
     states = new_states()
     for part in (slice(0, 50), *(slice(n, n + 1) for n in range(50, 100))):
         states.append(keys[:, :, part], values[:, :, part])
-    all_codes = copy.copy(states)
-    all_codes.kept = None
-    codes = all_codes.dequantize(torch.float32)
+    codes = Store(states.pages, states.length).dequantize(torch.float32)
     # What the ring had when it was last written.
     held_from = 100 - RECENT - 8
     for count in taken_back:
@@ -236,10 +235,10 @@ def test_memory_counts_what_is_kept(tiny_model, prompt):
 def test_a_decode_step_takes_the_same_memory_and_moves_nothing():
     states = new_states(recent=32)
     states.append(*random_states(100))
-    before = [tensor.data_ptr() for tensor in states.kept.tensors()]
+    before = [tensor.data_ptr() for tensor in states.full_precision.tensors()]
     for seed in range(100):
         states.append(*random_states(1, seed=seed))
-    assert [tensor.data_ptr() for tensor in states.kept.tensors()] == before
+    assert [tensor.data_ptr() for tensor in states.full_precision.tensors()] == before
 
 
 @pytest.mark.parametrize(
@@ -265,7 +264,7 @@ def test_windows_keep_codes_only_and_say_so():
     cache = TurboQuantCache(config, sink_tokens=2, recent_tokens=8)
     for layer_idx in range(2):
         cache.update(*torch.randn(2, 1, config.num_key_value_heads, 10, 64), layer_idx)
-    assert [layer.states.kept is None for layer in cache.layers] == [True, False]
+    assert [layer.store.full_precision is None for layer in cache.layers] == [True, False]
 
 
 def test_sinks_and_recent_tokens_help_where_the_first_key_is_far_from_the_others(tiny_config):

@@ -11,9 +11,10 @@ from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
-from turboquant_hf.layers.static import StaticPagedStates
-from turboquant_hf.storage.full_precision import KeptTokens
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.growing.store import growing_store
+from turboquant_hf.storage.static.store import static_store
+from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-4 if DEVICE.type == "cpu" else 2e-2
@@ -132,8 +133,8 @@ def test_a_layer_that_is_offloaded_before_attention(model, ids, offloaded_cache)
     for kind in (TurboQuantCache, offloaded_cache):
         cache = kind(model.config, "tq2")
         feed(model, cache, ids, padding_mask(), 0, PADDED + PROMPT)
-        assert cache.layers[0].states.kept.row_starts.tolist() == [0, PADDED, PADDED // 2]
-        assert kind is TurboQuantCache or cache.layers[0].states.pages.device.type == "cpu"
+        assert cache.layers[0].store.length.row_starts.tolist() == [0, PADDED, PADDED // 2]
+        assert kind is TurboQuantCache or cache.layers[0].store.pages.tensor.device.type == "cpu"
         logits.append(feed(model, cache, ids, padding_mask(), PADDED + PROMPT, PADDED + PROMPT + 1))
     assert torch.equal(*logits)
 
@@ -159,7 +160,7 @@ def test_rows_without_padding_cost_nothing(model, ids, max_length, monkeypatch):
     for layer in cache.layers:
         monkeypatch.setattr(layer, "store_again", lambda *_: pytest.fail("the prompt was stored twice"))
     feed(model, cache, ids, torch.ones_like(ids), 0, PROMPT)
-    assert cache.layers[0].states.kept.row_starts is None
+    assert cache.layers[0].store.length.row_starts is None
 
 
 def test_a_static_cache_takes_another_batch_where_it_is(model, ids):
@@ -189,7 +190,7 @@ def test_a_compiled_prompt(model, ids):
         feed(model, cache, ids, first, 0, PADDED + PROMPT)
         cache.reset()
         feed(forward, cache, ids, second, 0, PADDED + PROMPT)
-        assert cache.layers[1].states.kept.row_starts.tolist() == [0, PADDED, PADDED // 2]
+        assert cache.layers[1].store.length.row_starts.tolist() == [0, PADDED, PADDED // 2]
         logits.append(feed(model, cache, ids, second, PADDED + PROMPT, PADDED + PROMPT + 1))
     torch.testing.assert_close(*logits, rtol=TOLERANCE, atol=TOLERANCE)
     torch.compiler.reset()
@@ -229,30 +230,30 @@ def test_a_prompt_in_chunks_may_begin_with_padding_alone(model, ids, chunk):
             feed(model, cache, ids, mask, start, stop)
         logits.append(feed_calls(model, cache, ids, mask, PADDED + PROMPT))
     # Padding beyond the first chunk is not known of.
-    assert cache.layers[0].states.kept.row_starts.tolist() == [0, min(chunk, PADDED), PADDED // 2]
+    assert cache.layers[0].store.length.row_starts.tolist() == [0, min(chunk, PADDED), PADDED // 2]
     expected, actual = logits
     assert (actual - expected).norm() < 0.03 * expected.norm()
 
 
 def test_sinks_of_a_padded_row_that_come_in_several_calls_take_no_part_in_the_mean():
     sinks, generator = 3, torch.Generator().manual_seed(0)
-    kept = KeptTokens.empty(sinks, 0, (2, 2, 64), torch.float32, DEVICE)
-    states = PagedStates(TurboQuantConfig(64, 2, 2), 2, 2, DEVICE, kept)
+    sizes = FullPrecisionSizes(sinks, 0)
+    states = growing_store(TurboQuantConfig(64, 2, 2), 2, 2, torch.float32, DEVICE, sizes)
     keys = torch.randn(2, 2, 20, 64, generator=generator).to(DEVICE)
     starts = torch.tensor([0, 2], dtype=torch.int32, device=DEVICE)
     states.append(keys[:, :, :3], keys[:, :, :3], starts)
     states.append(keys[:, :, 3:], keys[:, :, 3:])
     expected = torch.stack([keys[row, :, start + sinks :].mean(1) for row, start in enumerate(starts.tolist())])
-    torch.testing.assert_close(states.codec.key_transform.mean.view(2, 2, 64), expected)
+    torch.testing.assert_close(states.pages.codec.key_transform.mean.view(2, 2, 64), expected)
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
 @pytest.mark.parametrize("num_new", [MAX_QUERY_LEN, MAX_QUERY_LEN + 4])
 def test_sinks_that_came_after_the_prompt_are_read_as_they_are(num_new, max_length):
     sinks, padded, stops = 4, 10, (12, 15, 15 + num_new)
-    kept = KeptTokens.empty(sinks, 8, (2, 2, 64), torch.float32, DEVICE)
-    arguments = (TurboQuantConfig(64, 2, 2), 2, 2, DEVICE)
-    states = PagedStates(*arguments, kept) if max_length is None else StaticPagedStates(*arguments, max_length, kept)
+    sizes = FullPrecisionSizes(sinks, 8)
+    arguments = (TurboQuantConfig(64, 2, 2), 2, 2, torch.float32, DEVICE)
+    states = growing_store(*arguments, sizes) if max_length is None else static_store(*arguments, max_length, sizes)
     keys, values = torch.randn(2, 2, 2, stops[-1], 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     states.append(
         keys[:, :, : stops[0]], values[:, :, : stops[0]], torch.tensor([0, padded], dtype=torch.int32, device=DEVICE)
@@ -278,9 +279,9 @@ def test_a_padded_batch_of_no_more_tokens_than_sinks_is_saved_and_loaded(model, 
 @pytest.mark.parametrize("max_length", [None, 64])
 def test_a_crop_into_padding_lets_the_row_begin_with_what_comes(max_length):
     sinks, padded, remaining = 3, 12, 10
-    kept = KeptTokens.empty(sinks, 0, (2, 2, 64), torch.float32, DEVICE)
-    arguments = (TurboQuantConfig(64, 2, 2), 2, 2, DEVICE)
-    states = PagedStates(*arguments, kept) if max_length is None else StaticPagedStates(*arguments, max_length, kept)
+    sizes = FullPrecisionSizes(sinks, 0)
+    arguments = (TurboQuantConfig(64, 2, 2), 2, 2, torch.float32, DEVICE)
+    states = growing_store(*arguments, sizes) if max_length is None else static_store(*arguments, max_length, sizes)
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randn(2, 2, 20, 64, generator=generator).to(DEVICE) for _ in range(2))
     states.append(first, first, torch.tensor([0, padded], dtype=torch.int32, device=DEVICE))
@@ -300,7 +301,7 @@ def test_without_the_attention_that_sees_the_mask_the_first_slots_are_sinks(tiny
     for cache in (DynamicCache(config=model.config), TurboQuantCache(model.config, key_bits=8, value_bits=8)):
         feed(model, cache, ids, mask, 0, PADDED + PROMPT)
         logits.append(feed_calls(model, cache, ids, mask, PADDED + PROMPT))
-    assert cache.layers[0].states.kept.row_starts is None
+    assert cache.layers[0].store.length.row_starts is None
     expected, actual = logits
     assert (actual - expected).norm() < 0.03 * expected.norm()
 
@@ -311,11 +312,12 @@ def test_a_padded_prompt_that_was_offloaded_comes_back_to_be_stored_again(monkey
     layer.update(keys, values)
     moves = []
 
-    def move(states, device):
-        moves.append((device, None if states.kept.row_starts is None else states.kept.row_starts.tolist()))
-        return states
+    def move(store, device):
+        starts = store.length.row_starts
+        moves.append((device, None if starts is None else starts.tolist()))
+        return store
 
-    monkeypatch.setattr(PagedStates, "to", move)
+    monkeypatch.setattr(Store, "to", move)
     # There is one device here: the layer is told that it belongs to another.
     layer.device = "cuda"
     layer.store_again(keys, values, torch.tensor([3, 0], dtype=torch.int32))

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from turboquant_core import MSEQuantizer, TurboQuantConfig
+from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.page_ops import BLOCK_SIZE, attend, write
-from turboquant_hf.storage.store import PagedStates, tokens_first
-from turboquant_hf.storage.tables import block_table, row_lengths
+from turboquant_hf.storage.pages import tokens_first
+from turboquant_hf.storage.tables import block_table
 
 
 def random_states(*shape, seed=0, offset=0.0):
@@ -17,7 +18,7 @@ def relative_error(expected, actual):
 
 def stored_states(keys, values=None, **overrides):
     config = TurboQuantConfig(keys.shape[-1], **{"key_scale": "norm", "value_scale": "norm", **overrides})
-    stored = PagedStates(config, keys.shape[0], keys.shape[1], keys.device)
+    stored = growing_store(config, *keys.shape[:2], keys.dtype, keys.device)
     stored.append(keys, keys if values is None else values)
     return stored
 
@@ -31,7 +32,7 @@ def test_what_has_no_slot_changes_nothing_stored(bits, kept):
     new = tokens_first(random_states(1, 2, 5, 64, seed=1))
     # The last slots of the block, and then none.
     slots = torch.tensor([*range(BLOCK_SIZE - kept, BLOCK_SIZE), *[-1] * (5 - kept)])
-    write(stored.pages, new, new, slots, stored.codec)
+    write(stored.pages.tensor, new, new, slots, stored.pages.codec)
     after = read_keys(stored)
     assert torch.equal(after[:, :, : BLOCK_SIZE - kept], before[:, :, : BLOCK_SIZE - kept])
     expected = new[:kept].permute(1, 0, 2)
@@ -70,9 +71,9 @@ def test_growing_copies_seldom_and_leaves_little_unused():
     assert stored.nbytes == 1024 * token_bytes
     copies, new = 0, random_states(1, 1, 1, 64, seed=1)
     for _ in range(1000):
-        before = stored.pages
+        before = stored.pages.tensor
         stored.append(new, new)
-        copies += stored.pages is not before
+        copies += stored.pages.tensor is not before
         assert stored.nbytes <= (stored.num_tokens * 33 / 32 + 2 * BLOCK_SIZE) * token_bytes
     assert 0 < copies < 30
 
@@ -91,10 +92,10 @@ def test_the_mean_comes_from_the_first_tokens_and_stays():
     first = random_states(1, 2, 30, 64, offset=50.0)
     second = random_states(1, 2, 5, 64, seed=1, offset=-50.0)
     stored = stored_states(first)
-    mean = stored.codec.key_transform.mean.clone()
+    mean = stored.pages.codec.key_transform.mean.clone()
     before = read_keys(stored)
     stored.append(second, second)
-    assert torch.equal(stored.codec.key_transform.mean, mean)
+    assert torch.equal(stored.pages.codec.key_transform.mean, mean)
     torch.testing.assert_close(mean, first[0].mean(-2))
     assert torch.equal(read_keys(stored)[..., :30, :], before)
 
@@ -133,7 +134,7 @@ def test_crop_keeps_the_first_tokens_and_frees_the_rest():
     before = read_keys(stored)
     stored.crop(12)
     assert torch.equal(read_keys(stored), before[..., :12, :])
-    assert stored.pages.untyped_storage().nbytes() == BLOCK_SIZE * stored.config.slot_bytes * 2
+    assert stored.pages.nbytes == BLOCK_SIZE * stored.config.slot_bytes * 2
     stored.crop(0)
     assert stored.num_tokens == 0
     assert stored.nbytes == 0
@@ -143,17 +144,17 @@ def test_drafts_around_the_end_of_a_block_do_not_copy_each_time():
     stored = stored_states(random_states(1, 1, 128, 64))
     draft, copies = random_states(1, 1, 4, 64, seed=1), 0
     for _ in range(20):
-        before = stored.pages
+        before = stored.pages.tensor
         stored.append(draft, draft)
         stored.crop(128)
-        copies += stored.pages is not before
+        copies += stored.pages.tensor is not before
     assert copies == 1
 
 
 def test_no_tokens_are_no_calibration():
     nothing = torch.zeros(1, 2, 0, 64)
     stored = stored_states(nothing)
-    assert stored.codec is None
+    assert stored.pages.codec is None
     stored.append(*[random_states(1, 2, 20, 64)] * 2)
     assert stored.num_tokens == 20
 
@@ -167,10 +168,10 @@ def test_reading_nothing_is_an_error():
 def test_attention_gives_the_log_sum_exp_where_it_is_needed(return_lse, shape):
     stored = stored_states(random_states(2, 2, 10, 64))
     device = stored.pages.device
-    where = block_table(len(stored.pages), 2, device), row_lengths(10, 2, device)
+    where = block_table(len(stored.pages.tensor), 2, device), torch.full((2,), 10, dtype=torch.int32, device=device)
     options = dict.fromkeys(("scale", "seq_starts", "window", "softcap", "sinks"))
     query = random_states(2, 4, 3, 64)
-    output, lse = attend(query, stored.pages, *where, stored.codec, return_lse=return_lse, **options)
+    output, lse = attend(query, stored.pages.tensor, *where, stored.pages.codec, return_lse=return_lse, **options)
     assert output.shape == (2, 3, 4, 64)
     assert (lse.shape, lse.dtype) == (shape, torch.float32)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface
 from turboquant_hf.attention.dense import dense_attention, is_causal
 from turboquant_hf.attention.dispatch import ATTENTION
 from turboquant_hf.attention.gradients import without_gradient
@@ -35,11 +35,6 @@ def register() -> None:
     AttentionInterface.register(ATTENTION, turboquant_attention)
     # Without a mask function of that name, transformers gives attention no mask and says nothing.
     AttentionMaskInterface.register(ATTENTION, turboquant_mask)
-
-
-def reads_codes(text_config: PreTrainedConfig | None) -> bool:
-    """Whether a model of this configuration attends with `turboquant_attention` at this moment."""
-    return text_config is not None and text_config._attn_implementation == ATTENTION
 
 
 def turboquant_attention(
@@ -83,25 +78,25 @@ def turboquant_attention(
     given = taken_over(module, key, value)
     options = {"softcap": softcap, "sinks": s_aux, **kwargs}
     if isinstance(given, Stored):
-        states, query_len, num_tokens = given.states, query.shape[2], key.shape[2]
+        store, query_len = given.store, query.shape[2]
         causal, position_bias = query_len == 1 or is_causal(module, **kwargs), kwargs.get("position_bias")
         rows = None if dropout or position_bias is not None else _rows_of_call(attention_mask, causal)
-        if rows is not None and states.has_kernel and query_len <= MAX_QUERY_LEN:
+        if rows is not None and store.pages.has_kernel and query_len <= MAX_QUERY_LEN:
             options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
             with torch.no_grad():
-                output = states.attend(query, seq_starts=rows.starts, window=rows.window, **options)
+                output = store.attend(query, seq_starts=rows.starts, window=rows.window, **options)
             if given.wants_gradient or (query.requires_grad and torch.is_grad_enabled()):
                 output = without_gradient(output)
             return output if rows.doubt is None else output + rows.doubt.to(output.dtype), None
-        parts = None
-        if states.parts_calls:
-            key, value, parts = states.dequantize_parts(key.dtype, given.recent)
+        parts, num_tokens = None, key.shape[2]
+        if store.parts_calls:
+            key, value, parts = store.dequantize_parts(key.dtype, given.recent)
             # Layers that share a cache may compute the last of the new tokens alone.
             parts = parts[:, -query_len:]
             if position_bias is not None:
                 options["position_bias"] = over_parts(position_bias, num_tokens, parts)
         else:
-            key, value = states.dequantize(key.dtype)
+            key, value = store.dequantize(key.dtype)
         if given.wants_gradient:
             key, value = without_gradient(key), without_gradient(value)
         attention_mask = mask_of_stored(attention_mask, query, num_tokens, causal, parts)

@@ -8,6 +8,7 @@ keys or values in between is told so at its first token.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from types import FrameType
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,8 +16,7 @@ import torch
 
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.attention.dispatch import ATTENTION, other_attention
-from turboquant_hf.storage.store import PagedStates
-from turboquant_hf.storage.tables import not_a_number
+from turboquant_hf.storage.store import Store
 
 _PROPERTIES = (
     "_base",
@@ -57,6 +57,11 @@ _METHODS = (
 )
 
 
+def reads_codes(text_config: PreTrainedConfig | None) -> bool:
+    """Whether a model of this configuration attends with `turboquant_attention` at this moment."""
+    return text_config is not None and text_config._attn_implementation == ATTENTION
+
+
 class Prompt(NamedTuple):
     """The first tokens: they attend on themselves as they are.
 
@@ -78,12 +83,12 @@ class Stored(NamedTuple):
     """Later tokens: they attend on what is stored.
 
     Attributes:
-        states: What is stored, theirs included.
-        recent: What `PagedStates.append_parts` gave.
+        store: What is stored, theirs included.
+        recent: What `Store.append_parts` gave.
         wants_gradient: Whether a backward pass would need the gradient of what is stored.
     """
 
-    states: PagedStates
+    store: Store
     recent: tuple[torch.Tensor, torch.Tensor] | None
     wants_gradient: bool = False
 
@@ -128,12 +133,21 @@ class Placeholder(torch.Tensor):
         )
 
 
-def hand_over(given: Prompt | Stored, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def hand_over(
+    given: Prompt | Stored, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A placeholder of that shape, for keys and for values."""
-    device = given.keys.device if isinstance(given, Prompt) else given.states.pages.device
-    placeholder = not_a_number(dtype, device).expand(shape).as_subclass(Placeholder)
+    # torch.compile would warn of the cache.
+    make = _not_a_number.__wrapped__ if torch.compiler.is_compiling() else _not_a_number
+    placeholder = make(dtype, device).expand(shape).as_subclass(Placeholder)
     placeholder.given = given
     return placeholder, placeholder
+
+
+@lru_cache
+def _not_a_number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """NaN, [1]."""
+    return torch.full((1,), torch.nan, dtype=dtype, device=device)
 
 
 def taken_over(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> Prompt | Stored | None:

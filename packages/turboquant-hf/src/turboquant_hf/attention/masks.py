@@ -144,7 +144,7 @@ def mask_of_stored(
         query: [batch_size, num_heads, query_len, head_dim] of the last tokens.
         num_tokens: All tokens.
         is_causal: Which of the two None is.
-        parts: What `PagedStates.dequantize_parts` gave; None where every token is read once.
+        parts: What `Store.dequantize_parts` gave; None where every token is read once.
 
     Returns:
         Of the same kind; None where nothing is hidden.
@@ -167,7 +167,7 @@ def mask_of_stored(
 
 
 def over_parts(states: torch.Tensor, num_tokens: int, parts: torch.Tensor) -> torch.Tensor:
-    """What is said of all tokens in the last dimension, said of those of `PagedStates.dequantize_parts`.
+    """What is said of all tokens in the last dimension, said of those of `Store.dequantize_parts`.
 
     Raises:
         ValueError: If it is said of another number of tokens.

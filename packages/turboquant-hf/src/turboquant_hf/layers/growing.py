@@ -8,12 +8,12 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
-from turboquant_hf.attention.function import reads_codes
 from turboquant_hf.attention.gradients import without_gradient
-from turboquant_hf.attention.handover import Prompt, Stored, hand_over
+from turboquant_hf.attention.handover import Prompt, Stored, hand_over, reads_codes
 from turboquant_hf.inference_mode import outside_inference_mode
-from turboquant_hf.storage.full_precision import KeptTokens
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.growing.store import growing_store
+from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -41,7 +41,7 @@ class TurboQuantLayer(CacheLayerMixin):
     """
 
     config: TurboQuantConfig
-    states: PagedStates
+    store: Store
 
     is_sliding = False
     is_croppable = True
@@ -66,27 +66,25 @@ class TurboQuantLayer(CacheLayerMixin):
         self._has_gradient = False
 
     @classmethod
-    def restore(cls, states: PagedStates, dtype: torch.dtype, text_config: PreTrainedConfig | None) -> Self:
-        """A layer that holds these states of keys and values in `dtype`."""
-        config, kept = states.config, states.kept
+    def restore(cls, store: Store, dtype: torch.dtype, text_config: PreTrainedConfig | None) -> Self:
+        """A layer with this store of keys and values in `dtype`."""
+        config, sizes = store.config, store.length.sizes
         overrides = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "head_dim"}
-        if kept is not None:
-            overrides |= {"sink_tokens": kept.sink_tokens, "recent_tokens": kept.recent_tokens}
-        layer = cls(text_config=text_config, **overrides)
-        layer.config, layer.states = config, states
-        layer.dtype, layer.device = dtype, states.pages.device
+        layer = cls(text_config=text_config, sink_tokens=sizes.first, recent_tokens=sizes.recent, **overrides)
+        layer.config, layer.store = config, store
+        layer.dtype, layer.device = dtype, store.pages.device
         layer.is_initialized = True
         return layer
 
     @property
     def batch_size(self) -> int:
         """Sequences held; there is no such attribute before the first."""
-        return self.states.batch_size
+        return self.store.batch_size
 
     @property
     def is_empty(self) -> bool:
         """Whether the next tokens are the first; does not wait for the device."""
-        return not self.is_initialized or self.states.is_empty
+        return not self.is_initialized or self.store.length.is_empty
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -98,7 +96,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, keys: torch.Tensor | None) -> None:
-        self._refuse_states("keys", keys)
+        self._refuse_to_set("keys", keys)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -107,7 +105,7 @@ class TurboQuantLayer(CacheLayerMixin):
 
     @values.setter
     def values(self, values: torch.Tensor | None) -> None:
-        self._refuse_states("values", values)
+        self._refuse_to_set("values", values)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take shape, type and device from key and value states [batch_size, num_kv_heads, num_tokens, head_dim]."""
@@ -123,7 +121,7 @@ class TurboQuantLayer(CacheLayerMixin):
             )
         self.config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._overrides)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.states = self._new_states(*key_states.shape[:2])
+        self.store = self._new_store(*key_states.shape[:2])
         self.is_initialized = True
 
     @outside_inference_mode
@@ -133,23 +131,23 @@ class TurboQuantLayer(CacheLayerMixin):
         """Store new states and return what attention reads, [batch_size, num_kv_heads, num_tokens, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        states = self.states
+        store = self.store
         self._check(key_states, value_states)
         wants_gradient = self._wants_gradient(key_states, value_states)
-        if states.is_empty:
+        if store.length.is_empty:
             room, _ = self.get_mask_sizes(key_states.shape[-2])
-            states.append(key_states, value_states)
+            store.append(key_states, value_states)
             if reads_codes(self._text_config):
                 self._before_decoding()
                 given = Prompt(key_states, value_states, self.store_again, room)
-                return hand_over(given, key_states.shape, self.dtype)
+                return hand_over(given, key_states.shape, self.dtype, self.device)
             return self._prompt(key_states, value_states)
         num_new = key_states.shape[-2]
-        if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or states.parts_calls):
-            recent = states.append_parts(key_states, value_states)
-            shape = (states.batch_size, states.num_kv_heads, states.read_length, self.config.head_dim)
-            return hand_over(Stored(states, recent, wants_gradient), shape, self.dtype)
-        keys, values = states.extend(key_states, value_states, self.dtype)
+        if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or store.parts_calls):
+            recent = store.append_parts(key_states, value_states)
+            shape = (*key_states.shape[:2], store.length.num_read(), self.config.head_dim)
+            return hand_over(Stored(store, recent, wants_gradient), shape, self.dtype, self.device)
+        keys, values = store.extend(key_states, value_states, self.dtype)
         return (without_gradient(keys), without_gradient(values)) if wants_gradient else (keys, values)
 
     @outside_inference_mode
@@ -161,17 +159,17 @@ class TurboQuantLayer(CacheLayerMixin):
             value_states: As there.
             row_starts: int32 [batch_size], the first token of every row that is no padding.
         """
-        is_offloaded = self.states.pages.device != self.device
+        is_offloaded = self.store.pages.device != self.device
         if is_offloaded:
             self.prefetch()
-        self.states.clear()
-        self.states.append(key_states, value_states, row_starts)
+        self.store.clear()
+        self.store.append(key_states, value_states, row_starts)
         if is_offloaded:
             self.offload()
 
     def get_seq_length(self) -> int:
         """Tokens stored."""
-        return self.states.num_tokens if self.is_initialized else 0
+        return self.store.length.num_tokens if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         """-1: the layer grows without bound."""
@@ -191,68 +189,65 @@ class TurboQuantLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop got {tokens_to_remove}; pass the number of tokens to remove as a negative number")
         if tokens_to_remove and self.is_initialized:
-            self.states.crop(max(0, self.states.num_tokens + tokens_to_remove))
+            self.store.crop(max(0, self.store.num_tokens + tokens_to_remove))
 
     def reset(self) -> None:
         """Forget every token, and free its memory."""
         if self.is_initialized:
-            del self.states
+            del self.store
             self.is_initialized = False
 
     @outside_inference_mode
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences `beam_idx`, int64 [batch_size]."""
         if self.is_initialized:
-            self.states = self.states.select_rows(beam_idx)
+            self.store = self.store.select_rows(beam_idx)
 
     @outside_inference_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         if self.is_initialized:
-            rows = torch.arange(self.states.batch_size).repeat_interleave(repeats)
-            self.states = self.states.select_rows(rows)
+            rows = torch.arange(self.store.batch_size).repeat_interleave(repeats)
+            self.store = self.store.select_rows(rows)
 
     @outside_inference_mode
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
         if self.is_initialized:
             device = indices.device if isinstance(indices, torch.Tensor) else None
-            rows = torch.arange(self.states.batch_size, device=device)
-            self.states = self.states.select_rows(rows[indices, ...].view(-1))
+            rows = torch.arange(self.store.batch_size, device=device)
+            self.store = self.store.select_rows(rows[indices, ...].view(-1))
 
     @outside_inference_mode
     def offload(self) -> None:
         """Move everything kept to the CPU."""
         if self.is_initialized:
-            self.states = self.states.to("cpu")
+            self.store = self.store.to("cpu")
 
     @outside_inference_mode
     def prefetch(self) -> None:
         """Move everything kept back to the layer's device."""
         if self.is_initialized:
-            self.states = self.states.to(self.device)
+            self.store = self.store.to(self.device)
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that the layer keeps."""
-        return self.states.tensors() if self.is_initialized else []
+        return self.store.tensors() if self.is_initialized else []
 
-    def _new_states(self, batch_size: int, num_kv_heads: int) -> PagedStates:
-        return PagedStates(self.config, batch_size, num_kv_heads, self.device, self._new_kept(batch_size, num_kv_heads))
+    @property
+    def _sizes(self) -> FullPrecisionSizes:
+        return FullPrecisionSizes(self.sink_tokens, self.recent_tokens)
 
-    def _new_kept(self, batch_size: int, num_kv_heads: int) -> KeptTokens | None:
-        sinks, recent = self.sink_tokens, self.recent_tokens
-        if not sinks and not recent:
-            return None
-        heads = (batch_size, num_kv_heads, self.config.head_dim)
-        return KeptTokens.empty(sinks, recent, heads, self.dtype, self.device)
+    def _new_store(self, batch_size: int, num_kv_heads: int) -> Store:
+        return growing_store(self.config, batch_size, num_kv_heads, self.dtype, self.device, self._sizes)
 
     @outside_inference_mode
     def _dequantized(self, which: int) -> torch.Tensor | None:
         if self.is_empty:
             return None
-        return self.states.stored(self.dtype)[which]
+        return self.store.stored(self.dtype)[which]
 
-    def _refuse_states(self, name: str, states: torch.Tensor | None) -> None:
+    def _refuse_to_set(self, name: str, states: torch.Tensor | None) -> None:
         # The base class sets None.
         if states is not None:
             raise AttributeError(f"{name} of a {type(self).__name__} cannot be set: it stores codes. Use update().")
@@ -260,7 +255,7 @@ class TurboQuantLayer(CacheLayerMixin):
     def _wants_gradient(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether a backward pass from what reads these, or what is stored, would go on through them."""
         is_recorded = torch.is_grad_enabled()
-        if self.states.is_empty:
+        if self.store.length.is_empty:
             self._has_gradient = False
         self._has_gradient |= is_recorded and (key_states.requires_grad or value_states.requires_grad)
         return is_recorded and self._has_gradient
@@ -279,8 +274,8 @@ class TurboQuantLayer(CacheLayerMixin):
                 "them; a cache holds one type. Load the model in the type to compute in, with dtype=..., and leave "
                 "autocast out."
             )
-        states = self.states
-        expected = (states.batch_size, states.num_kv_heads, key_states.shape[-2], self.config.head_dim)
+        pages = self.store.pages
+        expected = (pages.batch_size, pages.num_kv_heads, key_states.shape[-2], self.config.head_dim)
         for name, given in (("key_states", key_states), ("value_states", value_states)):
             if given.shape != expected:
                 raise ValueError(

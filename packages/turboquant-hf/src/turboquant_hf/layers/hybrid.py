@@ -53,11 +53,11 @@ class _BesideState(LinearAttentionLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
-        self.reorder_cache(torch.arange(self.states.batch_size).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.store.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences `indices`, int64, or bool for each sequence."""
-        self.reorder_cache(torch.arange(self.states.batch_size)[indices])
+        self.reorder_cache(torch.arange(self.store.batch_size)[indices])
 
     def offload(self) -> None:
         """Move everything kept to the CPU."""

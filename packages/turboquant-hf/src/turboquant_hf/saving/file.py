@@ -14,9 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from turboquant_core import OutlierQuantizer
 from turboquant_core.files import open_safetensors, reading, replacing
-from turboquant_core.key_transform import KeyTransform
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.saving.header import (
@@ -31,11 +29,12 @@ from turboquant_hf.saving.header import (
     stored_name,
 )
 from turboquant_hf.storage.codec import LayerCodec
-from turboquant_hf.storage.full_precision import KeptTokens
-from turboquant_hf.storage.page_ops import BLOCK_SIZE, num_blocks, page_layout
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.full_precision import FullPrecision
+from turboquant_hf.storage.growing.length import GrowingLength
+from turboquant_hf.storage.growing.pages import GrowingPages
+from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import CODES_ONLY, FullPrecisionSizes
 
-ORDERS = ("key_order", "value_order")
 # As safetensors calls them.
 STORED_DTYPES = {
     torch.uint8: "U8",
@@ -70,11 +69,11 @@ def save_layers(
             )
         if layer.get_seq_length() == 0:
             raise ValueError(f"layer {index} holds no tokens; feed the model a prompt before saving its cache")
-        mine = _tensors(layer.states)
+        mine = _tensors(layer.store)
         tensors |= {stored_name(index, name): tensor for name, tensor in mine.items()}
         described.append(_described(layer, _checksums(mine)))
-        if layer.states.kept is not None and index == 0:
-            row_starts = layer.states.kept.row_starts
+        if index == 0:
+            row_starts = layer.store.length.row_starts
     if row_starts is not None:
         tensors[ROW_STARTS] = row_starts.cpu()
     saved = SavedCache(described, None if row_starts is None else _checksum(tensors[ROW_STARTS]))
@@ -130,29 +129,34 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _tensors(states: PagedStates) -> dict[str, torch.Tensor]:
+def _tensors(store: Store) -> dict[str, torch.Tensor]:
     """What is stored of a layer, on the CPU: its tokens alone, so that their number is a size of every tensor."""
-    pages = states.pages[: num_blocks(states.num_tokens)]
-    views = page_layout(states.config, pages.shape[1]).views(pages)
-    named = {
-        name: getattr(views, field).transpose(0, 1).flatten(1, 2)[:, : states.num_tokens]
-        for field, name in slot_tensors(states.config).items()
-    }
-    if states.codec is not None:
-        named |= states.codec.key_transform.tensors() | {name: getattr(states.codec, name) for name in ORDERS}
-    if states.kept is not None:
-        named |= dict(zip(KEPT_TENSORS, states.kept.in_order(states.num_tokens), strict=True))
-    return {name: tensor.contiguous().cpu() for name, tensor in named.items() if tensor is not None}
+    pages, length, full_precision = store.pages, store.length, store.full_precision
+    assert isinstance(pages, GrowingPages)
+    assert isinstance(length, GrowingLength)
+    fields = pages.fields(length.num_tokens)
+    named = {name: fields[field] for field, name in slot_tensors(store.config).items()}
+    if pages.codec is not None:
+        named |= pages.codec.named()
+    if full_precision is not None:
+        named |= dict(
+            zip(
+                KEPT_TENSORS,
+                full_precision.in_order(length.num_first, length.held_from, length.num_tokens),
+                strict=True,
+            )
+        )
+    return {name: tensor.contiguous().cpu() for name, tensor in named.items()}
 
 
 def _described(layer: TurboQuantLayer, checksums: dict[str, int]) -> SavedLayer:
-    states, kept = layer.states, None
-    if states.kept is not None:
-        num_sinks = min(states.kept.sink_tokens, states.num_tokens)
-        num_kept = num_sinks + states.num_tokens - states.kept.first_held(states.num_tokens)
-        kept = SavedKept(states.kept.sink_tokens, states.kept.recent_tokens, num_kept)
+    store, length, kept = layer.store, layer.store.length, None
+    assert isinstance(length, GrowingLength)
+    if store.full_precision is not None:
+        num_kept = length.num_first + length.num_tokens - length.held_from
+        kept = SavedKept(length.sizes.first, length.sizes.recent, num_kept)
     dtype = str(layer.dtype).removeprefix("torch.")
-    return SavedLayer(states.config, states.batch_size, states.num_kv_heads, states.num_tokens, dtype, kept, checksums)
+    return SavedLayer(store.config, store.batch_size, store.num_kv_heads, length.num_tokens, dtype, kept, checksums)
 
 
 def _checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -188,37 +192,21 @@ def _stored(file: Any, saved: SavedCache) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _pages(layer: SavedLayer, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Pages with the tokens of a layer, with zeros where there is none."""
-    stored = {field: tensors[name] for field, name in slot_tensors(layer.config).items()}
-    num_heads, num_tokens, _ = stored["key_codes"].shape
-    layout, blocks = page_layout(layer.config, num_heads), num_blocks(num_tokens)
-    pages = layout.allocate(blocks, stored["key_codes"].device)
-    views = layout.views(pages)
-    for field, slots in stored.items():
-        whole = torch.nn.functional.pad(slots, (0, 0, 0, blocks * BLOCK_SIZE - num_tokens))
-        getattr(views, field).copy_(whole.view(num_heads, blocks, BLOCK_SIZE, -1).transpose(0, 1))
-    return pages
-
-
 def _restore(
     layer: SavedLayer, tensors: dict[str, torch.Tensor], row_starts: torch.Tensor | None, text_config: PreTrainedConfig
 ) -> TurboQuantLayer:
-    config, dtype, pages, kept = layer.config, DTYPES[layer.dtype], _pages(layer, tensors), None
+    config, num_tokens, full_precision = layer.config, layer.num_tokens, None
+    fields = {field: tensors[name] for field, name in slot_tensors(config).items()}
+    pages = GrowingPages.restored(config, layer.batch_size, fields)
+    sizes, num_kept = CODES_ONLY, 0
     if layer.kept is not None:
-        heads = (layer.batch_size, layer.num_kv_heads, config.head_dim)
-        kept = KeptTokens.empty(layer.kept.sink_tokens, layer.kept.recent_tokens, heads, dtype, pages.device)
+        sizes, num_kept = FullPrecisionSizes(layer.kept.sink_tokens, layer.kept.recent_tokens), layer.kept.num_kept
+    if row_starts is not None and not bool(((row_starts >= 0) & (row_starts <= num_tokens)).all()):
+        raise ValueError(f"{ROW_STARTS} are not all from 0 to the {num_tokens:,} tokens of a row")
+    length = GrowingLength.restored(sizes, num_tokens, num_kept - min(sizes.first, num_tokens), row_starts)
+    if layer.kept is not None:
         keys, values = (tensors[name] for name in KEPT_TENSORS)
-        kept.restore(keys, values, layer.num_tokens)
-        if row_starts is not None and not bool(((row_starts >= 0) & (row_starts <= layer.num_tokens)).all()):
-            raise ValueError(f"{ROW_STARTS} are not all from 0 to the {layer.num_tokens:,} tokens of a row")
-        kept.row_starts = row_starts
-    codec = None
+        full_precision = FullPrecision.restored(sizes, keys, values, length.num_first, length.held_from)
     if layer.has_codes(row_starts is not None):
-        codec = LayerCodec(config, KeyTransform.from_tensors(tensors), *(tensors.get(name) for name in ORDERS))
-        for bits, order in ((config.key_bits, codec.key_order), (config.value_bits, codec.value_order)):
-            if order is not None:
-                # Refuses an order that does not name every channel once.
-                OutlierQuantizer(bits, order)
-    states = PagedStates.restore(config, layer.batch_size, layer.num_tokens, pages, codec, kept)
-    return TurboQuantLayer.restore(states, dtype, text_config)
+        pages.codec = LayerCodec.of_named(config, tensors)
+    return TurboQuantLayer.restore(Store(pages, length, full_precision), DTYPES[layer.dtype], text_config)

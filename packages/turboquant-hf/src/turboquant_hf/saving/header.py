@@ -18,7 +18,7 @@ from turboquant_core.scale import SCALE_DTYPE, ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.layers.growing import TurboQuantLayer
-from turboquant_hf.storage.full_precision import ring_size_of
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 HEADER = "turboquant-hf cache"
 FORMAT_VERSION = 6
@@ -129,7 +129,7 @@ class SavedLayer:
         after = self.num_tokens - num_sinks
         # The window of the next token, and no more than there is room for.
         least = num_sinks + min(after, max(0, recent - 1))
-        most = num_sinks + min(after, ring_size_of(recent))
+        most = num_sinks + min(after, FullPrecisionSizes(sinks, recent).ring)
         if not least <= num_kept <= most:
             raise ValueError(
                 f"num_kept is {num_kept:,}, and with {self.num_tokens:,} tokens, {sinks:,} sinks and {recent:,} recent "

@@ -1,7 +1,8 @@
 """How the vectors of one layer become codes, with what is taken from its first tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -12,6 +13,7 @@ from turboquant_core.scale import ScaleRule, is_storable
 from turboquant_core.vector_format import OUTLIER_BITS
 
 Quantizer = MSEQuantizer | OutlierQuantizer
+_ORDERS = ("key_order", "value_order")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,25 @@ class LayerCodec:
             _channel_order(values, config.value_bits, counts),
         )
 
-    @property
+    @classmethod
+    def of_named(cls, config: TurboQuantConfig, tensors: Mapping[str, torch.Tensor]) -> "LayerCodec":
+        """The codec that `named` named tensors of; other names are passed over.
+
+        Raises:
+            ValueError: If an order does not name every channel once.
+        """
+        codec = cls(config, KeyTransform.from_tensors(tensors), *(tensors.get(name) for name in _ORDERS))
+        for bits, order in ((config.key_bits, codec.key_order), (config.value_bits, codec.value_order)):
+            if order is not None:
+                OutlierQuantizer(bits, order)
+        return codec
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """What a file keeps of it, by name."""
+        orders = {name: getattr(self, name) for name in _ORDERS}
+        return self.key_transform.tensors() | {name: order for name, order in orders.items() if order is not None}
+
+    @cached_property
     def has_whole_bits(self) -> bool:
         """Whether core's kernels can store and read the codes."""
         return self.config.key_bits not in OUTLIER_BITS and self.config.value_bits not in OUTLIER_BITS

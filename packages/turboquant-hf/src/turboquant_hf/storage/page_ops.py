@@ -4,7 +4,7 @@ Pages are uint8 [num_blocks, batch_size * num_kv_heads, head_bytes] in core's la
 t % BLOCK_SIZE of page t // BLOCK_SIZE. For core's operations that is one row of batch_size * num_kv_heads heads, which
 is how tokens are written, or batch_size rows whose pages take turns, which is how they are attended to.
 
-While torch.compile traces a model, each function is one operation that it takes as it is.
+While torch.compile traces a model, each function is one operation that it takes as it is; see `traced`.
 """
 
 from functools import lru_cache

@@ -1,12 +1,74 @@
-"""Small tensors that the layers of a step share: made by the first that asks, found by the others."""
+"""Where the tokens of a call go and what they see, in small tensors that the layers of a step share."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 
-_Make = TypeVar("_Make", bound=Callable[..., torch.Tensor | None])
+from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+
+_Make = TypeVar("_Make", bound=Callable[..., object])
+
+
+class FullPrecisionSizes(NamedTuple):
+    """How many tokens of a row are read as they are.
+
+    Attributes:
+        first: First tokens: attention sinks.
+        recent: Newest tokens: what a token sees of itself and those before it.
+    """
+
+    first: int = 0
+    recent: int = 0
+
+    @property
+    def ring(self) -> int:
+        """Recent tokens that there is room for.
+
+        `MAX_QUERY_LEN` more, so that a call of as many tokens finds what its first one sees, and that as many can be
+        taken back.
+        """
+        return self.recent + MAX_QUERY_LEN if self.recent else 0
+
+
+CODES_ONLY = FullPrecisionSizes()
+
+
+class Written(NamedTuple):
+    """Where the new tokens of a call go.
+
+    Attributes:
+        slots: int64 [num_new], of the pages; negative ones are not stored.
+        indices: int64, which of them may go into full precision; None for all.
+        places: int64, as many as these, or [rows, num_new] where rows begin with padding: where they go there. None if
+            none does.
+    """
+
+    slots: torch.Tensor
+    indices: torch.Tensor | None
+    places: torch.Tensor | None
+
+
+class Seen(NamedTuple):
+    """What the tokens of a call see.
+
+    Attributes:
+        has_codes: Whether any may see codes.
+        lengths: int32 [rows], the positions of a row before which there are codes to see.
+        starts: int32 [rows], the first position of every row that is seen as codes; None for the very first.
+        window: Tokens before `lengths` that a token sees codes of, as if it came last; None for all.
+        bias: float32 [1 or rows, query_len, places]: 0 where a token sees a place of full precision, else minus
+            infinity; None where there is none.
+        overflow: float32 [], added to what is attended to: NaN where tokens did not fit, else 0. None where all do.
+    """
+
+    has_codes: bool
+    lengths: torch.Tensor
+    starts: torch.Tensor | None
+    window: int | None
+    bias: torch.Tensor | None
+    overflow: torch.Tensor | None
 
 
 def _shared(make: _Make) -> _Make:
@@ -15,7 +77,7 @@ def _shared(make: _Make) -> _Make:
     recent = lru_cache(maxsize=64)(make)
 
     @wraps(make)
-    def shared(first: Any, *args: Any) -> torch.Tensor | None:
+    def shared(first: Any, *args: Any) -> object:
         # torch.compile traces into what it makes; it would warn of the cache. A length that is a tensor is another one
         # at the next step.
         is_fresh = torch.compiler.is_compiling() or isinstance(first, torch.Tensor)
@@ -25,15 +87,181 @@ def _shared(make: _Make) -> _Make:
 
 
 @_shared
-def slot_range(start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """The slots start to stop - 1, int64."""
-    return torch.arange(start, stop, device=device)
+def written(
+    start: int | torch.Tensor,
+    num_new: int,
+    room: int | None,
+    sizes: FullPrecisionSizes,
+    row_starts: torch.Tensor | None,
+    device: torch.device,
+) -> Written:
+    """Where new tokens go.
+
+    Args:
+        start: The position of the first, an int or int64 [].
+        num_new: How many they are.
+        room: The most tokens of a row; None for any number.
+        sizes: Tokens in full precision.
+        row_starts: int32 [rows], the first token of every row that is no padding; None where no row is padded.
+        device: Where they are.
+    """
+    if isinstance(start, int):
+        slots = torch.arange(start, start + num_new, device=device)
+    else:
+        slots = torch.arange(num_new, device=device) + start
+    if room is not None:
+        slots = torch.where(slots < room, slots, -1)
+    is_past_first = isinstance(start, int) and start >= sizes.first and row_starts is None
+    if not sizes.ring and (is_past_first or not sizes.first):
+        return Written(slots, None, None)
+    indices = _full_precision_indices(num_new, sizes, device) if row_starts is None else None
+    kept = torch.arange(num_new, device=device) if indices is None else indices
+    places = _places(kept, start, num_new, sizes, row_starts)
+    return Written(slots, None if len(kept) == num_new else indices, places)
+
+
+def _full_precision_indices(num_new: int, sizes: FullPrecisionSizes, device: torch.device) -> torch.Tensor:
+    """Which of new tokens may be kept, int64: as many of the first as may be first ones, and what the ring holds."""
+    first = torch.arange(min(sizes.first, num_new), device=device)
+    last = torch.arange(max(sizes.first, num_new - sizes.ring), max(sizes.first, num_new), device=device)
+    return torch.cat([first, last])
+
+
+def _places(
+    indices: torch.Tensor,
+    start: int | torch.Tensor,
+    num_new: int,
+    sizes: FullPrecisionSizes,
+    row_starts: torch.Tensor | None,
+) -> torch.Tensor:
+    """The places of some of the new tokens: first tokens, then the ring, then a place that nobody reads for others."""
+    position, unread = indices + start, sizes.first + sizes.ring
+    in_ring = sizes.first + position % sizes.ring if sizes.ring else unread
+    place = torch.where(indices >= num_new - sizes.ring, in_ring, unread)
+    nth = position if row_starts is None else position - row_starts[:, None]
+    return torch.where((nth >= 0) & (nth < sizes.first), nth, place)
 
 
 @_shared
-def row_lengths(length: int, num_rows: int, device: torch.device) -> torch.Tensor:
-    """The length of equally long rows, int32 [num_rows]."""
-    return torch.full((num_rows,), length, dtype=torch.int32, device=device)
+def seen(
+    length: int | torch.Tensor,
+    query_len: int,
+    num_dropped: int,
+    room: int | None,
+    sizes: FullPrecisionSizes,
+    window: int | None,
+    starts: torch.Tensor | None,
+    row_starts: torch.Tensor | None,
+    num_rows: int,
+    device: torch.device,
+) -> Seen:
+    """What the last `query_len` of `length` stored tokens see.
+
+    Args:
+        length: An int or int64 [].
+        query_len: How many they are.
+        num_dropped: Tokens of a row that came before the stored ones.
+        room: The most tokens of a row; None for any number.
+        sizes: Tokens in full precision.
+        window: Tokens that a token sees, itself included; None for all.
+        starts: int32 [num_rows], the first token of every row that may be seen, counted from the row's very first; None
+            for that.
+        row_starts: As for `written`.
+        num_rows: Rows.
+        device: Where they are.
+    """
+    if starts is not None and num_dropped:
+        starts = (starts - num_dropped).clamp(min=0)
+    num_coded = length - sizes.recent
+    if isinstance(num_coded, torch.Tensor):
+        lengths = num_coded.clamp(0, room).int().repeat(num_rows)
+    else:
+        lengths = torch.full((num_rows,), max(0, num_coded), dtype=torch.int32, device=device)
+    # The codes that a token sees end before its recent tokens, as if it came as many tokens earlier.
+    has_codes = window is None or window > sizes.recent
+    if isinstance(num_coded, int):
+        has_codes &= num_coded > num_uncoded(sizes, row_starts)
+    return Seen(
+        has_codes,
+        lengths,
+        _code_starts(length, sizes, starts, row_starts, num_rows, device),
+        None if window is None else window - sizes.recent,
+        None if sizes == CODES_ONLY else _bias(length, query_len, sizes, window, starts, row_starts, device),
+        overflow(length, room),
+    )
+
+
+def overflow(length: int | torch.Tensor, room: int | None) -> torch.Tensor | None:
+    """What is added to what is read: NaN where a length on the device is more than the room, else 0."""
+    if room is None or not isinstance(length, torch.Tensor):
+        return None
+    return torch.where(length > room, torch.nan, 0.0)
+
+
+def num_uncoded(sizes: FullPrecisionSizes, row_starts: torch.Tensor | None) -> int:
+    """First tokens of a row of which no codes are read. Where rows are padded, a mask may show the padding."""
+    return sizes.first if row_starts is None else 0
+
+
+def _code_starts(
+    length: int | torch.Tensor,
+    sizes: FullPrecisionSizes,
+    starts: torch.Tensor | None,
+    row_starts: torch.Tensor | None,
+    num_rows: int,
+    device: torch.device,
+) -> torch.Tensor | None:
+    """After the first tokens of a row, and from `starts` on.
+
+    Where padding may be seen all the same, codes begin with it, and what is a first token is among them.
+    """
+    if row_starts is not None:
+        start = torch.zeros_like(row_starts) if starts is None else starts
+        return torch.where(start < row_starts, start, torch.maximum(start, row_starts + sizes.first))
+    if not sizes.first:
+        return starts
+    if starts is None:
+        return torch.full((num_rows,), sizes.first, dtype=torch.int32, device=device)
+    return starts.clamp(min=sizes.first)
+
+
+def _bias(
+    length: int | torch.Tensor,
+    query_len: int,
+    sizes: FullPrecisionSizes,
+    window: int | None,
+    starts: torch.Tensor | None,
+    row_starts: torch.Tensor | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """A token sees the first tokens of its row and the newest `sizes.recent`, up to itself, of what it may see.
+
+    A row that shows what comes before its first token has codes of both: see `_code_starts`.
+    """
+    query = torch.arange(query_len, device=device)[:, None] + (length - query_len)
+    first = 0 if row_starts is None else row_starts[:, None, None]
+    start = 0 if starts is None else starts[:, None, None]
+    firsts = first + torch.arange(sizes.first, device=device)
+    newest = length - 1 - (length - 1 - torch.arange(sizes.ring, device=device)) % max(1, sizes.ring)
+
+    def within(position: torch.Tensor) -> torch.Tensor:
+        seen = (position <= query) & (position >= start)
+        return seen if window is None else seen & (position > query - window)
+
+    def is_recent(position: torch.Tensor) -> torch.Tensor:
+        return position > query - sizes.recent
+
+    is_first, in_ring = within(firsts), within(newest) & is_recent(newest)
+    if row_starts is None:
+        in_ring = in_ring & (newest >= sizes.first)
+    else:
+        shows_padding = start < first
+        is_first = is_first & (is_recent(firsts) | ~shows_padding)
+        in_ring = in_ring & ((newest >= first + sizes.first) | (shows_padding & (newest < first)))
+    shown = torch.cat([is_first, in_ring], dim=-1)
+    bias = torch.where(shown, 0.0, -torch.inf).view(-1, query_len, sizes.first + sizes.ring)
+    # The place that nobody reads.
+    return torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)
 
 
 @_shared
@@ -41,103 +269,3 @@ def block_table(num_blocks: int, num_rows: int, device: torch.device) -> torch.T
     """Block j of row b is page j * num_rows + b, int32 [num_rows, num_blocks]."""
     blocks, rows = (torch.arange(n, dtype=torch.int32, device=device) for n in (num_blocks, num_rows))
     return blocks * num_rows + rows[:, None]
-
-
-@_shared
-def not_a_number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """NaN, [1]."""
-    return torch.full((1,), torch.nan, dtype=dtype, device=device)
-
-
-@_shared
-def kept_indices(num_new: int, sink_tokens: int, ring_size: int, device: torch.device) -> torch.Tensor:
-    """Which of new tokens may be kept, int64: as many of the first as there are sinks, and what the ring holds."""
-    first = torch.arange(min(sink_tokens, num_new), device=device)
-    last = torch.arange(max(sink_tokens, num_new - ring_size), max(sink_tokens, num_new), device=device)
-    return torch.cat([first, last])
-
-
-@_shared
-def kept_slots(
-    start: int | torch.Tensor,
-    num_new: int,
-    sink_tokens: int,
-    ring_size: int,
-    row_starts: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """The slots of new tokens, the first of which is at position `start`, int64.
-
-    Those of `kept_indices`, or of all in every row, [rows, num_new], where rows start at positions of their own. Sinks
-    come first, then the ring, then a slot that nobody reads for what is not kept.
-    """
-    if row_starts is None:
-        indices = kept_indices(num_new, sink_tokens, ring_size, device)
-    else:
-        indices = torch.arange(num_new, device=device)
-    position, unread = indices + start, sink_tokens + ring_size
-    in_ring = sink_tokens + position % ring_size if ring_size else unread
-    slot = torch.where(indices >= num_new - ring_size, in_ring, unread)
-    sink = position if row_starts is None else position - row_starts[:, None]
-    return torch.where((sink >= 0) & (sink < sink_tokens), sink, slot)
-
-
-@_shared
-def kept_bias(
-    length: int | torch.Tensor,
-    query_len: int,
-    sink_tokens: int,
-    recent_tokens: int,
-    ring_size: int,
-    window: int | None,
-    starts: torch.Tensor | None,
-    row_starts: torch.Tensor | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """What the last `query_len` of `length` tokens see of the kept slots, float32 [1 or rows, query_len, slots].
-
-    0 where a token sees one, else minus infinity. A token sees the sinks of its row, the first from `row_starts`, int32
-    [rows], on, and the newest `recent_tokens` tokens, up to itself; only what lies within `window`, and from `starts`,
-    int32 [rows], on. A row that shows what comes before its sinks has codes of them: see `code_starts`.
-    """
-    query = torch.arange(query_len, device=device)[:, None] + (length - query_len)
-    first = 0 if row_starts is None else row_starts[:, None, None]
-    start = 0 if starts is None else starts[:, None, None]
-    sinks = first + torch.arange(sink_tokens, device=device)
-    newest = length - 1 - (length - 1 - torch.arange(ring_size, device=device)) % max(1, ring_size)
-
-    def seen(position: torch.Tensor) -> torch.Tensor:
-        within = (position <= query) & (position >= start)
-        return within if window is None else within & (position > query - window)
-
-    def is_recent(position: torch.Tensor) -> torch.Tensor:
-        return position > query - recent_tokens
-
-    is_sink, in_ring = seen(sinks), seen(newest) & is_recent(newest)
-    if row_starts is None:
-        in_ring = in_ring & (newest >= sink_tokens)
-    else:
-        shows_padding = start < first
-        is_sink = is_sink & (is_recent(sinks) | ~shows_padding)
-        in_ring = in_ring & ((newest >= first + sink_tokens) | (shows_padding & (newest < first)))
-    shown = torch.cat([is_sink, in_ring], dim=-1)
-    bias = torch.where(shown, 0.0, -torch.inf).view(-1, query_len, sink_tokens + ring_size)
-    # The slot that nobody reads.
-    return torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)
-
-
-@_shared
-def code_starts(
-    length: int | torch.Tensor, sink_tokens: int, starts: torch.Tensor | None, row_starts: torch.Tensor
-) -> torch.Tensor:
-    """The first position of every row that is read as codes, int32 [rows]: after its sinks, and from `starts` on.
-
-    Args:
-        length: Tokens of a row.
-        sink_tokens: Sinks of a row.
-        starts: int32 [rows], the first token that may be seen; None for the very first.
-        row_starts: int32 [rows], the first token that is no padding. Where padding may be seen all the same, codes
-            begin with it, and what is a sink is among them.
-    """
-    start = torch.zeros_like(row_starts) if starts is None else starts
-    return torch.where(start < row_starts, start, torch.maximum(start, row_starts + sink_tokens))

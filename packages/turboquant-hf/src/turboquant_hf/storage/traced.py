@@ -1,7 +1,7 @@
-"""The operations of `page_ops`, and what masks are asked, each a single one for torch.compile while it traces a model.
+"""What torch.compile takes as single operations while it traces a model: `page_ops`, and what masks are asked.
 
-Called plainly they are the functions themselves: going through torch's dispatcher costs the host more than a layer's
-whole call.
+Whoever is not traced calls the functions themselves: going through torch's dispatcher costs the host more than a
+layer's whole call.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,18 +27,13 @@ def write(
     pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, codec: LayerCodec
 ) -> None:
     """See `page_ops.write`."""
-    if torch.compiler.is_compiling():
-        torch.ops.turboquant_hf.write(pages, keys, values, slots, *_pack(codec))
-    else:
-        page_ops.write(pages, keys, values, slots, codec)
+    torch.ops.turboquant_hf.write(pages, keys, values, slots, *_pack(codec))
 
 
 def read(pages: torch.Tensor, count: int, codec: LayerCodec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """See `page_ops.read`."""
-    if torch.compiler.is_compiling():
-        keys, values = torch.ops.turboquant_hf.read(pages, count, dtype, *_pack(codec))
-        return keys, values
-    return page_ops.read(pages, count, codec, dtype)
+    keys, values = torch.ops.turboquant_hf.read(pages, count, dtype, *_pack(codec))
+    return keys, values
 
 
 def attend(
@@ -56,23 +51,9 @@ def attend(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `page_ops.attend`."""
-    if torch.compiler.is_compiling():
-        options = (scale, seq_starts, window, softcap, sinks, return_lse)
-        output, lse = torch.ops.turboquant_hf.attend(query, pages, block_table, seq_lens, *options, *_pack(codec))
-        return output, lse
-    return page_ops.attend(
-        query,
-        pages,
-        block_table,
-        seq_lens,
-        codec,
-        scale=scale,
-        seq_starts=seq_starts,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        return_lse=return_lse,
-    )
+    options = (scale, seq_starts, window, softcap, sinks, return_lse)
+    output, lse = torch.ops.turboquant_hf.attend(query, pages, block_table, seq_lens, *options, *_pack(codec))
+    return output, lse
 
 
 def first_seen(mask: torch.Tensor) -> torch.Tensor:

@@ -170,7 +170,7 @@ def test_an_error_is_that_of_the_layers_own_attention(tiny_model, text_ids):
         query, key = apply_rotary_pos_emb(query, key, *rotary(hidden, torch.arange(80)[None]))
         cache = TurboQuantCache(tiny_model.config, key_bits=2, value_bits=4, recent_tokens=0)
         cache.update(key, value, 0)
-        stored = cache.layers[0].states.dequantize(key.dtype)
+        stored = cache.layers[0].store.dequantize(key.dtype)
         exact, actual = (
             torch.nn.functional.scaled_dot_product_attention(query, *states, is_causal=True, enable_gqa=True)
             for states in ((key, value), stored)

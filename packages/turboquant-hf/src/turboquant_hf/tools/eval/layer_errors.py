@@ -17,7 +17,7 @@ from turboquant_hf._compat import (
 from turboquant_hf.attending import attending
 from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.layers.build import DEFAULT_SINK_TOKENS
-from turboquant_hf.storage.store import PagedStates
+from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.tools.caches import compressed_layers
 from turboquant_hf.tools.eval.results import LayerError
 
@@ -87,9 +87,9 @@ class _Probe:
         if index in self._layers:
             for name, (key_bits, value_bits) in self._bits.items():
                 config = TurboQuantConfig(key.shape[-1], key_bits, value_bits)
-                states = PagedStates(config, key.shape[0], key.shape[1], key.device)
-                states.append(key, value)
-                keys, values = states.dequantize(key.dtype)
+                store = growing_store(config, key.shape[0], key.shape[1], key.dtype, key.device)
+                store.append(key, value)
+                keys, values = store.dequantize(key.dtype)
                 keys, values = _with_sinks(keys, key), _with_sinks(values, value)
                 self.errors[name].append(
                     LayerError(

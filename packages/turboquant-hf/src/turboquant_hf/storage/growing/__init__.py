@@ -1,0 +1,1 @@
+"""The parts of a store that has room for any number of tokens."""
