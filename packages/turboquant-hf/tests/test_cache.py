@@ -1,5 +1,4 @@
 import gc
-import inspect
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from transformers import (
 from turboquant_core import PRESETS, TurboQuantConfig
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf import TurboQuantCache
-from turboquant_hf.layers.build import OPTIONS
 from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 
@@ -166,12 +164,28 @@ def test_unknown_options_are_refused_at_once(tiny_config, arguments, message):
         TurboQuantCache(tiny_config(), **arguments)
 
 
-@pytest.mark.parametrize("name", ["nosuch", "head_dim"])
+@pytest.mark.parametrize("name", ["nosuch", "head_dim", "unknown"])
 def test_an_option_that_there_is_not_is_refused_with_those_there_are(tiny_config, name):
     given = {name: 64}
     with pytest.raises(TypeError, match=f"TurboQuantCache has no option '{name}'; it has preset, .*center_keys"):
         TurboQuantCache(tiny_config(), **given)
-    assert list(inspect.signature(TurboQuantCache).parameters) == ["config", *OPTIONS, "overrides"]
+
+
+def test_what_other_caches_call_residual_length_is_named(tiny_config):
+    with pytest.raises(
+        TypeError, match="no option 'residual_length'; what other caches call residual_length is recent"
+    ):
+        TurboQuantCache(tiny_config(), residual_length=128)
+
+
+def test_max_cache_len_is_max_length(tiny_config):
+    cache = TurboQuantCache(tiny_config(), max_cache_len=70)
+    assert cache.get_max_length() == 70
+    assert cache.is_compileable
+    with pytest.raises(ValueError, match="max_length is 70 and max_cache_len 80, two names of one option; give one"):
+        TurboQuantCache(tiny_config(), max_length=70, max_cache_len=80)
+    with pytest.raises(ValueError, match="max_length is 0; it must be an int of at least 1"):
+        TurboQuantCache(tiny_config(), max_cache_len=0)
 
 
 @pytest.mark.parametrize(

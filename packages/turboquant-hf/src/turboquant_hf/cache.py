@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,7 @@ from typing import Any, Self
 import torch
 
 from turboquant_core.quantized import storage_nbytes
+from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import EMPTY_LAYERS, CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention.handover import reads_codes
 from turboquant_hf.guarded import GuardedCache
@@ -38,19 +40,25 @@ class TurboQuantCache(GuardedCache):
         offloading: Keep layers on the CPU while they are not used, as in `DynamicCache`.
         max_length: The most tokens of a sequence. With it storage is made once and stays where it is, for
             `torch.compile` and CUDA graphs, which `generate` then uses by itself on a GPU.
+        max_cache_len: Another name of max_length, as transformers' `StaticCache` calls it.
         skip_layers: Layers that keep full precision, by index; negative ones count from the last.
         layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's; or the path of a file
             that `turboquant tune` wrote, which has them for every layer.
         sink_tokens: First tokens of every sequence that full-attention layers keep as they are.
-        recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it.
-        **overrides: Fields of `TurboQuantConfig` that win over the preset's: `key_bits`, `value_bits`, `key_scale`,
-            `value_scale`, `center_keys`. Bits in `layer_bits` win over both.
+        recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it. Other
+            quantised caches call it residual_length.
+        key_bits: Bits of keys, instead of the preset's, as for `TurboQuantConfig`. Bits in `layer_bits` win over both.
+        value_bits: The same for values.
+        key_scale: How scales of keys are made, instead of the preset's, as for `TurboQuantConfig`.
+        value_scale: The same for values.
+        center_keys: Whether keys are stored less their mean, instead of the preset's.
+        **unknown: Refused.
 
     Raises:
         TypeError: If config is no model configuration, or there is no such option.
         ValueError: If preset, bits or a layer do not exist, bits are for a layer that is not compressed, a number of
             tokens is none, the model has no layer that this cache can hold or that can keep tokens as they are, a file
-            of bits is damaged or of another model, or max_length comes with offloading.
+            of bits is damaged or of another model, or max_length comes with offloading or under both of its names.
         FileNotFoundError: If there is no file of bits.
     """
 
@@ -61,12 +69,24 @@ class TurboQuantCache(GuardedCache):
         *,
         offloading: bool = False,
         max_length: int | None = None,
+        max_cache_len: int | None = None,
         skip_layers: Iterable[int] = (),
         layer_bits: Mapping[int, tuple[float, float]] | str | PathLike[str] | None = None,
         sink_tokens: int | None = None,
         recent_tokens: int | None = None,
-        **overrides: Any,
+        key_bits: float | None = None,
+        value_bits: float | None = None,
+        key_scale: ScaleRule | None = None,
+        value_scale: ScaleRule | None = None,
+        center_keys: bool | None = None,
+        **unknown: Any,
     ) -> None:
+        _refuse(unknown)
+        if max_length is not None and max_cache_len is not None:
+            raise ValueError(
+                f"max_length is {max_length} and max_cache_len {max_cache_len}, two names of one option; give one"
+            )
+        max_length = max_cache_len if max_length is None else max_length
         if max_length is not None and offloading:
             raise ValueError("offloading does not go with max_length: a static cache stays where it is")
         layers = build_layers(
@@ -77,7 +97,13 @@ class TurboQuantCache(GuardedCache):
             layer_bits={} if layer_bits is None else layer_bits,
             sink_tokens=sink_tokens,
             recent_tokens=recent_tokens,
-            overrides=overrides,
+            codes={
+                "key_bits": key_bits,
+                "value_bits": value_bits,
+                "key_scale": key_scale,
+                "value_scale": value_scale,
+                "center_keys": center_keys,
+            },
         )
         super().__init__(layers=layers, offloading=offloading)
         self._text_config = config.get_text_config(decoder=True)
@@ -169,3 +195,11 @@ class TurboQuantCache(GuardedCache):
     def memory_report(self) -> MemoryReport:
         """What each layer keeps, measured from storage."""
         return memory_report(self.layers)
+
+
+def _refuse(unknown: Mapping[str, object]) -> None:
+    """Raise TypeError for arguments that a cache does not take, naming those that it does."""
+    taken = [name for name in signature(TurboQuantCache).parameters if name not in ("config", "unknown")]
+    for name in unknown:
+        hint = "; what other caches call residual_length is recent_tokens" if name == "residual_length" else ""
+        raise TypeError(f"TurboQuantCache has no option {name!r}{hint}; it has {', '.join(taken)}")

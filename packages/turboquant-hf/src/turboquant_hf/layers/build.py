@@ -1,7 +1,6 @@
 """Which layers a cache for a model has, and how each stores its tokens."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from os import PathLike
 from typing import Any
 
@@ -39,11 +38,6 @@ COMPRESSED_KINDS = (
 )
 """Layers of transformers in whose place a compressed one comes."""
 
-OPTIONS = ("preset", "offloading", "max_length", "skip_layers", "layer_bits", "sink_tokens", "recent_tokens")
-"""Arguments of `TurboQuantCache` beside the configuration."""
-OVERRIDES = tuple(field.name for field in fields(TurboQuantConfig) if field.name != "head_dim")
-"""Fields of `TurboQuantConfig` that a cache takes."""
-
 
 def build_layers(
     config: PreTrainedConfig,
@@ -54,20 +48,17 @@ def build_layers(
     layer_bits: Mapping[int, tuple[float, float]] | str | PathLike[str],
     sink_tokens: int | None,
     recent_tokens: int | None,
-    overrides: dict[str, Any],
+    codes: Mapping[str, Any],
 ) -> list[object]:
     """A compressed layer for every attention layer, and transformers' own for the rest; see `TurboQuantCache`.
 
     Raises:
-        TypeError: If `config` is no model configuration, or an override is of no field.
+        TypeError: If `config` is no model configuration.
         ValueError: If options or model do not fit, or a file of bits is damaged or of another model.
         FileNotFoundError: If there is no file of bits.
     """
     if max_length is not None:
         max_length = check_int("max_length", max_length, 1, remedy="It is the most tokens of a sequence.")
-    for name in overrides:
-        if name not in OVERRIDES:
-            raise TypeError(f"TurboQuantCache has no option {name!r}; it has {', '.join((*OPTIONS, *OVERRIDES))}")
     if not isinstance(skip_layers, Iterable):
         raise ValueError(f"skip_layers is {skip_layers!r}; write the indices of layers, such as [0, -1]")
     if not isinstance(layer_bits, Mapping | str | PathLike):
@@ -88,10 +79,10 @@ def build_layers(
     kept = kept_tokens(**given)
     built: list[object] = []
     for index, layer in enumerate(layers):
-        options = overrides
+        options = {name: value for name, value in codes.items() if value is not None}
         if index in bits:
             key_bits, value_bits = bits[index]
-            options = {**overrides, "key_bits": key_bits, "value_bits": value_bits}
+            options |= {"key_bits": key_bits, "value_bits": value_bits}
         # A preset or bits that do not exist are found here, not at the first token.
         TurboQuantConfig.preset(preset, attention[index].head_dim, **options)
         built.append(
@@ -145,7 +136,7 @@ def kept_tokens(sink_tokens: int | None, recent_tokens: int | None) -> dict[str,
     return kept
 
 
-def compressed_layer(layer: Any, preset: str, kept: Mapping[str, int], options: Mapping[str, Any]) -> Any:
+def compressed_layer(layer: Any, preset: str, kept: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     """The compressed layer that takes the place of a layer of transformers, or that layer.
 
     Args:

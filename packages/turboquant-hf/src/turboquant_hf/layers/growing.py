@@ -7,6 +7,7 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention.gradients import without_gradient
 from turboquant_hf.attention.handover import Prompt, Stored, hand_over, reads_codes
@@ -37,7 +38,11 @@ class TurboQuantLayer(CacheLayerMixin):
         head_dim: Refuse keys of another dimension; None takes that of the first.
         sink_tokens: First tokens of every sequence that are kept as they are.
         recent_tokens: Newest tokens that are kept as they are.
-        **overrides: Fields of `TurboQuantConfig` that replace the preset's.
+        key_bits: As for `TurboQuantConfig`, instead of the preset's.
+        value_bits: The same.
+        key_scale: The same.
+        value_scale: The same.
+        center_keys: The same.
     """
 
     config: TurboQuantConfig
@@ -54,14 +59,25 @@ class TurboQuantLayer(CacheLayerMixin):
         head_dim: int | None = None,
         sink_tokens: int = 0,
         recent_tokens: int = 0,
-        **overrides: Any,
+        key_bits: float | None = None,
+        value_bits: float | None = None,
+        key_scale: ScaleRule | None = None,
+        value_scale: ScaleRule | None = None,
+        center_keys: bool | None = None,
     ) -> None:
         super().__init__()
         self.sink_tokens = sink_tokens
         self.recent_tokens = recent_tokens
         self._head_dim = head_dim
         self._preset = preset
-        self._overrides = overrides
+        codes = {
+            "key_bits": key_bits,
+            "value_bits": value_bits,
+            "key_scale": key_scale,
+            "value_scale": value_scale,
+            "center_keys": center_keys,
+        }
+        self._codes: dict[str, Any] = {name: value for name, value in codes.items() if value is not None}
         self._text_config = text_config
         self._has_gradient = False
 
@@ -69,8 +85,10 @@ class TurboQuantLayer(CacheLayerMixin):
     def restore(cls, store: Store, dtype: torch.dtype, text_config: PreTrainedConfig | None) -> Self:
         """A layer with this store of keys and values in `dtype`."""
         config, sizes = store.config, store.length.sizes
-        overrides = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "head_dim"}
-        layer = cls(text_config=text_config, sink_tokens=sizes.first, recent_tokens=sizes.recent, **overrides)
+        codes: dict[str, Any] = {
+            field.name: getattr(config, field.name) for field in fields(config) if field.name != "head_dim"
+        }
+        layer = cls(text_config=text_config, sink_tokens=sizes.first, recent_tokens=sizes.recent, **codes)
         layer.config, layer.store = config, store
         layer.dtype, layer.device = dtype, store.pages.device
         layer.is_initialized = True
@@ -119,7 +137,7 @@ class TurboQuantLayer(CacheLayerMixin):
                 f"keys have {key_states.shape[-1]} channels and the cache was made for head_dim {self._head_dim}; pass "
                 "the model's head_dim"
             )
-        self.config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._overrides)
+        self.config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._codes)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.store = self._new_store(*key_states.shape[:2])
         self.is_initialized = True

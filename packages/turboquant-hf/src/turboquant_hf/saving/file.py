@@ -197,7 +197,8 @@ def _restore(
 ) -> TurboQuantLayer:
     config, num_tokens, full_precision = layer.config, layer.num_tokens, None
     fields = {field: tensors[name] for field, name in slot_tensors(config).items()}
-    pages = GrowingPages.restored(config, layer.batch_size, fields)
+    codec = LayerCodec.of_named(config, tensors) if layer.has_codes(row_starts is not None) else None
+    pages = GrowingPages.restored(config, layer.batch_size, fields, codec)
     sizes, num_kept = CODES_ONLY, 0
     if layer.kept is not None:
         sizes, num_kept = FullPrecisionSizes(layer.kept.sink_tokens, layer.kept.recent_tokens), layer.kept.num_kept
@@ -207,6 +208,4 @@ def _restore(
     if layer.kept is not None:
         keys, values = (tensors[name] for name in KEPT_TENSORS)
         full_precision = FullPrecision.restored(sizes, keys, values, length.num_first, length.held_from)
-    if layer.has_codes(row_starts is not None):
-        pages.codec = LayerCodec.of_named(config, tensors)
     return TurboQuantLayer.restore(Store(pages, length, full_precision), DTYPES[layer.dtype], text_config)

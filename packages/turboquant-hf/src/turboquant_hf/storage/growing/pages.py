@@ -6,6 +6,7 @@ from typing import Self
 import torch
 
 from turboquant_core import TurboQuantConfig
+from turboquant_hf.storage.codec import LayerCodec
 from turboquant_hf.storage.length import Length
 from turboquant_hf.storage.page_ops import BLOCK_SIZE, num_blocks, page_layout
 from turboquant_hf.storage.pages import Pages, tokens_first
@@ -25,8 +26,10 @@ class GrowingPages(Pages):
         return cls(config, batch_size, num_kv_heads, tensor)
 
     @classmethod
-    def restored(cls, config: TurboQuantConfig, batch_size: int, fields: dict[str, torch.Tensor]) -> Self:
-        """Pages of the tokens that `fields` gave, without a codec; zeros where there is none."""
+    def restored(
+        cls, config: TurboQuantConfig, batch_size: int, fields: dict[str, torch.Tensor], codec: LayerCodec | None
+    ) -> Self:
+        """Pages of the tokens that `fields` gave, with zeros where there is none."""
         num_heads, num_tokens, _ = fields["key_codes"].shape
         layout, blocks = page_layout(config, num_heads), num_blocks(num_tokens)
         tensor = layout.allocate(blocks, fields["key_codes"].device)
@@ -34,7 +37,9 @@ class GrowingPages(Pages):
         for name, field in fields.items():
             whole = torch.nn.functional.pad(field, (0, 0, 0, blocks * BLOCK_SIZE - num_tokens))
             getattr(views, name).copy_(whole.view(num_heads, blocks, BLOCK_SIZE, -1).transpose(0, 1))
-        return cls(config, batch_size, num_heads // batch_size, tensor)
+        pages = cls(config, batch_size, num_heads // batch_size, tensor)
+        pages.codec = codec
+        return pages
 
     def fields(self, num_tokens: int) -> dict[str, torch.Tensor]:
         """What is stored of the first tokens, by the fields of core's `PageViews`: [heads, num_tokens, n]."""
