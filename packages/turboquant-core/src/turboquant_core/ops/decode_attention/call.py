@@ -1,7 +1,6 @@
 """What the kernels that attend are launched with."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,11 +54,6 @@ class AttendCall:
     softcap: float
     launch: DecodeLaunch
 
-    @cached_property
-    def views(self) -> PageViews:
-        """The fields of the pages."""
-        return self.layout.views(self.pages)
-
     @property
     def row_capacity(self) -> int:
         """The most stored tokens of a row."""
@@ -77,6 +71,11 @@ class AttendCall:
         key_codes, value_codes, key_scales, value_scales = (
             views.key_codes, views.value_codes, views.key_scales, views.value_scales,
         )  # fmt: skip
+        # One question a tensor: every call of every layer asks.
+        key_page, key_head, key_slot, _ = key_codes.stride()
+        value_page, value_head, value_slot, _ = value_codes.stride()
+        key_scale_page, key_scale_head, key_scale_slot, _ = key_scales.stride()
+        value_scale_page, value_scale_head, value_scale_slot, _ = value_scales.stride()
         return {
             "operand": self.operand,
             "factor": self.factor,
@@ -95,14 +94,14 @@ class AttendCall:
             "batch": batch,
             "num_kv_heads": self.layout.num_kv_heads,
             "block_table_stride": 0 if self.block_table is None else self.block_table.stride(0),
-            "key_page_stride": key_codes.stride(0),
-            "key_head_stride": key_codes.stride(1),
-            "value_page_stride": value_codes.stride(0),
-            "value_head_stride": value_codes.stride(1),
-            "key_scale_page_stride": key_scales.stride(0),
-            "key_scale_head_stride": key_scales.stride(1),
-            "value_scale_page_stride": value_scales.stride(0),
-            "value_scale_head_stride": value_scales.stride(1),
+            "key_page_stride": key_page,
+            "key_head_stride": key_head,
+            "value_page_stride": value_page,
+            "value_head_stride": value_head,
+            "key_scale_page_stride": key_scale_page,
+            "key_scale_head_stride": key_scale_head,
+            "value_scale_page_stride": value_scale_page,
+            "value_scale_head_stride": value_scale_head,
             "query_len": self.query_len,
             "num_tokens": self.num_tokens,
             "row_capacity": self.row_capacity,
@@ -111,10 +110,10 @@ class AttendCall:
             "head_dim": config.head_dim,
             "key_bits": int(config.key_bits),
             "value_bits": int(config.value_bits),
-            "key_code_stride": key_codes.stride(2),
-            "value_code_stride": value_codes.stride(2),
-            "key_scale_stride": key_scales.stride(2),
-            "value_scale_stride": value_scales.stride(2),
+            "key_code_stride": key_slot,
+            "value_code_stride": value_slot,
+            "key_scale_stride": key_scale_slot,
+            "value_scale_stride": value_scale_slot,
             "group": self.group,
             "num_columns": launch.padded_columns,
             "columns": launch.columns,

@@ -19,7 +19,7 @@ def launch(call: AttendCall) -> None:
     head_dim, key_bits, value_bits = config.head_dim, int(config.key_bits), int(config.value_bits)
     key, value = lookup(head_dim, key_bits), lookup(head_dim, value_bits)
     fragment_kernel[call.grid](
-        **call.arguments(_in_words(call.views)),
+        **call.arguments(_in_words(call.layout.views(call.pages))),
         table=_table(head_dim, key_bits, value_bits, call.operand.device),
         subtiles=sizes.tile // SUBTILE,
         stages=sizes.stages,

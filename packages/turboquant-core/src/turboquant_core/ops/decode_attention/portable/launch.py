@@ -23,7 +23,7 @@ def launch(call: AttendCall, *, key_product: str, assembly: bool) -> None:
     key_bits, value_bits = int(config.key_bits), int(config.value_bits)
     key_permute, value_permute = (assembly and bits <= MAX_PERMUTED_BITS for bits in (key_bits, value_bits))
     portable_kernel[call.grid](
-        **call.arguments(call.views),
+        **call.arguments(call.layout.views(call.pages)),
         key_entries=(entry_words if key_permute else entries)(config.head_dim, key_bits, key_product, device),
         value_entries=(entry_words if value_permute else entries)(config.head_dim, value_bits, "float16", device),
         key_unit=entry_unit(config.head_dim, key_bits, key_product),
