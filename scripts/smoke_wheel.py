@@ -80,7 +80,7 @@ def require_extra(*arguments: str) -> None:
     """Stop unless `turboquant` says which extra it needs, in one line."""
     ended = command(*arguments)
     said = ended.stderr.splitlines()
-    is_named = len(said) == 1 and "Install turboquant-hf[tools], which brings it." in said[0]
+    is_named = len(said) == 1 and "./packages/turboquant-hf[tools]" in said[0]
     require(is_named and ended.returncode == 2, f"without the extra turboquant ends with {ended}")
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, distribution
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
 from pathlib import Path
 from textwrap import dedent
 
@@ -112,12 +112,20 @@ def imported():
     return {name.partition(".")[2] for name in sys.modules if name.startswith("some_commands.")}
 
 
-def test_version(run):
-    assert run("--version") == (0, f"turboquant-core {__version__}\n", "")
+def test_version_is_that_of_every_installed_package(run, monkeypatch):
+    installed = {"turboquant-core": __version__, "turboquant-vllm": "2.0"}
+
+    def version(package):
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(commands, "version", version)
+    assert run("--version") == (0, f"turboquant-core {__version__}\nturboquant-vllm 2.0\n", "")
 
 
 def test_version_needs_no_command_and_runs_none(run):
-    assert run("--version", "greet", "you")[1] == f"turboquant-core {__version__}\n"
+    assert run("--version", "greet", "you")[1].startswith(f"turboquant-core {__version__}\n")
     assert imported() == set()
 
 
@@ -143,7 +151,7 @@ def test_a_command_whose_package_is_gone_has_a_line_without_help(monkeypatch, ca
         with pytest.raises(SystemExit) as exit_:
             commands.app(arguments)
         assert (exit_.value.code or 0) == status
-    assert "gone is not available: no_such_package.module:function" in capsys.readouterr().err
+    assert "gone is not available: No module named 'no_such_package.module'" in capsys.readouterr().err
 
 
 def test_help_without_any_command_installed(run):
@@ -190,7 +198,7 @@ def test_a_command_that_cannot_be_imported_is_named_and_does_not_stop_the_others
     assert run("greet", "you")[:2] == (0, "hello you\n")
     status, _, errors = run("lacking")
     assert status == 2
-    assert "lacking is not available: some_commands.lacking:lacking: No module named 'no_such_package'" in errors
+    assert "lacking is not available: No module named 'no_such_package'" in errors
 
 
 def test_an_error_is_one_line_in_words_and_in_json(run):
@@ -325,11 +333,14 @@ def test_an_output_that_is_full(start, arguments):
 
 
 @pytest.fixture
-def start(package):
-    """Starts the command in a process of its own with the made package."""
+def start(package, request):
+    """Starts the command in a process of its own with the made package, by default one that requires nothing."""
     info = package / "some_commands-1.dist-info"
     info.mkdir(exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-commands\nVersion: 1\nProvides-Extra: tools\n")
+    requires = "".join(f"Requires-Dist: {requirement}\n" for requirement in getattr(request, "param", ()))
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: some-commands\nVersion: 1\nProvides-Extra: tools\n{requires}"
+    )
     lines = [f"{name} = some_commands.{name}:{name}" for name in SOURCES]
     (info / "entry_points.txt").write_text("\n".join(["[turboquant.commands]", *lines]))
 
@@ -348,8 +359,39 @@ def test_the_extra_that_brings_what_a_command_lacks_is_named(start, name):
     process = start([name])
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    said = "No module named 'no_such_package'. Install some-commands[tools], which brings it."
-    assert errors == f"error: {name} is not available: some_commands.{name}:{name}: {said}\n"
+    said = "No module named 'no_such_package'. In the clone run"
+    install = 'uv pip install ./packages/turboquant-core "./packages/some-commands[tools]"'
+    assert errors == f"error: {name} is not available: {said} `{install}`.\n"
+
+
+LACKING = [
+    "no-such-package>=1; extra == 'tools'",
+    "typer[all]>=0.1 ; extra == 'tools'",
+    'no-other; python_version > "3" and extra == "tools"',
+    "no-third; extra == 'others'",
+]
+
+
+@pytest.mark.parametrize("start", [LACKING], indirect=True)
+@pytest.mark.parametrize("arguments", [["--help"], ["greet"], ["greet", "you"], ["greet", "you", "--times", "x"]])
+def test_a_missing_extra_is_said_in_the_help_and_before_arguments(start, arguments):
+    process = start(arguments)
+    output, errors = process.communicate(timeout=60)
+    said = "The commands of some-commands need more than is installed: no-such-package, no-other. In the clone run"
+    if arguments == ["--help"]:
+        assert process.returncode == 0
+        assert said in output.splitlines()[-1]
+    else:
+        assert process.returncode == 2
+        assert errors.startswith(f"error: {said} `uv pip install ")
+        assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("start", [LACKING], indirect=True)
+def test_the_help_of_a_command_needs_no_extra(start):
+    process = start(["greet", "--help"])
+    assert "How often." in process.communicate(timeout=60)[0]
+    assert process.returncode == 0
 
 
 def test_wrong_arguments_are_said_before_a_command_imports_what_it_needs(run):
@@ -363,8 +405,8 @@ def test_without_the_extra_the_command_says_how_to_install_it(start, tmp_path):
     process = start(["refuse"], [str(tmp_path)])
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    said = "turboquant needs typer, which is not installed. Install turboquant-hf[tools], which brings it."
-    assert errors == f"error: {said}\n"
+    install = 'uv pip install ./packages/turboquant-core "./packages/turboquant-hf[tools]"'
+    assert errors == f"error: turboquant needs typer, which is not installed. In the clone run `{install}`.\n"
 
 
 @pytest.mark.parametrize("moment", ["typer", "import", "command"])

@@ -12,9 +12,8 @@ def main() -> None:
         # Even this import takes long enough to be interrupted.
         from turboquant_core.commands import app
     except ModuleNotFoundError as error:
-        from turboquant_core.command_output import FAILED
+        from turboquant_core.command_output import FAILED, how_to_install
 
-        said = f"turboquant needs {error.name}, which is not installed. Install turboquant-hf[tools], which brings it."
-        sys.stderr.write(f"error: {said}\n")
+        sys.stderr.write(f"error: turboquant needs {error.name}, which is not installed. {how_to_install()}\n")
         sys.exit(FAILED)
     app()

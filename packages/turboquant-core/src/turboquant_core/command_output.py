@@ -26,6 +26,8 @@ STDOUT = "-"
 # Formats are named at the beginning of a file.
 _HEAD_BYTES = 1 << 16
 
+_EXTRA_OF = 'In the clone run `uv pip install ./packages/turboquant-core "./packages/{}[tools]"`.'
+
 _json_stream: ContextVar[TextIO | None] = ContextVar("json_stream", default=None)
 
 
@@ -47,6 +49,11 @@ class CommandError(Exception):
     def interrupted(cls, remedy: str = "") -> "CommandError":
         """What Ctrl-C makes of a command, and how it goes on."""
         return cls(f"interrupted{remedy and '; '}{remedy}", INTERRUPTED, label="")
+
+
+def how_to_install(package: str = "turboquant-hf") -> str:
+    """The command that installs a package with the extra that its subcommands need."""
+    return _EXTRA_OF.format(package)
 
 
 def json_target(arguments: Sequence[str]) -> str | None:

@@ -3,12 +3,13 @@
 import ast
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from importlib.machinery import ModuleSpec, PathFinder
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points, version
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
@@ -16,13 +17,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from turboquant_core import __version__, interrupts
+from turboquant_core import interrupts
 from turboquant_core.command_output import (
     FAILED,
     REFUSED,
     STDOUT,
     CommandError,
     check_outputs,
+    how_to_install,
     json_alone,
     json_output,
     json_target,
@@ -32,6 +34,7 @@ from turboquant_core.command_output import (
 COMMANDS_GROUP = "turboquant.commands"
 EXTRA = "tools"
 """The extra of a package that brings what its subcommands need."""
+PACKAGES = ("turboquant-core", "turboquant-hf", "turboquant-vllm")
 TRACEBACK_VARIABLE = "TURBOQUANT_TRACEBACK"
 
 # Of click, which typer brings with it or, in older versions, installs.
@@ -56,19 +59,33 @@ class InstalledCommand(TyperCommand):
         return super().get_short_help_str(limit)
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The context of the command itself, in which Ctrl-C raises KeyboardInterrupt."""
+        """The context of the command itself, in which Ctrl-C raises KeyboardInterrupt.
+
+        Raises:
+            CommandError: If what it needs is not installed, whatever the arguments; help is shown all the same.
+        """
+        if (missing := self.missing()) and not {"--help"}.intersection(args):
+            raise CommandError(missing)
         context = self._load().make_context(info_name, args, parent, **extra)
         context.with_resource(interrupts.raised())
         return context
 
     def unavailable(self, error: Exception) -> CommandError:
-        """What is said when something cannot be imported, and which extra of the package brings it."""
-        said = f"{self.name} is not available: {self._entry_point.value}: {error}"
+        """What is said when something cannot be imported, and what installs it."""
+        said = f"{self.name} is not available: {error}"
         package = self._entry_point.dist
         extras = package.metadata.get_all("Provides-Extra", []) if package else []
         if package and EXTRA in extras and isinstance(error, ModuleNotFoundError):
-            said += f". Install {package.name}[{EXTRA}], which brings it."
+            said += f". {how_to_install(package.name)}"
         return CommandError(said)
+
+    def missing(self) -> str:
+        """What the extra of the package names and is not installed, and what installs it; empty where nothing is."""
+        package = self._entry_point.dist
+        if package is None or not (names := _missing(package.requires or [])):
+            return ""
+        said = f"The commands of {package.name} need more than is installed: {', '.join(names)}."
+        return f"{said} {how_to_install(package.name)}"
 
     def _load(self) -> Any:
         try:
@@ -86,6 +103,13 @@ class Commands(TyperGroup):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.commands = {found.name: InstalledCommand(found) for found in entry_points(group=COMMANDS_GROUP)}
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Below the subcommands, what they need and is not installed."""
+        installed: Any = self.commands.values()
+        for missing in dict.fromkeys(command.missing() for command in installed):
+            if missing:
+                formatter.write(f"\n{missing}\n")
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The subcommand of that name."""
@@ -142,6 +166,19 @@ class Commands(TyperGroup):
                 write_json(name, {"error": str(ended)}, target)
         _discard_unwritten()
         return ended.status
+
+
+def _missing(requirements: Sequence[str]) -> list[str]:
+    """The names, among the requirements of a package, of those of its extra that are not installed in any version."""
+    missing = []
+    for requirement in requirements:
+        name = re.match(r"[\w.-]+", requirement)
+        if name and re.search(rf"extra\s*==\s*['\"]{EXTRA}['\"]", requirement):
+            try:
+                distribution(name[0])
+            except PackageNotFoundError:
+                missing.append(name[0])
+    return missing
 
 
 def _check_encodable(arguments: Sequence[str]) -> None:
@@ -243,7 +280,9 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"turboquant-core {__version__}")
+        for package in PACKAGES:
+            with suppress(PackageNotFoundError):
+                typer.echo(f"{package} {version(package)}")
         raise typer.Exit
 
 
@@ -251,7 +290,9 @@ def _print_version(value: bool) -> None:
 def turboquant(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the versions of the installed packages."
+        ),
     ] = False,
 ) -> None:
     """KV-cache compression for LLM inference. Subcommands come with turboquant-hf."""
