@@ -97,9 +97,57 @@ def test_a_name_as_long_as_names_can_be(tmp_path):
     assert names(tmp_path) == ["x" * 255]
 
 
-def test_what_is_no_file_is_written_to():
-    write_atomically(os.devnull, "new")
-    assert not Path(os.devnull).is_file()
+@pytest.fixture
+def pipe(tmp_path):
+    """A pipe with a name, and what was written to it."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    # Open for both, so that nobody waits for the other end.
+    end = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    yield path, lambda: os.read(end, 1 << 16)
+    os.close(end)
+
+
+def test_a_pipe_is_written_to_and_stays_one(pipe):
+    path, read = pipe
+    write_atomically(path, "new")
+    assert read() == b"new"
+    assert stat.S_ISFIFO(path.lstat().st_mode)
+    assert names(path.parent) == ["pipe"]
+
+
+def test_a_writer_that_puts_another_file_in_its_place_replaces_no_pipe(pipe):
+    path, read = pipe
+    other = path.with_name("other")
+    link = path.with_name("link")
+    link.symlink_to(path)
+    for name in (path, link):
+        with replacing(name) as unfinished:
+            other.write_text("new")
+            other.replace(unfinished)
+        assert read() == b"new"
+    assert stat.S_ISFIFO(path.lstat().st_mode)
+    assert link.is_symlink()
+    assert names(path.parent) == ["link", "pipe"]
+
+
+def test_a_pipe_is_sent_nothing_that_is_not_complete(pipe):
+    path, read = pipe
+    with pytest.raises(ValueError, match="stop"), replacing(path) as unfinished:  # noqa: PT012
+        unfinished.write_text("ne")
+        raise ValueError("stop")
+    with pytest.raises(BlockingIOError):
+        read()
+
+
+def test_an_open_file_without_a_name_is_written_to():
+    reader, writer = os.pipe()
+    try:
+        write_atomically(f"/dev/fd/{writer}", "new")
+        assert os.read(reader, 10) == b"new"
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")

@@ -1,5 +1,7 @@
 import copy
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from zlib import crc32
 
@@ -320,6 +322,33 @@ def test_no_file_but_a_saved_cache_is_replaced_unasked(tiny_model, prompt, saved
         assert foreign.read_bytes() == content
     cache.save(foreign, overwrite=True)
     assert TurboQuantCache.load(foreign, tiny_model.config).get_seq_length() == 40
+
+
+def test_a_pipe_is_refused_and_written_to_if_asked(tiny_model, prompt, saved, tmp_path):
+    cache = prefilled(tiny_model, prompt)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Open for both, so that nobody waits for the other end.
+    end = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        with pytest.raises(FileExistsError, match=r"pipe is no saved cache.* overwrite=True"):
+            cache.save(pipe)
+        with pytest.raises(BlockingIOError):
+            os.read(end, 1)
+        with ThreadPoolExecutor(1) as threads:
+            saving = threads.submit(cache.save, pipe, overwrite=True)
+            content = b""
+            while not saving.done():
+                with suppress(BlockingIOError):
+                    content += os.read(end, 1 << 16)
+        saving.result()
+        with suppress(BlockingIOError):
+            content += os.read(end, 1 << 16)
+    finally:
+        os.close(end)
+    cache.save(saved)
+    assert content == saved.read_bytes()
+    assert pipe.is_fifo()
 
 
 def test_a_truncated_file_is_refused(tiny_model, saved):

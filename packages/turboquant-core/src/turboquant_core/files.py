@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ def replacing(path: str | os.PathLike[str], *, wait_for_disk: bool = True) -> It
     """A new file in the same folder, which takes the place of `path` when it is complete.
 
     If it is not, for an error or Ctrl-C, it is removed, and what is at `path` stays. A file keeps its mode, and a link
-    its target's place. What is no file, such as a pipe or /dev/stdout, is written to as it is.
+    its target's place. What is no file, such as a pipe or a device, is never replaced: it is sent what was written.
 
     Args:
         path: The file to write.
@@ -39,10 +40,12 @@ def replacing(path: str | os.PathLike[str], *, wait_for_disk: bool = True) -> It
     # What a link points to is replaced, not the link.
     target = Path(os.path.realpath(path))
     try:
-        if target.exists() and not target.is_file():
-            if target.is_dir():
-                raise IsADirectoryError("it is a folder")
-            yield path
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        # /dev/stdout leads to what may have no name, or no longer this one.
+        if path.exists() and not (target.is_file() and target.samefile(path)):
+            with _sent_to(path) as unfinished:
+                yield unfinished
             return
         if target.is_file() and not os.access(target, os.W_OK):
             raise PermissionError("the file is read-only")
@@ -59,6 +62,20 @@ def replacing(path: str | os.PathLike[str], *, wait_for_disk: bool = True) -> It
             unfinished.unlink(missing_ok=True)
     except OSError as error:
         raise type(error)(f"cannot write {path}: {error.strerror or error}. Nothing there was changed.") from error
+
+
+@contextmanager
+def _sent_to(path: Path) -> Iterator[Path]:
+    """A new file elsewhere, of which what is at `path` is sent a copy when it is complete.
+
+    Whoever writes the file may put another in its place, as safetensors does, and never gets to see `path`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        unfinished = Path(folder) / "unfinished"
+        yield unfinished
+        # Neither made nor emptied, should it be another one by now.
+        with unfinished.open("rb") as written, open(os.open(path, os.O_WRONLY), "wb") as sent_to:  # noqa: PTH123
+            shutil.copyfileobj(written, sent_to)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:

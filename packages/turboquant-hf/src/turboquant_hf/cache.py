@@ -147,10 +147,10 @@ class TurboQuantCache(GuardedCache):
 
         Args:
             path: The file. A saved cache that is there is replaced.
-            overwrite: Replace any other file too.
+            overwrite: Replace any other file too, and send what is no file, such as a pipe, what a file would hold.
 
         Raises:
-            FileExistsError: If there is a file that is no saved cache, without `overwrite`.
+            FileExistsError: If there is something that is no saved cache, without `overwrite`.
             OSError: If the file cannot be written.
             ValueError: If the cache is empty, or has layers that are not compressed.
             RuntimeError: If a call stopped between layers and was not taken back.

@@ -55,7 +55,7 @@ def save_layers(
     """Write the codes of all layers, and what they were quantised with.
 
     Raises:
-        FileExistsError: If there is a file that is no saved cache, and it is not to be overwritten.
+        FileExistsError: If there is something that is no saved cache, and it is not to be overwritten.
         OSError: If the file cannot be written.
         ValueError: If a layer is not compressed or empty, or layers disagree.
     """
@@ -78,7 +78,7 @@ def save_layers(
         tensors[ROW_STARTS] = row_starts.cpu()
     saved = SavedCache(described, None if row_starts is None else _checksum(tensors[ROW_STARTS]))
     saved.check(text_config)
-    if not overwrite and path.is_file() and path.stat().st_size and not _is_ours(path):
+    if not overwrite and path.exists() and not path.is_dir() and not _is_ours(path):
         raise FileExistsError(
             f"{path} is no saved cache, and would be lost. Save under another name, or pass overwrite=True to replace "
             "it. Nothing there was changed."
@@ -121,8 +121,13 @@ def load_layers(
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a saved cache, of whichever version."""
+    """Whether a file is a saved cache, of whichever version, or empty."""
+    # A pipe would keep whoever looks into it.
+    if not path.is_file():
+        return False
     try:
+        if not path.stat().st_size:
+            return True
         with open_safetensors(path) as file:
             return HEADER in (file.metadata() or {})
     except ValueError:
