@@ -223,7 +223,7 @@ def test_a_plot(model, tmp_path):
     outcome = run(model("llama"), "--kv-memory", 10, "--plot", path)
     if find_spec("matplotlib") is None:
         assert outcome.exit_code == 2
-        assert "matplotlib" in said(outcome)
+        assert "uv pip install matplotlib" in said(outcome)
         return
     assert outcome.exit_code == 0
     assert "<svg" in path.read_text()

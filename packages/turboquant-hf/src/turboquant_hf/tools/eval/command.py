@@ -48,7 +48,12 @@ def evaluate(
     ] = None,
     text: TextOption = None,
     tokens: Annotated[
-        int, typer.Option(min=2 * CHUNK_SIZE, max=MAX_TOKENS, help="Tokens of the text for quality and speed.")
+        int,
+        typer.Option(
+            min=2 * CHUNK_SIZE,
+            max=MAX_TOKENS,
+            help=f"First tokens of the text, for quality and speed; those after {CHUNK_SIZE} are scored.",
+        ),
     ] = 9 * CHUNK_SIZE,
     needle_length: Annotated[
         list[int] | None, typer.Option(min=1, max=MAX_TOKENS, help="Tokens of a prompt with a needle, repeatable.")

@@ -139,6 +139,8 @@ def _check_plot(plot: Path | None) -> None:
     if plot is None:
         return
     if find_spec("matplotlib") is None:
-        raise CommandError("--plot needs matplotlib, which is not installed here. Install it, or leave --plot out.")
+        raise CommandError(
+            "--plot needs matplotlib, which is not installed. Run `uv pip install matplotlib`, or leave --plot out."
+        )
     if plot.suffix != ".svg":
         raise CommandError(f"--plot is {plot}; it writes SVG, so the name must end with .svg")
