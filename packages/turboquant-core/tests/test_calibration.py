@@ -245,6 +245,40 @@ def test_rotary_embeddings(parameters, theta, factor):
     assert ModelIdentity.from_json(model.to_json()) == model
 
 
+def test_a_file_without_everything_of_the_rotary_embedding_is_read(written):
+    """Files written before say the base and the factor alone."""
+    data = json.loads(ModelIdentity.of(config(), "Qwen2ForCausalLM").to_json())
+    del data["rope"], data["rope_fields"]
+    rewrite(written, model=json.dumps(data))
+    halved = {"rope_type": "default", "rope_theta": 10000, "partial_rotary_factor": 0.5}
+    read_calibration(written, ModelIdentity.of(config(rope_parameters=halved), "Qwen2ForCausalLM"))
+    other = {"rope_type": "default", "rope_theta": 5}
+    assert "rope_theta" in refusal(written, ModelIdentity.of(config(rope_parameters=other), "Qwen2ForCausalLM"))
+
+
+@pytest.mark.parametrize(
+    ("mine", "its"),
+    [
+        ({"rope_type": "default"}, {"type": "mrope", "partial_rotary_factor": 1.0, "attention_factor": None}),
+        ({"rope_type": "su", "long_factor": [1, 2]}, {"rope_type": "longrope", "long_factor": [1.0, 2.0]}),
+        ({"rope_type": "yarn", "factor": 2}, {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 99}),
+    ],
+)
+def test_spellings_of_one_rotary_embedding(mine, its):
+    one, two = (
+        ModelIdentity.of(config(max_position_embeddings=99, rope_parameters={"rope_theta": 5, **each}), "A")
+        for each in (mine, its)
+    )
+    assert one.differences(two) == []
+    assert one == two
+    assert ModelIdentity.from_json(one.to_json()) == one
+
+
+def test_a_field_that_one_version_of_transformers_lacks_tells_nothing():
+    one, two = config(no_rope_layers=[1, 1, 0, 1]), config(rope_interleave=True, no_rope_layers=[True, True, False, 1])
+    assert ModelIdentity.of(one, "A").differences(ModelIdentity.of(two, "A")) == []
+
+
 def test_a_configuration_without_a_field():
     with pytest.raises(ValueError, match="names no hidden_size"):
         ModelIdentity.of(config(hidden_size=None), "A")

@@ -7,14 +7,17 @@ from zlib import crc32
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3TextConfig
 
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.testing.damage import damaged_bytes, damaged_json, header_of, read_or_refused, with_header
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.saving import header as header_module
 from turboquant_hf.saving.file import save_layers
 from turboquant_hf.saving.header import HEADER, checksum_of
 from turboquant_hf.storage.full_precision import FullPrecision
@@ -179,7 +182,7 @@ def with_more(tensors):
     ("changes", "message"),
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
-        ({"change_header": lambda header: header.update(version=3)}, "format version is 3, and .* reads 6"),
+        ({"change_header": lambda header: header.update(version=3)}, "format version is 3, and .* reads 7"),
         ({"change_header": lambda header: header.update(core="9.9")}, "codes of turboquant-core 9.9"),
         ({"change_header": lambda header: header["model"].clear()}, "the fields of the model must be"),
         ({"change_header": lambda header: header["heads"].clear()}, r"a model with \{\}, and this model has"),
@@ -357,7 +360,7 @@ def test_a_truncated_file_is_refused(tiny_model, saved):
         TurboQuantCache.load(saved, tiny_model.config)
 
 
-@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 6}', '{"version": 3}'])
+@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 7}', '{"version": 3}'])
 def test_a_damaged_header_is_refused_by_name(tiny_model, tmp_path, header):
     path = tmp_path / "cache.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={HEADER: header})
@@ -383,6 +386,61 @@ def test_another_model_is_refused(tiny_config, saved):
         TurboQuantCache.load(saved, tiny_config(num_key_value_heads=4))
     with pytest.raises(ValueError, match="rope_theta 10000 and 500000"):
         TurboQuantCache.load(saved, tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+YARN = {**LINEAR, "rope_type": "yarn"}
+LLAMA3 = {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 8192
+
+
+@pytest.mark.parametrize(
+    ("config", "mine", "its", "message"),
+    [
+        ("Llama", {"rope_parameters": LINEAR}, {"rope_parameters": YARN}, 'rope_type "linear" and "yarn"'),
+        ("Llama", {"rope_parameters": YARN}, {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast none and 16"),
+        (
+            "StableLm",
+            {"partial_rotary_factor": 0.5},
+            {"partial_rotary_factor": 0.25},
+            "partial_rotary_factor 0.5 and 0.25",
+        ),
+        (
+            "Llama",
+            {"rope_parameters": LLAMA3},
+            {"rope_parameters": {**LLAMA3, "high_freq_factor": 8.0}},
+            "high_freq_factor 4 and 8",
+        ),
+        (
+            "Gemma3Text",
+            {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_theta": 1e4}}},
+            {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e4}}},
+            'full_attention.rope_type "linear" and "yarn"',
+        ),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}, {"no_rope_layers": [0, 1]}, r"no_rope_layers \[1, 0\] and \[0, 1\]"),
+        (
+            "Cohere2",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types",
+        ),
+    ],
+)
+def test_a_model_of_another_rotary_embedding_is_refused(config, mine, its, message):
+    def identity(**options):
+        sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+        made = getattr(transformers, f"{config}Config")(num_hidden_layers=2, **copy.deepcopy(sizes | options))
+        return header_module._identity(made)
+
+    identity(**mine).check_is(identity(**mine), "it", "")
+    with pytest.raises(ValueError, match=message):
+        ModelIdentity.from_json(identity(**mine).to_json()).check_is(identity(**its), "it", "")
+
+
+def test_a_cache_of_another_rotary_embedding_is_refused(tiny_config, saved):
+    halved = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match=r"partial_rotary_factor none and 0\.5"):
+        TurboQuantCache.load(saved, tiny_config(rope_parameters=halved))
 
 
 def test_an_empty_cache_is_not_saved(tiny_model, tmp_path):
