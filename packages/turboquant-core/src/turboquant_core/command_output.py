@@ -171,16 +171,18 @@ def has_marker(path: Path, marker: str) -> bool:
 
 def _check_output(path: Path, marker: str | None, force: bool) -> None:
     try:
-        if not path.parent.is_dir():
-            raise CommandError(f"there is no folder {path.parent} to write {path.name} to")
+        # A link's target is written.
+        folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+        if not folder.is_dir():
+            raise CommandError(f"there is no folder {folder} to write {path.name} to")
         if path.is_dir():
             raise CommandError(f"{path} is a folder; name a file to write")
         try:
             is_there = bool(path.stat())
         except FileNotFoundError:
             is_there = False
-        if not os.access(path if is_there else path.parent, os.W_OK):
-            raise CommandError(f"{path} cannot be written: {'it' if is_there else path.parent} is read-only")
+        if not os.access(path if is_there else folder, os.W_OK):
+            raise CommandError(f"{path} cannot be written: {'it' if is_there else folder} is read-only")
         if marker is None or force or not path.is_file() or has_marker(path, marker):
             return
         if path.stat().st_size:

@@ -129,6 +129,17 @@ def run_eval():
 
 
 @pytest.fixture(scope="session")
+def run_tune():
+    """Runs the command on few tokens."""
+
+    def run(*arguments):
+        options = [*map(str, arguments), "--device", "cpu", "--tokens", "512", "--held-out-tokens", "512"]
+        return CliRunner().invoke(app, ["tune", *options], env={"COLUMNS": "160"})
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def finished(run_eval, tiny_model_folder, tmp_path_factory):
     """A finished run file, and what the command said."""
     path = tmp_path_factory.mktemp("eval") / "run.json"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from turboquant_core.testing.damage import damaged_bytes, damaged_json, read_or_refused
 from turboquant_hf.tools.eval.settings import EVAL
 from turboquant_hf.tools.eval.summary import summarise
-from turboquant_hf.tools.run_files.run_file import RunFile, read_run_file
+from turboquant_hf.tools.run_files.run_file import RunFile, lock_path, read_run_file
 
 
 def changed(path, change):
@@ -81,6 +81,69 @@ def test_a_damaged_file_is_read_or_refused_by_name(tmp_path, random):
     if run is not None:
         assert all(isinstance(run.header[section], dict) for section in HEADER)
         assert isinstance(run.results, dict)
+
+
+def test_a_file_that_others_wrote_is_replaced_by_force_at_the_first_result(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("theirs")
+    run = RunFile(path, EVAL, HEADER, force=True)
+    assert path.read_text() == "theirs"
+    run.add("ours", {})
+    assert read_run_file(path, EVAL).results.keys() == {"ours"}
+    path.write_text("theirs")
+    with pytest.raises(ValueError, match="no run file, or damaged"):
+        run.add("more", {})
+    assert path.read_text() == "theirs"
+
+
+def test_force_does_not_replace_a_run_that_was_begun_meanwhile(tmp_path):
+    path = tmp_path / "run.json"
+    run = RunFile(path, EVAL, HEADER, force=True)
+    RunFile(path, EVAL, HEADER).add("theirs", {})
+    run.add("ours", {})
+    assert read_run_file(path, EVAL).results.keys() == {"theirs", "ours"}
+
+
+def test_runs_through_links_have_one_lock_beside_the_target(tmp_path):
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "link.json"
+    link.symlink_to(tmp_path / "run.json")
+    RunFile(link, EVAL, HEADER).add("ours", {})
+    assert link.is_symlink()
+    assert lock_path(link) == lock_path(tmp_path / "run.json")
+    assert read_run_file(tmp_path / "run.json", EVAL).results.keys() == {"ours"}
+
+
+def test_a_lock_takes_no_name_that_somebody_uses(tmp_path):
+    for name in ("run.lock", ".run.lock"):
+        (tmp_path / name).touch()
+    RunFile(tmp_path / "run", EVAL, HEADER).add("ours", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.lock", "run", "run.lock"]
+
+
+def test_a_run_file_may_have_a_name_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / ("x" * 255)
+    RunFile(path, EVAL, HEADER).add("ours", {})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_lock_is_refused(tmp_path):
+    run = RunFile(tmp_path / "run.json", EVAL, HEADER)
+    lock = lock_path(run.path)
+    lock.write_text("theirs")
+    with pytest.raises(ValueError, match=r"\.lock is to be an empty file"):
+        run.add("ours", {})
+    assert lock.read_text() == "theirs"
+    lock.unlink()
+    lock.symlink_to(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"\.lock is to be an empty file"):
+        run.add("ours", {})
+    assert list(tmp_path.iterdir()) == [lock]
+    lock.unlink()
+    # What a run left that was killed.
+    lock.touch()
+    run.add("ours", {})
+    assert list(tmp_path.iterdir()) == [run.path]
 
 
 def test_numbers_that_json_has_not_are_refused(tmp_path):

@@ -17,16 +17,11 @@ from turboquant_hf.tools.tune.command import tune
 from turboquant_hf.tools.tune.sensitivity import PROBE_BITS, costs
 
 
-def run(*arguments):
-    options = [str(argument) for argument in (*arguments, "--device", "cpu", "--tokens", 512, "--held-out-tokens", 512)]
-    return CliRunner().invoke(app, ["tune", *options], env={"COLUMNS": "160"})
-
-
 @pytest.fixture(scope="module")
-def tuned(tiny_model_folder, tmp_path_factory):
+def tuned(run_tune, tiny_model_folder, tmp_path_factory):
     """A file, beside its run file, and what the command said."""
     path = tmp_path_factory.mktemp("tune") / "turboquant.json"
-    outcome = run(tiny_model_folder, "--target-bits", 3.5, "--out", path)
+    outcome = run_tune(tiny_model_folder, "--target-bits", 3.5, "--out", path)
     assert outcome.exit_code in (0, 1), outcome.output
     return path, outcome
 
@@ -104,18 +99,18 @@ def test_it_compares_with_uniform_bits_on_other_text_and_says_which_are_better(t
     assert outcome.exit_code == (0 if is_better else 1)
 
 
-def test_where_uniform_bits_are_better_it_says_so(copied, tiny_model_folder, tmp_path, said):
+def test_where_uniform_bits_are_better_it_says_so(run_tune, copied, tiny_model_folder, tmp_path, said):
     data = json.loads(copied.read_text())
     data["results"]["held out/4/3"]["mean_kl"] = 1e-6
     copied.write_text(json.dumps(data))
-    outcome = run(tiny_model_folder, "--out", tmp_path / "turboquant.json", "--json", tmp_path / "out.json")
+    outcome = run_tune(tiny_model_folder, "--out", tmp_path / "turboquant.json", "--json", tmp_path / "out.json")
     assert outcome.exit_code == 1, outcome.output
     assert "tuned bits are no better here: 4/3 in every layer" in said(outcome)
     assert "key_bits=4, value_bits=3" in said(outcome)
     assert json.loads((tmp_path / "out.json").read_text())["is_better"] is False
 
 
-def test_files_of_others_are_kept(tuned, tmp_path, said):
+def test_files_of_others_are_kept(run_tune, tuned, tmp_path, said):
     notes = tmp_path / "notes.json"
     notes.write_text("{}")
     for options, reason in (
@@ -126,7 +121,7 @@ def test_files_of_others_are_kept(tuned, tmp_path, said):
         (("--out", tuned[0], "--json", tuned[0]), "this command did not write it"),
         (("--out", tuned[0], "--json", tuned[0], "--force"), "--out and --json are the same file"),
     ):
-        outcome = run("no/such-model", *options)
+        outcome = run_tune("no/such-model", *options)
         assert outcome.exit_code == 2, options
         assert reason in said(outcome)
     assert notes.read_text() == "{}"
@@ -134,30 +129,30 @@ def test_files_of_others_are_kept(tuned, tmp_path, said):
     assert read_layer_bits(tuned[0]).layer_bits
 
 
-def test_interrupted_it_goes_on_and_gives_the_same(tuned, tiny_model_folder, tmp_path, monkeypatch, said):
+def test_interrupted_it_goes_on_and_gives_the_same(run_tune, tuned, tiny_model_folder, tmp_path, monkeypatch, said):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
     path = tmp_path / "turboquant.json"
     with monkeypatch.context() as patched:
         patched.setattr("turboquant_hf.tools.tune.search.score_caches", interrupt)
-        outcome = run(tiny_model_folder, "--target-bits", 3.5, "--out", path)
+        outcome = run_tune(tiny_model_folder, "--target-bits", 3.5, "--out", path)
     assert outcome.exit_code == 130
     assert "the same command goes on" in said(outcome)
     assert not path.exists()
     kept = results(tmp_path / "turboquant.json.run.json")
     assert kept.keys() == {f"layer/{index}/{bits}" for index in (0, 1) for bits in PROBE_BITS}
-    assert run(tiny_model_folder, "--target-bits", 3.5, "--out", path).exit_code == tuned[1].exit_code
+    assert run_tune(tiny_model_folder, "--target-bits", 3.5, "--out", path).exit_code == tuned[1].exit_code
     assert read_layer_bits(path) == read_layer_bits(tuned[0])
 
 
-def test_another_target_takes_what_was_measured(copied, tiny_model_folder, tmp_path, monkeypatch):
+def test_another_target_takes_what_was_measured(run_tune, copied, tiny_model_folder, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("measured again")
 
     monkeypatch.setattr("turboquant_hf.tools.tune.search.measure_sensitivity", fail)
     before = results(copied)
-    outcome = run(tiny_model_folder, "--target-bits", 5, "--out", tmp_path / "turboquant.json", "--json", "-")
+    outcome = run_tune(tiny_model_folder, "--target-bits", 5, "--out", tmp_path / "turboquant.json", "--json", "-")
     data = json.loads(outcome.stdout)
     assert data["target_bits"] == 5
     assert {choice["bits"] for choice in data["held_out"]} == {"tuned", "5/5", "6/4"}
@@ -175,11 +170,11 @@ def test_another_target_takes_what_was_measured(copied, tiny_model_folder, tmp_p
         (lambda data: data.update(format="turboquant eval"), "is no run file of `turboquant tune`"),
     ],
 )
-def test_a_run_file_of_something_else_is_refused(copied, tiny_model_folder, tmp_path, said, change, reason):
+def test_a_run_file_of_something_else_is_refused(run_tune, copied, tiny_model_folder, tmp_path, said, change, reason):
     data = json.loads(copied.read_text())
     change(data)
     copied.write_text(json.dumps(data))
-    outcome = run(tiny_model_folder, "--out", tmp_path / "turboquant.json")
+    outcome = run_tune(tiny_model_folder, "--out", tmp_path / "turboquant.json")
     assert outcome.exit_code == 2
     assert reason in said(outcome)
     assert "--run" in said(outcome)
@@ -187,9 +182,9 @@ def test_a_run_file_of_something_else_is_refused(copied, tiny_model_folder, tmp_
     assert not (tmp_path / "turboquant.json").exists()
 
 
-def test_a_half_written_run_file(copied, tiny_model_folder, tmp_path, said):
+def test_a_half_written_run_file(run_tune, copied, tiny_model_folder, tmp_path, said):
     copied.write_text(copied.read_text()[:200])
-    outcome = run(tiny_model_folder, "--out", tmp_path / "turboquant.json")
+    outcome = run_tune(tiny_model_folder, "--out", tmp_path / "turboquant.json")
     assert outcome.exit_code == 2
     assert "damaged or half-written" in said(outcome)
 
@@ -210,9 +205,9 @@ def test_wrong_arguments(said, options, reason):
     assert reason in said(outcome)
 
 
-def test_a_text_that_is_too_short(tiny_model_folder, tmp_path, said):
+def test_a_text_that_is_too_short(run_tune, tiny_model_folder, tmp_path, said):
     (tmp_path / "short.txt").write_text("Shakespeare was born " * 300)
-    outcome = run(tiny_model_folder, "--text", tmp_path / "short.txt", "--out", tmp_path / "bits.json")
+    outcome = run_tune(tiny_model_folder, "--text", tmp_path / "short.txt", "--out", tmp_path / "bits.json")
     assert outcome.exit_code == 2
     assert "the text has 900 tokens" in said(outcome)
     assert "Pass --text with a longer one" in said(outcome)

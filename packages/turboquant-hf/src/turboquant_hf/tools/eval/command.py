@@ -88,12 +88,13 @@ def evaluate(
         seed=seed,
     )
     header = {"settings": settings.to_dict(), "environment": environment(device)}
-    begun = resume or has_begun(out, EVAL, force=force)
+    begun = has_begun(out, EVAL, force=force) or resume
     run = go_on(out, EVAL, header, "--out", summarise) if begun else None
     loaded = load(model, device, errors)
     identity = model_identity(loaded)
     if run is None:
-        run = begin(out, EVAL, {"command": typed_command(), **header, "model": identity})
+        whole = {"command": typed_command(), **header, "model": identity}
+        run = begin(out, EVAL, whole, "--out", summarise, force=force)
     refuse_differences(run, {"model": identity}, "--out")
     with keeping(run, out, f"measure {loaded.name}"):
         evaluation = Evaluation(loaded, settings, content)

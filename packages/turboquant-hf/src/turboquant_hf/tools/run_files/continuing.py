@@ -7,21 +7,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from turboquant_core.command_output import CommandError, has_marker, printable
-from turboquant_hf.tools.run_files.run_file import RunFile, read_run_file
+from turboquant_core.command_output import CommandError, printable
+from turboquant_hf.tools.run_files.run_file import RunFile, is_begun, read_run_file
 
 SECTION_NAMES = {"settings": "settings", "environment": "versions or on another machine", "model": "weights"}
 
 
 def has_begun(path: Path, command: str, *, force: bool) -> bool:
-    """Whether there is a run file to go on with; with force, any other file is none."""
-    return path.exists() and not (force and not has_marker(path, _marker(command)))
+    """Whether there is a run file to go on with; with force, any other file is none.
+
+    Raises:
+        CommandError: If there is something that is no file.
+    """
+    try:
+        return is_begun(path, command, force=force)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{error}. Name another one.") from error
 
 
-def begin(path: Path, command: str, header: Mapping[str, Any]) -> RunFile:
-    """A new run file, in the place of what is there."""
-    path.unlink(missing_ok=True)
-    return RunFile(path, command, header)
+def begin(
+    path: Path,
+    command: str,
+    header: Mapping[str, Any],
+    option: str,
+    check: Callable[[RunFile], object],
+    *,
+    force: bool,
+) -> RunFile:
+    """A new run file, which replaces what is there at its first result; or one that another run began meanwhile.
+
+    Args:
+        path: The file.
+        command: The command that writes it.
+        header: As for `RunFile`.
+        option: As for `go_on`.
+        check: As there.
+        force: Replace a file that the command did not write.
+
+    Raises:
+        CommandError: As for `go_on`, if there is a file by now that is not to be replaced.
+    """
+    if has_begun(path, command, force=force):
+        return go_on(path, command, {section: header[section] for section in SECTION_NAMES}, option, check)
+    return RunFile(path, command, header, force=force)
 
 
 def go_on(
@@ -79,7 +107,3 @@ def keeping(run: RunFile, path: Path, what: str) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         kept = f" What was measured is in {path}; the same command goes on from there." if run.results else ""
         raise CommandError(f"cannot {what}: {error}{kept}") from error
-
-
-def _marker(command: str) -> str:
-    return f'"format": "{command}"'

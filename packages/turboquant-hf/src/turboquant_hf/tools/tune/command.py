@@ -92,7 +92,8 @@ def tune(
     loaded = load(model, device, errors)
     identity = model_identity(loaded)
     if run is None:
-        run = begin(run_path, TUNE, {"command": typed_command(), **header, "model": identity})
+        whole = {"command": typed_command(), **header, "model": identity}
+        run = begin(run_path, TUNE, whole, "--run", check_results, force=force)
     refuse_differences(run, {"model": identity}, "--run")
     with keeping(run, run_path, f"tune {loaded.name}"):
         search = Search(loaded, settings, content, target_bits)
