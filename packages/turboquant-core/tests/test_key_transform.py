@@ -101,14 +101,77 @@ def test_tensors_are_named_for_files(name):
         assert (part is None and original is None) or torch.equal(part, original)
 
 
-@pytest.mark.parametrize("scales", [(1.0, 0.0), (1.0, 1e-9), (1.0, torch.nan), (torch.inf, 1.0)])
-def test_a_matrix_that_cannot_be_undone_is_refused(scales):
-    rotation = torch.linalg.qr(matrices(1)[0].double()).Q
-    values = torch.full((HEAD_DIM,), scales[0], dtype=torch.float64)
-    values[-1] = scales[1]
-    matrix = (rotation @ values.diag() @ rotation.T @ matrices(1, seed=7)[0].double()).float()
-    with pytest.raises(ValueError, match="cannot be undone"):
-        KeyTransform(matrix=torch.stack([torch.eye(HEAD_DIM), matrix]))
+def with_singular_values(first, others=1.0):
+    left, right = (torch.linalg.qr(matrices(1, seed=seed)[0].double()).Q for seed in (5, 6))
+    values = torch.full((HEAD_DIM,), others, dtype=torch.float64)
+    values[0] = first
+    return torch.stack([torch.eye(HEAD_DIM), (left @ values.diag() @ right).float()])
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-9, 1e-5, 1e5, 1e7, 1e9])
+def test_a_matrix_that_cannot_be_undone_is_refused(first):
+    with pytest.raises(ValueError, match="cannot be undone: the condition number"):
+        KeyTransform(matrix=with_singular_values(first))
+
+
+@pytest.mark.parametrize("factor", [1e-30, 5e-3, 200, 1e30])
+def test_a_matrix_that_scales_in_float16_do_not_hold_is_refused(factor):
+    with pytest.raises(ValueError, match=r"largest singular value .* Multiply it"):
+        KeyTransform(matrix=torch.stack([torch.eye(HEAD_DIM), torch.eye(HEAD_DIM) * factor]))
+
+
+@pytest.mark.parametrize(("first", "others"), [(2e-2, 10), (90.0, 0.1), (90.0, 90.0), (0.011, 0.011)])
+def test_any_matrix_that_is_taken_is_undone(first, others):
+    keys = normal(5, HEADS, seed=3)
+    transform = KeyTransform(means(HEADS), with_singular_values(first, others))
+    restored = transform.restored(transform.of_keys(keys))
+    assert (restored - keys).norm() <= 1e-3 * keys.norm()
+
+
+@pytest.mark.parametrize(
+    ("mean", "matrix", "message"),
+    [
+        (None, torch.full((2, 4, 4), torch.nan), "key_matrix is not finite"),
+        (None, torch.full((2, 4, 4), torch.inf), "key_matrix is not finite"),
+        (None, torch.eye(4), r"key_matrix is torch.float32 \[4, 4\]; it must be float32 \[num_kv_heads, head_dim, he"),
+        (None, torch.ones(2, 4, 3), r"key_matrix is \[2, 4, 3\]; the matrix of a head must be square"),
+        (None, torch.ones(2, 4, 4, dtype=torch.int32), r"key_matrix is torch.int32"),
+        (None, torch.eye(4).bfloat16().expand(2, 4, 4), r"key_matrix is torch.bfloat16"),
+        (None, torch.ones(0, 4, 4), r"key_matrix is torch.float32 \[0, 4, 4\]"),
+        (
+            torch.ones(4),
+            None,
+            r"key_mean is torch.float32 \[4\]; it must be float32 \[num_kv_heads, head_dim\], or one",
+        ),
+        (torch.ones(2, 4).double(), None, r"key_mean is torch.float64"),
+        (torch.ones(3, 4), torch.eye(4).expand(2, 4, 4), "same rows, heads and head_dim"),
+        (torch.ones(2, 8), torch.eye(4).expand(2, 4, 4), "same rows, heads and head_dim"),
+        (torch.ones(3, 2, 4), torch.eye(4).expand(2, 2, 4, 4), "same rows, heads and head_dim"),
+        (torch.ones(2, 4, device="meta"), torch.eye(4).expand(2, 4, 4), "key_mean is on meta and key_matrix on cpu"),
+    ],
+)
+def test_what_is_no_transform_is_refused_when_it_is_made(mean, matrix, message):
+    with pytest.raises(ValueError, match=message):
+        KeyTransform(mean, matrix)
+
+
+@pytest.mark.parametrize("options", [{"matrix": [[1.0]]}, {"mean": 0.0}, {"mean": "a"}])
+def test_what_is_no_tensor_is_refused(options):
+    with pytest.raises(TypeError, match=r"is a (list|float|str); it must be a tensor"):
+        KeyTransform(**options)
+
+
+def test_the_inverse_is_not_given():
+    with pytest.raises(TypeError):
+        KeyTransform(None, matrices(HEADS), matrices(HEADS))
+
+
+def test_a_part_of_a_transform_is_checked_no_more(monkeypatch):
+    """Every step makes some: the check waits for the device."""
+    transform = KeyTransform(means(3, HEADS), matrices(3, HEADS))
+    monkeypatch.setattr(KeyTransform, "__post_init__", lambda transform: pytest.fail("checked again"))
+    transform.map(torch.clone).shard(slice(1)).without_mean().of_row(0)
+    KeyTransform.of_parts(*transform.parts)
 
 
 def test_what_is_not_for_these_keys_is_refused():
@@ -117,7 +180,5 @@ def test_what_is_not_for_these_keys_is_refused():
         TRANSFORMS["mean"].check(3, HEAD_DIM)
     with pytest.raises(ValueError, match=r"key_matrix is .*; these keys need float32 \[2, 8, 8\]"):
         TRANSFORMS["matrix"].check(HEADS, 8)
-    with pytest.raises(ValueError, match=r"key_mean is torch\.float64"):
-        KeyTransform(means(HEADS).double()).check(HEADS, HEAD_DIM)
     with pytest.raises(ValueError, match="key_mean is not finite"):
         KeyTransform(torch.full((HEADS, HEAD_DIM), torch.nan)).check(HEADS, HEAD_DIM)

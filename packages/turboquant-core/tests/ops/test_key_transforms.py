@@ -117,3 +117,16 @@ def test_a_matrix_of_other_keys_is_refused(device, path):
         decode_attention(inputs.query, pages, inputs.table, inputs.lens, LAYOUT, key_transform=wrong)
     with pytest.raises(ValueError, match="key_matrix is"):
         cache_gather(pages, inputs.table, inputs.lens, LAYOUT, max_tokens=1, key_transform=wrong)
+
+
+@pytest.mark.parametrize("given", [None, torch.zeros(2, HEAD_DIM)])
+def test_what_is_no_transform_is_refused(device, path, given):
+    inputs = Inputs(device)
+    pages = inputs.store(path, IDENTITY)
+    message = r"key_transform is a (NoneType|Tensor); it must be a KeyTransform\. Leave it out"
+    with pytest.raises(TypeError, match=message):
+        inputs.store(path, given)
+    with pytest.raises(TypeError, match=message):
+        decode_attention(inputs.query, pages, inputs.table, inputs.lens, LAYOUT, key_transform=given)
+    with pytest.raises(TypeError, match=message):
+        cache_gather(pages, inputs.table, inputs.lens, LAYOUT, max_tokens=1, key_transform=given)

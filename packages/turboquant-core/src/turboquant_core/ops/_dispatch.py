@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 
 from turboquant_core.config import WHOLE_BITS
-from turboquant_core.key_transform import tensor_shapes
+from turboquant_core.key_transform import KeyTransform, tensor_shapes
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.scale import SCALE_DTYPE
 
@@ -72,6 +72,15 @@ def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, shape: tuple[in
     if x.dtype != dtype or not fits:
         expected = ", ".join("any" if size == -1 else str(size) for size in shape)
         raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be {dtype} [{expected}]")
+
+
+def check_is_key_transform(key_transform: object) -> None:
+    """Raise TypeError for what is no transform of keys, such as None or the mean itself."""
+    if not isinstance(key_transform, KeyTransform):
+        raise TypeError(
+            f"key_transform is a {type(key_transform).__name__}; it must be a KeyTransform. "
+            "Leave it out for keys as they are, or write KeyTransform(mean, matrix)."
+        )
 
 
 def check_key_transform(tensors: Mapping[str, torch.Tensor], layout: KVCacheLayout, rows: int | None = None) -> None:

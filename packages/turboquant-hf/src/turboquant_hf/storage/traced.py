@@ -91,7 +91,7 @@ def _pack(codec: LayerCodec) -> Codec:
 def _unpack(codec: Codec) -> LayerCodec:
     key_parts, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale = codec
     config = TurboQuantConfig(head_dim, key_bits, value_bits, key_scale, value_scale)
-    return LayerCodec(config, KeyTransform(*key_parts), key_order, value_order)
+    return LayerCodec(config, KeyTransform.of_parts(*key_parts), key_order, value_order)
 
 
 def _write(pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *codec: *Codec) -> None:

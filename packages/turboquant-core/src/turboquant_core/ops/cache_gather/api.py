@@ -7,6 +7,7 @@ from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
 from turboquant_core.ops._dispatch import (
+    check_is_key_transform,
     check_key_transform,
     check_one_device,
     check_pages,
@@ -62,8 +63,10 @@ def cache_gather(
         cu_seqlens, int32 [batch + 1]: row b is cu_seqlens[b] to cu_seqlens[b + 1] - 1.
 
     Raises:
+        TypeError: If `key_transform` is none.
         ValueError: If a type, shape, stride or device does not fit, bits are fractional, or the path cannot run.
     """
+    check_is_key_transform(key_transform)
     check_whole_bits(layout)
     check_pages(pages, layout)
     check_tensor("block_table", block_table, torch.int32, (-1, -1))

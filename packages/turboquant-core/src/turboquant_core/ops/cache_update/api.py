@@ -6,6 +6,7 @@ from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import (
     KnownCalls,
+    check_is_key_transform,
     check_key_transform,
     check_one_device,
     check_pages,
@@ -56,8 +57,10 @@ def cache_update(
             `turboquant_core.ops.cache_update.paths`.
 
     Raises:
+        TypeError: If `key_transform` is none.
         ValueError: If a type, shape, stride or device does not fit, bits are fractional, or the path cannot run.
     """
+    check_is_key_transform(key_transform)
     tensors = (key, value, pages, slot_mapping, *key_transform.parts)
     alignment = tuple(x.data_ptr() % VECTOR_ALIGNMENT for x in (key, value, pages))
     chosen = _paths.look_up(

@@ -13,6 +13,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS
 from turboquant_core.ops._dispatch import (
     KnownCalls,
+    check_is_key_transform,
     check_key_transform,
     check_one_device,
     check_pages,
@@ -96,6 +97,7 @@ def decode_attention(
         The output like `query`, and the log-sum-exp with `return_lse`.
 
     Raises:
+        TypeError: If `key_transform` is none.
         ValueError: If a type, shape, stride, device or value does not fit, bits are fractional, or the path cannot run.
     """
     if window is not None:
@@ -113,6 +115,7 @@ def decode_attention(
         "seq_starts": seq_starts,
         "sinks": sinks,
     }
+    check_is_key_transform(key_transform)
     tensors = (query, pages, out, *arrays.values(), *key_transform.parts)
     plan = _plans.look_up(
         (layout, path, max_query_len, pages.data_ptr() % PAGE_ALIGNMENT, *map(described, tensors)),
