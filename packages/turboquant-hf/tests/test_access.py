@@ -1,5 +1,7 @@
 """What code that was written for `DynamicCache` asks of a cache."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,27 @@ def test_rows_that_do_not_exist_are_refused_and_nothing_is_lost(tiny_model, indi
         cache.batch_select_indices(indices)
     filled(tiny_model, cache, sizes=[1])
     assert cache.batch_size == 2
+
+
+NO_ROWS = {
+    "indices": [([], "indices is []"), ([False, False], r"indices is [False, False]"), (slice(0), "indices is slice")],
+    "repeats": [(0, "repeats is 0"), (torch.tensor([0, 0]), "repeats is [0, 0]")],
+    "beam_idx": [(torch.tensor([], dtype=torch.int64), "beam_idx is []")],
+}
+OPERATIONS = {"indices": "batch_select_indices", "repeats": "batch_repeat_interleave", "beam_idx": "reorder_cache"}
+
+
+@pytest.mark.parametrize("skip_layers", [(), (0,)], ids=["", "skip"])
+@pytest.mark.parametrize(
+    ("name", "given", "said"), [(name, *case) for name, cases in NO_ROWS.items() for case in cases], ids=str
+)
+def test_no_row_at_all_is_refused_by_name_and_nothing_is_lost(tiny_model, skip_layers, name, given, said):
+    (cache,) = filled(tiny_model, TurboQuantCache(tiny_model.config, skip_layers=skip_layers))
+    with pytest.raises(ValueError, match=f"{re.escape(said)}.*, which keeps no sequence; keep at least one"):
+        getattr(cache, OPERATIONS[name])(given)
+    filled(tiny_model, cache, sizes=[1])
+    assert cache.layers[1].batch_size == 2
+    assert cache.layers[0].keys.shape[0] == 2
 
 
 @pytest.mark.parametrize("repeats", [2, torch.tensor([1, 2])], ids=str)

@@ -7,6 +7,8 @@ import torch
 
 from turboquant_hf._compat import Cache
 from turboquant_hf.calls import CallGuard
+from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.layers.rows import picked, reordered, repeated
 
 
 class GuardedCache(Cache):
@@ -70,15 +72,25 @@ class GuardedCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences `beam_idx`, int64 [batch_size]."""
+        reordered(beam_idx)
         self._calls.apply(self.layers, "reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
+        for batch_size in self._batch_sizes():
+            repeated(batch_size, repeats)
         self._calls.apply(self.layers, "batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
+        for batch_size in self._batch_sizes():
+            picked(batch_size, indices)
         self._calls.apply(self.layers, "batch_select_indices", indices)
+
+    def _batch_sizes(self) -> set[int]:
+        """How many sequences compressed layers hold; what none of them takes is refused before any other changes."""
+        compressed = (layer for layer in self.layers if isinstance(layer, TurboQuantLayer))
+        return {layer.batch_size for layer in compressed if layer.is_initialized}
 
     def _reach_linear(self, layer_idx: int, replaced: str | None = None) -> None:
         if not torch.compiler.is_compiling():

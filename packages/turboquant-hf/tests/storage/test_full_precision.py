@@ -244,7 +244,9 @@ def test_a_decode_step_takes_the_same_memory_and_moves_nothing():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sink_tokens": -1}, "sink_tokens is -1; it must be a number of tokens, 0 for none"),
+        ({"sink_tokens": -1}, "sink_tokens is -1; it must be an int from 0 to 1048576"),
+        ({"sink_tokens": 10**12}, "sink_tokens is 1000000000000; it must be an int from 0 to 1048576"),
+        ({"recent_tokens": 2**20 + 1}, "recent_tokens is 1048577; it must be an int from 0 to 1048576"),
         ({"sink_tokens": True}, "sink_tokens is True"),
         ({"recent_tokens": 12.5}, "recent_tokens is 12.5"),
         ({"recent_tokens": "all"}, "recent_tokens is 'all'"),

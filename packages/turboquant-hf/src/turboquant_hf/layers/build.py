@@ -27,6 +27,8 @@ from turboquant_hf.support import held_layers, layer_attention
 # benchmarks/eval_cache_options.py --kept says what they and others give.
 DEFAULT_SINK_TOKENS = 1
 DEFAULT_RECENT_TOKENS = 8
+# At 8 KV heads of 128 in 16 bits these take 4 GiB of every layer.
+MAX_KEPT_TOKENS = 2**20
 
 COMPRESSED_KINDS = (
     DynamicLayer,
@@ -130,9 +132,8 @@ def kept_tokens(sink_tokens: int | None, recent_tokens: int | None) -> dict[str,
         ("sink_tokens", sink_tokens, DEFAULT_SINK_TOKENS),
         ("recent_tokens", recent_tokens, DEFAULT_RECENT_TOKENS),
     ):
-        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 0):
-            raise ValueError(f"{name} is {given!r}; it must be a number of tokens, 0 for none")
-        kept[name] = default if given is None else given
+        remedy = "It is a number of tokens that there is room for from the first one on; 0 keeps none."
+        kept[name] = default if given is None else check_int(name, given, 0, MAX_KEPT_TOKENS, remedy)
     return kept
 
 

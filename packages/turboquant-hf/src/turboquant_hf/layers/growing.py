@@ -12,6 +12,7 @@ from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention.gradients import without_gradient
 from turboquant_hf.attention.handover import Prompt, Stored, hand_over, reads_codes
 from turboquant_hf.inference_mode import outside_inference_mode
+from turboquant_hf.layers.rows import picked, reordered, repeated
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
 from turboquant_hf.storage.tables import FullPrecisionSizes
@@ -219,22 +220,19 @@ class TurboQuantLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take the sequences `beam_idx`, int64 [batch_size]."""
         if self.is_initialized:
-            self.store = self.store.select_rows(beam_idx)
+            self.store = self.store.select_rows(reordered(beam_idx))
 
     @outside_inference_mode
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
         if self.is_initialized:
-            rows = torch.arange(self.store.batch_size).repeat_interleave(repeats)
-            self.store = self.store.select_rows(rows)
+            self.store = self.store.select_rows(repeated(self.store.batch_size, repeats))
 
     @outside_inference_mode
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
         if self.is_initialized:
-            device = indices.device if isinstance(indices, torch.Tensor) else None
-            rows = torch.arange(self.store.batch_size, device=device)
-            self.store = self.store.select_rows(rows[indices, ...].view(-1))
+            self.store = self.store.select_rows(picked(self.store.batch_size, indices))
 
     @outside_inference_mode
     def offload(self) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from turboquant_hf._compat import LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.layers.rows import picked, repeated
 from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 
@@ -53,11 +54,11 @@ class _BesideState(LinearAttentionLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
-        self.reorder_cache(torch.arange(self.store.batch_size).repeat_interleave(repeats))
+        self.reorder_cache(repeated(self.store.batch_size, repeats))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences `indices`, int64, or bool for each sequence."""
-        self.reorder_cache(torch.arange(self.store.batch_size)[indices])
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the sequences that `indices` picks of a tensor's first dimension: numbers, or a bool for each."""
+        self.reorder_cache(picked(self.store.batch_size, indices))
 
     def offload(self) -> None:
         """Move everything kept to the CPU."""

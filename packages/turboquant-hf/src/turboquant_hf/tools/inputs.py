@@ -1,5 +1,6 @@
 """What the commands are given: a text, a device, a model."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from turboquant_core.command_output import CommandError, printable
 from turboquant_hf.tools.article import article
 from turboquant_hf.tools.models import EMBEDDED_PACKAGE, LoadedModel, default_model, load_model
 
+MAX_TEXT_BYTES = 1 << 26
+"""More than any text that is worth measuring on."""
+
 
 def with_remedy(error: Exception, remedy: str) -> str:
     """What an error says, with a remedy where it has none of its own: one that has ends with a full stop."""
@@ -23,12 +27,20 @@ def read_text(path: Path | None) -> str:
     """The text of a file, or without one the article.
 
     Raises:
-        CommandError: If it cannot be read.
+        CommandError: If it cannot be read, or is no file, such as a device that never ends, or too large.
     """
     if path is None:
         return article()
     try:
-        return path.read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        with path.open("rb") as file:
+            # Not all of a file that is too large.
+            content = file.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise ValueError(f"it has more than {MAX_TEXT_BYTES:,} bytes")
+        # Line ends as in a file that is opened as text.
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read {path}: {error}. Pass --text with a UTF-8 text file.") from error
 
