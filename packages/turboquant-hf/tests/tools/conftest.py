@@ -1,6 +1,7 @@
 """Small model folders for doctor and plan, made by hand, and a finished run file of eval."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from turboquant_core.commands import app
+from turboquant_hf.tools.inputs import load
 
 SMALL_EVAL = (
     *("--cache", "tq4", "--cache", "k8v4", "--tokens", "384", "--needle-length", "128", "--needle-depths", "2"),
@@ -137,6 +139,21 @@ def run_tune():
         return CliRunner().invoke(app, ["tune", *options], env={"COLUMNS": "160"})
 
     return run
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Has something happen while a command loads its model."""
+
+    def at_load(happens):
+        def loads(*args):
+            happens()
+            return load(*args)
+
+        for name in ("calibrate", "demo", "eval", "tune"):
+            monkeypatch.setattr(import_module(f"turboquant_hf.tools.{name}.command"), "load", loads)
+
+    return at_load
 
 
 @pytest.fixture(scope="session")

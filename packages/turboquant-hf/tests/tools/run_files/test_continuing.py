@@ -6,10 +6,7 @@ import stat
 
 import pytest
 
-from turboquant_hf.tools.eval import command as eval_command
-from turboquant_hf.tools.inputs import load
 from turboquant_hf.tools.run_files.run_file import read_run_file
-from turboquant_hf.tools.tune import command as tune_command
 
 
 @pytest.fixture(params=["eval", "tune"])
@@ -21,21 +18,6 @@ def command(request, run_eval, run_tune, tmp_path):
     return lambda model, path, *options: run_tune(
         model, "--run", path, "--out", tmp_path / "other" / "bits.json", *options
     )
-
-
-@pytest.fixture
-def meanwhile(monkeypatch):
-    """Has something happen while the command loads its model."""
-
-    def at_load(happens):
-        def loads(*args):
-            happens()
-            return load(*args)
-
-        for module in (eval_command, tune_command):
-            monkeypatch.setattr(module, "load", loads)
-
-    return at_load
 
 
 @pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "force"])

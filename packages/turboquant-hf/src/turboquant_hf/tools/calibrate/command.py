@@ -40,6 +40,8 @@ def calibrate(
     input_ids = _encode(loaded, content, tokens)
     with Steps(errors, "running the model", num_chunks(input_ids.shape[1])) as steps:
         calibration = mean_keys(loaded, input_ids, on_forward=steps.done)
+    # Another program may have written there meanwhile.
+    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
     write_calibration(out, calibration)
     means = {index: transform.tensors()["key_mean"] for index, transform in calibration.layers.items()}
     layers = {str(index): list(mean.shape) for index, mean in means.items()}

@@ -15,12 +15,15 @@ def demo(
 ) -> None:
     """Generate from compressed caches, beside the uncompressed one, and measure the difference."""
     console, errors = consoles()
-    check_outputs([json_output("demo", json_target)], {"MODEL": model}, force=force)
+    outputs = [json_output("demo", json_target)]
+    check_outputs(outputs, {"MODEL": model}, force=force)
     loaded = load(model, chosen_device(device), errors)
     long_ids = encode_long_prompt(loaded)
     _check_fits(loaded, long_ids.shape[1])
     with Steps(errors, "generating and scoring", num_steps(long_ids.shape[1])) as steps:
         result = run_demo(loaded, long_ids, on_step=steps.done)
+    # Another program may have written there meanwhile.
+    check_outputs(outputs, {"MODEL": model}, force=force)
     if json_target is not None:
         write_json("demo", result.to_dict(), json_target)
     if json_target != STDOUT:

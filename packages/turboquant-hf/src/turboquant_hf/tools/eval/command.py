@@ -100,6 +100,8 @@ def evaluate(
         evaluation = Evaluation(loaded, settings, content)
         _measure(evaluation, run, len(missing_units(settings, run.results)), errors)
     summary = summarise(run)
+    # Another program may have written there meanwhile.
+    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
     if json_target is not None:
         write_json("eval", summary.to_dict(), json_target)
     if json_target != STDOUT:

@@ -100,6 +100,8 @@ def tune(
         with Steps(errors, "measuring", search.num_steps(run)) as steps:
             found = search.find(run, on_forward=steps.done)
     bits = search.layer_bits(found)
+    # Another program may have written there meanwhile.
+    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
     write_layer_bits(out, bits)
     if json_target is not None:
         result = {
