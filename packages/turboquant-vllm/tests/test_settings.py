@@ -88,6 +88,8 @@ def test_a_slip_in_the_name_of_the_settings_is_refused(name):
         ({"center_keys": False}, '{"turboquant": {"center_keys": false}}'),
         ({"layer_bits": "bits.json"}, '{"turboquant": {"layer_bits": "bits.json"}}'),
         ({"preset": "k8v4"}, '{"turboquant": {"preset": "k8v4"}}'),
+        ({"preset": "TQ2"}, '{"turboquant": {"preset": "tq2"}}'),
+        ({"preset": "tq3.5"}, '{"turboquant": {"preset": "tq3.5"}}'),
         ({"calibration": "means.safetensors"}, '{"turboquant": {"calibration": "means.safetensors"}}'),
     ],
 )
@@ -102,6 +104,12 @@ def test_settings_of_others_are_left_alone():
     others = {"torchair_graph_config": {}, "quantization": 1, "turbo": 1, "turbomind": {}, "turboquark": 1, "": 0, 3: 4}
     others |= {"preset": "throughput", "calibration": {"samples": 512}}
     assert Settings.of({**others, "turboquant": {"preset": "tq3"}}) == Settings(preset="tq3")
+
+
+@pytest.mark.parametrize("given", ['{"turboquant": {"preset": "tq2"}}', b"{}", ""])
+def test_json_text_is_refused(given):
+    with pytest.raises(ValueError, match=r"additional_config is the text .*; give an object such as {"):
+        Settings.of(given)
 
 
 def test_a_preset_may_be_given_as_the_type_of_the_cache():

@@ -86,12 +86,17 @@ class Settings:
         Raises:
             ValueError: If a name or a value is unknown, or bits are given twice.
         """
+        if isinstance(additional_config, str | bytes):
+            right = json.dumps({KEY: {"preset": "tq4"}})
+            raise ValueError(
+                f"additional_config is the text {additional_config!r:.100}; give an object such as {right}"
+            )
         additional_config = additional_config if isinstance(additional_config, Mapping) else {}
         for name, value in additional_config.items():
             if name != KEY and _means_key(name):
                 raise ValueError(f"additional_config has {name!r}, which nothing reads; write {KEY!r}")
             if _is_setting(name, value):
-                right = json.dumps({KEY: {name: value}}, default=repr)
+                right = json.dumps({KEY: {name: value.lower() if name == "preset" else value}}, default=repr)
                 raise ValueError(f"additional_config has {name!r}, which nothing reads there; write {right}")
         chosen = additional_config.get(KEY, {})
         if not isinstance(chosen, Mapping):
@@ -139,7 +144,7 @@ def _means_key(name: object) -> bool:
 def _is_setting(name: object, value: object) -> bool:
     """Whether an entry of the additional configuration is a setting of ours in the wrong place, and not another's."""
     if name == "preset":
-        return value in PRESETS
+        return isinstance(value, str) and value.lower() in ALL_PRESETS
     if name == "calibration":
         return isinstance(value, str) and value.endswith(".safetensors")
     return name in ("key_bits", "value_bits", "center_keys", "layer_bits")
