@@ -1,3 +1,4 @@
+import copy
 import gc
 
 import pytest
@@ -248,3 +249,22 @@ def test_head_dim_is_derived_where_the_config_has_none():
     cache = TurboQuantCache(config)
     model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
     assert cache.layers[0].config.head_dim == 32
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 70}])
+def test_a_type_that_whole_bits_do_not_hold_is_refused_with_the_first_tokens(tiny_model, options):
+    model = copy.deepcopy(tiny_model).double()
+    prompt = torch.randint(1, 1500, (1, 12), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match=r"keys are torch.float64; a cache of 4 and 4 bits .* dtype=torch.float32"):
+        model(prompt, past_key_values=TurboQuantCache(model.config, **options))
+
+
+def test_fractional_bits_hold_keys_in_float64(tiny_model):
+    model = copy.deepcopy(tiny_model).double()
+    prompt = torch.randint(1, 1500, (1, 24), generator=torch.Generator().manual_seed(1))
+    cache = TurboQuantCache(model.config, "tq3.5")
+    with torch.no_grad():
+        model(prompt, past_key_values=cache)
+        logits = model(prompt[:, :1], past_key_values=cache).logits
+    assert logits.dtype == torch.float64
+    assert logits.isfinite().all()

@@ -218,6 +218,12 @@ def test_offloading(model, offloaded_cache):
     assert torch.equal(generate(model, prompts(2), offloaded_cache(model.config, **KEPT)), expected)
 
 
+def test_offloading_without_a_gpu_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="offloading moves layers off a CUDA device, and torch sees none"):
+        TurboQuantCache(tiny_model.config, offloading=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the streams of a GPU")
 @pytest.mark.parametrize("padded", [0, 6])
 def test_offloading_from_a_gpu(model, padded):

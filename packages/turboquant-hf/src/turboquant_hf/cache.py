@@ -58,7 +58,8 @@ class TurboQuantCache(GuardedCache):
         TypeError: If config is no model configuration, or there is no such option.
         ValueError: If preset, bits or a layer do not exist, bits are for a layer that is not compressed, a number of
             tokens is none, the model has no layer that this cache can hold or that can keep tokens as they are, a file
-            of bits is damaged or of another model, or max_length comes with offloading or under both of its names.
+            of bits is damaged or of another model, or max_length comes with offloading or under both of its names, or
+            there is no CUDA device to offload from.
         FileNotFoundError: If there is no file of bits.
     """
 
@@ -89,6 +90,8 @@ class TurboQuantCache(GuardedCache):
         max_length = max_cache_len if max_length is None else max_length
         if max_length is not None and offloading:
             raise ValueError("offloading does not go with max_length: a static cache stays where it is")
+        if offloading and not torch.cuda.is_available():
+            raise ValueError("offloading moves layers off a CUDA device, and torch sees none here; leave it out")
         layers = build_layers(
             config,
             preset,

@@ -276,6 +276,21 @@ def test_offloading_is_refused(tiny_model):
         TurboQuantCache(tiny_model.config, max_length=70, offloading=True)
 
 
+@pytest.mark.parametrize("num_new", [1, 3, 12])
+@pytest.mark.parametrize("kept", [{}, {"sink_tokens": 0, "recent_tokens": 0}])
+def test_a_mask_over_the_tokens_there_are_is_refused_by_its_length(tiny_model, num_new, kept):
+    model = copy.deepcopy(tiny_model)
+    model.set_attn_implementation("turboquant")
+    cache = new_cache(model, **kept)
+    with torch.no_grad():
+        model(ids(2, 20), past_key_values=cache)
+        mask = torch.ones(2, 1, num_new, 20 + num_new, dtype=torch.bool)
+        with pytest.raises(
+            ValueError, match=rf"{20 + num_new}\], and {MAX_LENGTH} tokens are attended to; the last dim"
+        ):
+            model(ids(2, num_new), attention_mask=mask, past_key_values=cache)
+
+
 def test_windows_take_the_static_layers_of_transformers(assert_says_the_same):
     config = Gemma3TextConfig(
         vocab_size=1500,

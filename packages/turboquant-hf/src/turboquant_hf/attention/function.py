@@ -89,6 +89,8 @@ def turboquant_attention(
                 output = without_gradient(output)
             return output if rows.doubt is None else output + rows.doubt.to(output.dtype), None
         parts, num_tokens = None, key.shape[2]
+        if position_bias is not None:
+            check_length(position_bias, num_tokens)
         if store.parts_calls:
             key, value, parts = store.dequantize_parts(key.dtype, given.recent)
             # Layers that share a cache may compute the last of the new tokens alone.
@@ -105,6 +107,8 @@ def turboquant_attention(
         if isinstance(given, Prompt):
             key, value = given.keys, given.values
             attention_mask = None if attention_mask is None else _mask_of_prompt(given, attention_mask)
+        elif attention_mask is not None:
+            check_length(attention_mask, key.shape[2])
         if shows_the_first:
             # Over these keys alone no mask says the same, and SDPA has faster kernels.
             key, value, attention_mask = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]], None

@@ -157,6 +157,8 @@ def mask_of_stored(
         ends = torch.arange(num_tokens - query_len, num_tokens, device=query.device)
         mask = (torch.arange(num_tokens, device=query.device) <= ends[:, None])[None, None]
     if parts is None:
+        if mask is not None:
+            check_length(mask, num_tokens)
         return mask
     if mask is None:
         return parts[:, None]

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.ops._dispatch import VECTOR_DTYPES
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
@@ -13,6 +14,7 @@ from turboquant_hf.attention.gradients import without_gradient
 from turboquant_hf.attention.handover import Prompt, Stored, hand_over, reads_codes
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.rows import picked, reordered, repeated
+from turboquant_hf.storage.codec import LayerCodec
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
 from turboquant_hf.storage.tables import FullPrecisionSizes
@@ -138,7 +140,13 @@ class TurboQuantLayer(CacheLayerMixin):
                 f"keys have {key_states.shape[-1]} channels and the cache was made for head_dim {self._head_dim}; pass "
                 "the model's head_dim"
             )
-        self.config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._codes)
+        config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._codes)
+        if key_states.dtype not in VECTOR_DTYPES and LayerCodec(config).has_whole_bits:
+            raise ValueError(
+                f"keys are {key_states.dtype}; a cache of {config.key_bits} and {config.value_bits} bits holds "
+                f"{', '.join(map(str, VECTOR_DTYPES))}. Load the model with dtype=torch.float32, or one of the others."
+            )
+        self.config = config
         self.dtype, self.device = key_states.dtype, key_states.device
         self.store = self._new_store(*key_states.shape[:2])
         self.is_initialized = True
