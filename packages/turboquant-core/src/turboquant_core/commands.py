@@ -64,7 +64,7 @@ class InstalledCommand(TyperCommand):
         Raises:
             CommandError: If what it needs is not installed, whatever the arguments; help is shown all the same.
         """
-        if (missing := self.missing()) and not {"--help"}.intersection(args):
+        if (missing := self.missing()) and "--help" not in args:
             raise CommandError(missing)
         context = self._load().make_context(info_name, args, parent, **extra)
         context.with_resource(interrupts.raised())

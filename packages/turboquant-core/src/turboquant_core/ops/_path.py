@@ -1,6 +1,6 @@
 """What a path is: one way to run an operation, and what it takes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -93,6 +93,26 @@ def find_path(name: str, paths: Sequence[P]) -> P | None:
     return next((path for path in paths if path.name == name), None)
 
 
-def refuse_path(path: Path, reason: str) -> ValueError:
-    """The error for a path that was asked for and cannot run."""
-    return ValueError(f"path is {path.name!r}, which cannot run here: {reason}. Use path='auto'.")
+def choose(
+    name: str, paths: Sequence[P], fastest_first: Iterable[P], device: torch.device, obstacle: Callable[[P], str | None]
+) -> P | None:
+    """The path that a name means: itself, or for "auto" the fastest that can run; None for the reference.
+
+    Args:
+        name: "auto", "reference" or a path's.
+        paths: All that there are.
+        fastest_first: What "auto" takes the first of that can run, on CUDA; the last one takes everything.
+        device: Where the tensors are.
+        obstacle: Why a path cannot run for a call; None if it can.
+
+    Raises:
+        ValueError: If there is no such path or it cannot run there; the message says why.
+    """
+    path = find_path(name, paths)
+    if path is not None:
+        if reason := obstacle(path):
+            raise ValueError(f"path is {path.name!r}, which cannot run here: {reason}. Use path='auto'.")
+        return path
+    if name == "reference" or device.type != "cuda":
+        return None
+    return next(path for path in fastest_first if obstacle(path) is None)

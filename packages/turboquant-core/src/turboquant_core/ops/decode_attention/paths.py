@@ -13,7 +13,7 @@ Values are float16 centroids in every one. In Triton's interpreter all but "frag
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops._path import find_path, refuse_path
+from turboquant_core.ops._path import choose
 from turboquant_core.ops.decode_attention.fragment import FRAGMENT
 from turboquant_core.ops.decode_attention.path import DecodePath
 from turboquant_core.ops.decode_attention.portable import FP8, FP16, INT8, PORTABLE
@@ -26,16 +26,5 @@ FASTEST_FIRST = (FRAGMENT, FP16, PORTABLE)
 def choose_path(
     name: str, layout: KVCacheLayout, device: torch.device, pages: torch.Tensor | None = None
 ) -> DecodePath | None:
-    """The path that a name means: itself, or for "auto" the fastest that can run; None for the reference.
-
-    Raises:
-        ValueError: If there is no such path or it cannot run there; the message says why.
-    """
-    path = find_path(name, PATHS)
-    if path is not None:
-        if reason := path.obstacle(layout, device, pages):
-            raise refuse_path(path, reason)
-        return path
-    if name == "reference" or device.type != "cuda":
-        return None
-    return next(path for path in FASTEST_FIRST if path.obstacle(layout, device, pages) is None)
+    """The path that a name means, for these pages where they are known; see `turboquant_core.ops._path.choose`."""
+    return choose(name, PATHS, FASTEST_FIRST, device, lambda path: path.obstacle(layout, device, pages))

@@ -45,8 +45,7 @@ class GrowingPages(Pages):
         """What is stored of the first tokens, by the fields of core's `PageViews`: [heads, num_tokens, n]."""
         pages = self.tensor[: num_blocks(num_tokens)]
         views = page_layout(self.config, pages.shape[1]).views(pages)
-        names = ("key_codes", "value_codes", "key_scales", "value_scales")
-        return {name: getattr(views, name).transpose(0, 1).flatten(1, 2)[:, :num_tokens] for name in names}
+        return {name: field.transpose(0, 1).flatten(1, 2)[:, :num_tokens] for name, field in vars(views).items()}
 
     def reserve(self, num_tokens: int, length: Length) -> None:
         """See `Pages`."""

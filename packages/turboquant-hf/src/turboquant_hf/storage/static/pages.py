@@ -20,7 +20,7 @@ class StaticPages(Pages):
         self, config: TurboQuantConfig, batch_size: int, num_kv_heads: int, max_length: int, device: torch.device
     ) -> None:
         # Zeroed: unwritten slots are read, and masked.
-        tensor = page_layout(config, batch_size * num_kv_heads).allocate(num_blocks(max_length), device).zero_()
+        tensor = page_layout(config, batch_size * num_kv_heads).allocate(num_blocks(max_length), device)
         super().__init__(config, batch_size, num_kv_heads, tensor)
         self._table = block_table(len(tensor), batch_size, device).clone()
         keep_addresses(tensor, self._table)
