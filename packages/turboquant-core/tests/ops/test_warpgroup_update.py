@@ -177,22 +177,22 @@ def test_a_triton_without_gluon_is_told(hopper, monkeypatch):
 # The kernel's arguments are those that the launch passes, so they need no list here.
 COMPILE = """
 import os
-from contextlib import nullcontext
 from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.ops.cache_update.tensors import UpdateTensors
 from turboquant_core.ops.cache_update.warpgroup import launch as module
 from turboquant_core.testing.compiled import Recorder
 
 def report(head_dim, key_bits, value_bits, dtype, centred, folder):
     layout = KVCacheLayout(TurboQuantConfig(head_dim, key_bits, value_bits), 8, 16)
     x = torch.zeros(64, 8, head_dim, dtype=dtype)
-    torch.cuda.device_of = lambda pages: nullcontext()
     module._num_sms = lambda device: 132
     module.warpgroup_update_kernel = recorder = Recorder(module.warpgroup_update_kernel)
     mean = torch.zeros(8, head_dim) if centred else None
-    module.launch(x, x, layout.allocate(4), torch.arange(64), layout, key_mean=mean)
+    launch = module.plan(layout, dtype, 64, x.device)
+    launch(UpdateTensors.of(x, x, mean, torch.arange(64), layout.allocate(4)), 64, 4)
     compiled = recorder.compile(90, Path(folder))
     print(compiled.ptx.count("wgmma.mma_async"), compiled.shared_bytes, compiled.registers, compiled.stack_bytes)
 """

@@ -7,6 +7,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops.cache_gather import launch as gather
+from turboquant_core.ops.cache_update.tensors import UpdateTensors
 from turboquant_core.ops.cache_update.triton import launch as update
 from turboquant_core.ops.cache_update.triton.sizes import Processor
 from turboquant_core.ops.decode_attention import launch as decode
@@ -33,7 +34,8 @@ def report(arch, shared_bytes, folder):
         record(decode, "prepare_kernel"), record(portable, "portable_kernel"), record(decode, "combine_kernel"),
     ]
     key = torch.zeros(100, 2, 512, dtype=torch.bfloat16)
-    update.launch(key, key, pages, torch.zeros(100, dtype=torch.int64), layout, key_mean=means)
+    tensors = UpdateTensors.of(key, key, means, torch.zeros(100, dtype=torch.int64), pages)
+    update.plan(layout, key.dtype, 100, key.device)(tensors, 100, 1)
     gather.launch(
         pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, dtype=torch.bfloat16,
         max_tokens=100,

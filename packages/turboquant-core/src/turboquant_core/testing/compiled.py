@@ -70,16 +70,32 @@ class Recorder:
         return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
 
 
-def _signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def _signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Kinds, constants and attributes of arguments, as a launch would find them; tensors count as aligned."""
-    kinds, constants, attributes = {}, {}, {}
-    for i, (name, x) in enumerate(arguments.items()):
-        if kernel.params[i].is_constexpr or x is None or (type(x) is int and x == 1):
-            kinds[name], constants[(i,)] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            kinds[name], attributes[(i,)] = _TYPES[x.dtype], [["tt.divisibility", 16]]
-        else:
-            kinds[name] = "fp32" if isinstance(x, float) else "i32"
-            if kinds[name] == "i32" and x % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+
+    def kind(path: tuple[int, ...], x: Any, specialized: bool) -> Any:
+        if isinstance(x, tuple):
+            kinds = [kind((*path, i), part, specialized) for i, part in enumerate(x)]
+            return type(x)(*kinds) if hasattr(x, "_fields") else tuple(kinds)
+        if x is None or (specialized and type(x) is int and x == 1):
+            return constant(path, x)
+        if isinstance(x, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return _TYPES[x.dtype]
+        if isinstance(x, float):
+            return "fp32"
+        if specialized and x % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32"
+
+    def constant(path: tuple[int, ...], x: Any) -> str:
+        constants[path] = x
+        return "constexpr"
+
+    kinds = {
+        name: constant((i,), x) if parameter.is_constexpr else kind((i,), x, not parameter.do_not_specialize)
+        for i, ((name, x), parameter) in enumerate(zip(arguments.items(), kernel.params, strict=True))
+    }
     return kinds, constants, attributes

@@ -1,23 +1,52 @@
-"""A layout as kernels take it."""
+"""A layout as kernels take it: one argument, compiled in."""
 
-from turboquant_core.layout import KVCacheLayout
+from functools import cache
+from typing import NamedTuple
+
+from turboquant_core.layout import KVCacheLayout, Plane
 
 
-def layout_constants(layout: KVCacheLayout) -> dict[str, int]:
-    """Sizes of a layout, and offsets and strides of its planes in bytes, by the names that kernels have for them."""
+class StoredVectors(NamedTuple):
+    """Where the keys, or the values, of a page lie; bytes, from the start of a head's part of the page.
+
+    Attributes:
+        bits: Of a coordinate.
+        codes: First byte of the codes.
+        code_stride: From one token's codes to the next one's.
+        scales: First byte of the scales.
+        scale_stride: From one token's scale to the next one's.
+    """
+
+    bits: int
+    codes: int
+    code_stride: int
+    scales: int
+    scale_stride: int
+
+
+class PageLayout(NamedTuple):
+    """Sizes of a layout, and where in a page it has keys and values."""
+
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    stored_keys: StoredVectors
+    stored_values: StoredVectors
+
+
+# Every call of an operation asks.
+@cache
+def page_layout(layout: KVCacheLayout) -> PageLayout:
+    """What kernels know of a layout with whole bits."""
     config = layout.config
-    return {
-        "num_kv_heads": layout.num_kv_heads,
-        "block_size": layout.block_size,
-        "head_dim": config.head_dim,
-        "key_bits": int(config.key_bits),
-        "value_bits": int(config.value_bits),
-        "key_codes": layout.key_codes.offset,
-        "value_codes": layout.value_codes.offset,
-        "key_scales": layout.key_scales.offset,
-        "value_scales": layout.value_scales.offset,
-        "key_code_stride": layout.key_codes.slot_stride,
-        "value_code_stride": layout.value_codes.slot_stride,
-        "key_scale_stride": layout.key_scales.slot_stride,
-        "value_scale_stride": layout.value_scales.slot_stride,
-    }
+    return PageLayout(
+        layout.num_kv_heads,
+        layout.block_size,
+        config.head_dim,
+        _stored(config.key_bits, layout.key_codes, layout.key_scales),
+        _stored(config.value_bits, layout.value_codes, layout.value_scales),
+    )
+
+
+def _stored(bits: float, codes: Plane, scales: Plane) -> StoredVectors:
+    return StoredVectors(int(bits), codes.offset, codes.slot_stride, scales.offset, scales.slot_stride)

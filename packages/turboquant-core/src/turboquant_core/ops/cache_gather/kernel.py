@@ -13,8 +13,8 @@ from turboquant_core.ops._triton.codes import channels, load_codes, load_scales
     do_not_specialize_on_alignment=["block_table", "cu_seqlens", "starts"],
 )
 def gather_kernel(
-    keys,
-    values,
+    out_keys,
+    out_values,
     pages,
     block_table,
     cu_seqlens,
@@ -30,26 +30,16 @@ def gather_kernel(
     table_column_stride,
     page_stride,
     page_head_stride,
-    num_kv_heads: tl.constexpr,
-    block_size: tl.constexpr,
-    head_dim: tl.constexpr,
+    layout: tl.constexpr,
     padded_octet: tl.constexpr,
-    key_bits: tl.constexpr,
-    value_bits: tl.constexpr,
-    key_codes: tl.constexpr,
-    value_codes: tl.constexpr,
-    key_code_stride: tl.constexpr,
-    value_code_stride: tl.constexpr,
-    key_scales: tl.constexpr,
-    value_scales: tl.constexpr,
-    key_scale_stride: tl.constexpr,
-    value_scale_stride: tl.constexpr,
     has_starts: tl.constexpr,
     has_mean: tl.constexpr,
     block_batch: tl.constexpr,
     block_tokens: tl.constexpr,
 ):
     """One program for some tokens of the output and a KV head."""
+    keys: tl.constexpr = layout.stored_keys
+    values: tl.constexpr = layout.stored_values
     token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
     head = tl.program_id(1).to(tl.int64)
     total = tl.load(cu_seqlens + batch)
@@ -59,38 +49,19 @@ def gather_kernel(
     if has_starts:
         position += tl.maximum(tl.load(starts + row, mask=keep, other=0), 0)
     position = clamped(position, 0, row_capacity - 1)
-    column = (position // block_size).to(tl.int64)
+    column = (position // layout.block_size).to(tl.int64)
     block = tl.load(
         block_table + row.to(tl.int64) * table_row_stride + column * table_column_stride, mask=keep, other=0
     )
     head_rows = pages + existing_block(block, last_block).to(tl.int64) * page_stride + head * page_head_stride
-    slot = position % block_size
-    output = (token.to(tl.int64) * num_kv_heads + head) * head_dim
+    slot = position % layout.block_size
+    output = (token.to(tl.int64) * layout.num_kv_heads + head) * layout.head_dim
+    mean = key_mean + head * layout.head_dim
     _gather_tile(
-        keys + output,
-        head_rows + key_codes + slot * key_code_stride,
-        head_rows + key_scales + slot * key_scale_stride,
-        keep,
-        key_centroids,
-        key_mean + head * head_dim,
-        head_dim,
-        padded_octet,
-        key_bits,
-        has_mean,
-        block_tokens,
+        out_keys + output, head_rows, slot, keep, key_centroids, mean, keys, layout.head_dim, padded_octet, has_mean
     )
     _gather_tile(
-        values + output,
-        head_rows + value_codes + slot * value_code_stride,
-        head_rows + value_scales + slot * value_scale_stride,
-        keep,
-        value_centroids,
-        value_centroids,
-        head_dim,
-        padded_octet,
-        value_bits,
-        False,
-        block_tokens,
+        out_values + output, head_rows, slot, keep, value_centroids, mean, values, layout.head_dim, padded_octet, False
     )
 
 
@@ -104,20 +75,13 @@ def _row_of(token, cu_seqlens, batch, block_batch: tl.constexpr):
 
 @triton.jit
 def _gather_tile(
-    output_rows,
-    code_rows,
-    scale_rows,
-    keep,
-    centroids,
-    mean,
-    head_dim: tl.constexpr,
-    padded_octet: tl.constexpr,
-    bits: tl.constexpr,
-    has_mean: tl.constexpr,
-    rows: tl.constexpr,
-):
-    codes = load_codes(code_rows, keep, bits, rows, head_dim // 8, padded_octet)
-    scale = load_scales(scale_rows, keep)
+    output_rows, head_rows, slot, keep, centroids, mean,
+    stored: tl.constexpr, head_dim: tl.constexpr, padded_octet: tl.constexpr, has_mean: tl.constexpr,
+):  # fmt: skip
+    """Write what is stored at every slot of a row's head."""
+    code_rows = head_rows + stored.codes + slot * stored.code_stride
+    codes = load_codes(code_rows, keep, stored.bits, slot.shape[0], head_dim // 8, padded_octet)
+    scale = load_scales(head_rows + stored.scales + slot * stored.scale_stride, keep)
     x = tl.load(centroids + codes) * scale[:, None]
     channel, real = channels(head_dim // 8, padded_octet)
     if has_mean:

@@ -6,7 +6,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import codebook_tables
 from turboquant_core.ops._bounds import row_capacity
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops._triton.layout import layout_constants
+from turboquant_core.ops._triton.layout import page_layout
 from turboquant_core.ops.cache_gather.kernel import gather_kernel
 from turboquant_core.ops.cache_gather.output import empty_output
 
@@ -34,19 +34,19 @@ def launch(
     capacity = row_capacity(num_blocks, block_table.shape[1], layout.block_size)
     if max_tokens == 0 or batch == 0 or capacity == 0:
         return keys, values
-    constants = layout_constants(layout)
+    compiled = page_layout(layout)
     key_centroids, value_centroids = (
-        codebook_tables(constants["head_dim"], constants[bits], pages.device, torch.float32)[0]
-        for bits in ("key_bits", "value_bits")
+        codebook_tables(compiled.head_dim, stored.bits, pages.device, torch.float32)[0]
+        for stored in (compiled.stored_keys, compiled.stored_values)
     )
-    octet = padded_octet(constants["head_dim"])
+    octet = padded_octet(compiled.head_dim)
     block_tokens = min(MAX_BLOCK_TOKENS, BLOCK_ELEMENTS // (8 * octet))
     # Triton launches on the current device, whatever the tensors' is. Its own next_power_of_2 and cdiv take the host
     # many times as long: they are functions of its compiler.
     with torch.cuda.device_of(pages):  # type: ignore[no-untyped-call]
         gather_kernel[(-(-max_tokens // block_tokens), layout.num_kv_heads)](
-            keys=keys,
-            values=values,
+            out_keys=keys,
+            out_values=values,
             pages=pages,
             block_table=block_table,
             cu_seqlens=cu_seqlens,
@@ -62,11 +62,11 @@ def launch(
             table_column_stride=block_table.stride(1),
             page_stride=pages.stride(0),
             page_head_stride=pages.stride(1),
+            layout=compiled,
             padded_octet=octet,
             has_starts=starts is not None,
             has_mean=rotated_key_mean is not None,
             block_batch=max(MIN_BLOCK_BATCH, 1 << (batch - 1).bit_length()),
             block_tokens=block_tokens,
-            **constants,
         )
     return keys, values

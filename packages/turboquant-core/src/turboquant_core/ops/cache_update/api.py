@@ -17,9 +17,10 @@ from turboquant_core.ops._dispatch import (
     described,
 )
 from turboquant_core.ops._values import checks_values
-from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, UpdatePath
+from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, Launch
 from turboquant_core.ops.cache_update.paths import choose_path
 from turboquant_core.ops.cache_update.reference import cache_update as reference_cache_update
+from turboquant_core.ops.cache_update.tensors import UpdateTensors
 from turboquant_core.ops.cache_update.values import check_stored_values
 
 
@@ -62,26 +63,31 @@ def cache_update(
     """
     check_is_key_transform(key_transform)
     tensors = (key, value, pages, slot_mapping, *key_transform.parts)
-    alignment = tuple(x.data_ptr() % VECTOR_ALIGNMENT for x in (key, value, pages))
-    chosen = _paths.look_up(
-        (layout, path, alignment, *map(described, tensors)),
-        lambda: _check(key, value, pages, slot_mapping, layout, key_transform, path),
+    misaligned = (key.data_ptr() | value.data_ptr() | pages.data_ptr()) % VECTOR_ALIGNMENT
+    launch = _launches.look_up(
+        (layout, path, misaligned, *map(described, tensors)),
+        lambda: _plan(key, value, pages, slot_mapping, layout, key_transform, path),
     )
+    num_tokens, num_pages = key.shape[0], pages.shape[0]
     if checks_values():
-        check_stored_values(slot_mapping, key_transform, layout, len(pages))
-    if chosen is None:
+        check_stored_values(slot_mapping, key_transform, layout, num_pages)
+    if num_tokens == 0:
+        return
+    if launch is None:
         reference_cache_update(key, value, pages, slot_mapping, layout, key_transform=key_transform)
         return
     key_mean = key_transform.mean
     if key_transform.matrix is not None:
         key, value, key_mean = key_transform.of_keys(key), value.float(), None
-    chosen.launch(key, value, pages, slot_mapping, layout, key_mean)
+    # Triton launches on the current device, whatever the tensors' is.
+    with torch.cuda.device_of(pages):  # type: ignore[no-untyped-call]
+        launch(UpdateTensors.of(key, value, key_mean, slot_mapping, pages), num_tokens, num_pages)
 
 
-_paths: KnownCalls[UpdatePath | None] = KnownCalls()
+_launches: KnownCalls[Launch | None] = KnownCalls()
 
 
-def _check(
+def _plan(
     key: torch.Tensor,
     value: torch.Tensor,
     pages: torch.Tensor,
@@ -89,8 +95,8 @@ def _check(
     layout: KVCacheLayout,
     key_transform: KeyTransform,
     path: str,
-) -> UpdatePath | None:
-    """Check the arguments of a call, and choose what runs."""
+) -> Launch | None:
+    """Check the arguments of a call, and plan it; None for the reference."""
     check_whole_bits(layout)
     check_vector_dtype("key", key.dtype)
     check_tensor("key", key, key.dtype, (-1, layout.num_kv_heads, layout.config.head_dim))
@@ -104,4 +110,5 @@ def _check(
     check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, **transform})
     if key_transform.matrix is not None:
         key, value = key.float(), value.float()
-    return choose_path(path, layout, key, value, pages)
+    chosen = choose_path(path, layout, key, value, pages)
+    return None if chosen is None else chosen.plan(layout, key.dtype, len(key), key.device)

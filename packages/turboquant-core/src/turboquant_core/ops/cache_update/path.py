@@ -8,12 +8,13 @@ import torch
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import VECTOR_DTYPES
 from turboquant_core.ops._path import Path
+from turboquant_core.ops.cache_update.tensors import UpdateTensors
 
 # Copies are of sixteen bytes, and Triton sees strides to be multiples of sixteen elements.
 VECTOR_ALIGNMENT = 16
 
 Tensor = torch.Tensor
-Launch = Callable[[Tensor, Tensor, Tensor, Tensor, KVCacheLayout, Tensor | None], None]
+Launch = Callable[[UpdateTensors, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +22,15 @@ class UpdatePath(Path):
     """One way to quantise and store keys and values.
 
     Attributes:
-        launch: Stores checked keys and values: key, value, pages, slot_mapping, layout, and the mean of keys or None.
+        plan: The launch for a layout, a type of keys, a number of them and a device: it takes tensors, how many tokens
+            those have, and how many pages.
         dtypes: Types of keys and values.
         vector_alignment: What addresses of keys and values, and strides in elements, are multiples of.
         page_alignment: What those of pages are, in bytes.
         least_tokens: Fewer are left to the next path, unless this one is asked for.
     """
 
-    launch: Launch
+    plan: Callable[[KVCacheLayout, torch.dtype, int, torch.device], Launch]
     dtypes: tuple[torch.dtype, ...] = VECTOR_DTYPES
     vector_alignment: int = 1
     page_alignment: int = 1

@@ -3,20 +3,13 @@
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops.cache_update.path import UpdatePath
+from turboquant_core.ops.cache_update.path import Launch, UpdatePath
 
 
-def _launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    layout: KVCacheLayout,
-    key_mean: torch.Tensor | None,
-) -> None:
-    from turboquant_core.ops.cache_update.triton.launch import launch
+def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> Launch:
+    from turboquant_core.ops.cache_update.triton.launch import plan
 
-    launch(key, value, pages, slot_mapping, layout, key_mean)
+    return plan(layout, dtype, num_tokens, device)
 
 
-TRITON = UpdatePath(name="triton", launch=_launch)
+TRITON = UpdatePath(name="triton", plan=_plan)

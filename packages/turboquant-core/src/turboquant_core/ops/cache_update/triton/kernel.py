@@ -15,6 +15,7 @@ from turboquant_core.ops.cache_update.rotate import (
     power_for_halves,
     subtract_offset,
 )
+from turboquant_core.ops.cache_update.schedule import program_share, slot_place
 from turboquant_core.ops.cache_update.split_rotation import MATRIX_SCALE
 
 MATRIX_UNSCALE = tl.constexpr(1 / MATRIX_SCALE)
@@ -22,67 +23,46 @@ MATRIX_UNSCALE = tl.constexpr(1 / MATRIX_SCALE)
 
 @triton.jit(do_not_specialize=["num_tokens", "num_pages"])
 def update_kernel(
-    key,
-    value,
-    key_mean,
-    pages,
-    slot_mapping,
+    tensors,  # see `UpdateTensors`
+    num_tokens,
+    num_pages,
     parts,
     key_grid,
     value_grid,
     key_centroids,
     value_centroids,
-    num_tokens,
-    num_pages,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    page_stride,
-    page_head_stride,
-    slot_stride,
-    num_kv_heads: tl.constexpr,
-    block_size: tl.constexpr,
-    head_dim: tl.constexpr,
+    layout: tl.constexpr,
     padded_octet: tl.constexpr,
-    key_bits: tl.constexpr,
-    value_bits: tl.constexpr,
     key_cells: tl.constexpr,
     key_shift: tl.constexpr,
     value_cells: tl.constexpr,
     value_shift: tl.constexpr,
     key_rule: tl.constexpr,
     value_rule: tl.constexpr,
-    key_codes: tl.constexpr,
-    value_codes: tl.constexpr,
-    key_code_stride: tl.constexpr,
-    value_code_stride: tl.constexpr,
-    key_scales: tl.constexpr,
-    value_scales: tl.constexpr,
-    key_scale_stride: tl.constexpr,
-    value_scale_stride: tl.constexpr,
-    centred: tl.constexpr,
     num_parts: tl.constexpr,
     block_rows: tl.constexpr,
     block_k: tl.constexpr,
     depth: tl.constexpr,
 ):
-    """Each program stores every so many-th tile of the keys, or of the values, of one head.
-
-    So the rotated mean is a constant, and the scales of a page lie together.
-    """
+    """Each program has one head's keys, or values: the rotated mean is a constant, and a page's scales lie together."""
+    keys: tl.constexpr = layout.stored_keys
+    values: tl.constexpr = layout.stored_values
+    head_dim: tl.constexpr = layout.head_dim
     channels: tl.constexpr = 8 * padded_octet
     octet: tl.constexpr = head_dim // 8
-    halves: tl.constexpr = key.dtype.element_ty == tl.float32
-    head = tl.program_id(0) % num_kv_heads
-    is_key = tl.program_id(0) // num_kv_heads % 2 == 0
-    first_block = tl.program_id(0) // (2 * num_kv_heads)
-    step = tl.num_programs(0) // (2 * num_kv_heads)
-    token_stride = tl.where(is_key, key_token_stride, value_token_stride)
-    x = tl.where(is_key, key, value) + head.to(tl.int64) * tl.where(is_key, key_head_stride, value_head_stride)
-    mean = key_mean + head * head_dim
-    codes_at = pages + head.to(tl.int64) * page_head_stride + tl.where(is_key, key_codes, value_codes)
-    scales_at = pages + head.to(tl.int64) * page_head_stride + tl.where(is_key, key_scales, value_scales)
+    halves: tl.constexpr = tensors.key.dtype.element_ty == tl.float32
+    centred: tl.constexpr = tensors.key_mean is not None
+    head, is_key, first_block, step = program_share(layout.num_kv_heads)
+    wide_head = head.to(tl.int64)
+    token_stride = tl.where(is_key, tensors.key_token_stride, tensors.value_token_stride)
+    x = tl.where(is_key, tensors.key, tensors.value)
+    x += wide_head * tl.where(is_key, tensors.key_head_stride, tensors.value_head_stride)
+    mean = parts
+    if centred:
+        mean = tensors.key_mean + head * head_dim
+    head_rows = tensors.pages + wide_head * tensors.page_head_stride
+    codes_at = head_rows + tl.where(is_key, keys.codes, values.codes)
+    scales_at = head_rows + tl.where(is_key, keys.scales, values.scales)
     high, middle, low = parts, parts, parts
     if block_k == channels:
         high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
@@ -90,9 +70,9 @@ def update_kernel(
     if centred and not halves:
         offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
     key_entries = tl.load(key_grid + tl.arange(0, key_cells))
-    key_table = tl.load(key_centroids + tl.arange(0, 2**key_bits))
+    key_table = tl.load(key_centroids + tl.arange(0, 2**keys.bits))
     value_entries = tl.load(value_grid + tl.arange(0, value_cells))
-    value_table = tl.load(value_centroids + tl.arange(0, 2**value_bits))
+    value_table = tl.load(value_centroids + tl.arange(0, 2**values.bits))
     # What does not change between tiles, hoisted, would spill: it costs less to compute it again.
     for block in tl.range(first_block, tl.cdiv(num_tokens, block_rows), step, num_stages=depth, disable_licm=True):
         first_token = block * block_rows
@@ -100,13 +80,10 @@ def update_kernel(
         last = num_tokens - 1 - first_token
         row = tl.arange(0, block_rows)
         token = tl.minimum(row, last)
-        slot = tl.load(_start(slot_mapping, first_token, slot_stride) + token * slot_stride)
-        # Unsigned, quotient and rest are single bit operations, and negative slots beyond all others.
-        number = slot.to(tl.uint64) // block_size
-        position = (slot.to(tl.uint64) % block_size).to(tl.int32)
-        keep = (number < num_pages) & (row <= last)
-        page = number * page_stride
-        scale_rows = scales_at + page + position * tl.where(is_key, key_scale_stride, value_scale_stride)
+        slot = tl.load(_start(tensors.slot_mapping, first_token, tensors.slot_stride) + token * tensors.slot_stride)
+        page, position, keep = slot_place(slot, num_pages, tensors.page_stride, layout.block_size)
+        keep = keep & (row <= last)
+        scale_rows = scales_at + page + position * tl.where(is_key, keys.scale_stride, values.scale_stride)
 
         x_rows = _start(x, first_token, token_stride) + token * token_stride
         power = 1.0
@@ -143,21 +120,22 @@ def update_kernel(
         squares = tl.sum(rotated * rotated, axis=1)
         per_length = inverse_root(squares)
         norm = tl.sqrt(squares) * MATRIX_UNSCALE / power
-        if key_bits == value_bits:
+        code_rows = codes_at + page
+        if keys.bits == values.bits:
             _store_tile(
-                rotated, per_length, norm, codes_at + page + position * key_code_stride, scale_rows, keep, is_key,
-                key_entries, key_table, octet, padded_octet, key_bits, key_shift, key_rule, value_rule,
+                rotated, per_length, norm, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
+                key_entries, key_table, octet, padded_octet, keys.bits, key_shift, key_rule, value_rule,
             )  # fmt: skip
         else:
             if is_key:
                 _store_tile(
-                    rotated, per_length, norm, codes_at + page + position * key_code_stride, scale_rows, keep, is_key,
-                    key_entries, key_table, octet, padded_octet, key_bits, key_shift, key_rule, key_rule,
+                    rotated, per_length, norm, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
+                    key_entries, key_table, octet, padded_octet, keys.bits, key_shift, key_rule, key_rule,
                 )  # fmt: skip
             else:
                 _store_tile(
-                    rotated, per_length, norm, codes_at + page + position * value_code_stride, scale_rows, keep, is_key,
-                    value_entries, value_table, octet, padded_octet, value_bits, value_shift, value_rule, value_rule,
+                    rotated, per_length, norm, code_rows + position * values.code_stride, scale_rows, keep, is_key,
+                    value_entries, value_table, octet, padded_octet, values.bits, value_shift, value_rule, value_rule,
                 )  # fmt: skip
 
 

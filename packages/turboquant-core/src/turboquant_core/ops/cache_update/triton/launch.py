@@ -1,7 +1,6 @@
 """Launch the Triton kernel of `cache_update`."""
 
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,65 +9,17 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import codebook_tables
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops._triton.layout import layout_constants
+from turboquant_core.ops._triton.layout import page_layout
 from turboquant_core.ops.cache_update.grid_table import grid_table
 from turboquant_core.ops.cache_update.split_rotation import split_rotation
 from turboquant_core.ops.cache_update.triton.kernel import update_kernel
 from turboquant_core.ops.cache_update.triton.sizes import INTERPRETER, Processor, update_launch
 
 
-def launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    layout: KVCacheLayout,
-    key_mean: torch.Tensor | None = None,
-) -> None:
-    """Store keys, less the mean, and values."""
-    num_tokens = key.shape[0]
-    if num_tokens == 0:
-        return
-    plan = _plan(layout, key.dtype, num_tokens, pages.device, key_mean is not None)
-    # Triton launches on the current device, whatever the tensors' is.
-    with torch.cuda.device_of(pages):  # type: ignore[no-untyped-call]
-        update_kernel[(plan.num_programs,)](
-            key=key,
-            value=value,
-            key_mean=key if key_mean is None else key_mean.contiguous(),
-            pages=pages,
-            slot_mapping=slot_mapping,
-            num_tokens=num_tokens,
-            num_pages=pages.shape[0],
-            key_token_stride=key.stride(0),
-            key_head_stride=key.stride(1),
-            value_token_stride=value.stride(0),
-            value_head_stride=value.stride(1),
-            page_stride=pages.stride(0),
-            page_head_stride=pages.stride(1),
-            slot_stride=slot_mapping.stride(0),
-            **plan.arguments,
-        )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a call is launched with beside its tensors.
-
-    Attributes:
-        num_programs: The grid.
-        arguments: Tables, what is compiled in, and options of the compiler, by name.
-    """
-
-    num_programs: int
-    arguments: dict[str, Any]
-
-
-# Lengths of prompts differ without end.
-@lru_cache(maxsize=256)
-def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, centred: bool) -> _Plan:
-    config, constants = layout.config, layout_constants(layout)
-    head_dim, key_bits, value_bits = config.head_dim, constants["key_bits"], constants["value_bits"]
+def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> "partial[None]":
+    """The kernel with its grid, tables and options: what `UpdatePath.plan` gives."""
+    config, compiled = layout.config, page_layout(layout)
+    head_dim, key_bits, value_bits = config.head_dim, compiled.stored_keys.bits, compiled.stored_values.bits
     octet = padded_octet(head_dim)
     rotation = split_rotation(head_dim, torch.float16 if dtype == torch.float32 else dtype, device)
     sizes = update_launch(
@@ -81,8 +32,8 @@ def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: to
         one_path=key_bits == value_bits,
     )
     key_grid, value_grid = grid_table(head_dim, key_bits, device), grid_table(head_dim, value_bits, device)
-    arguments = {
-        **constants,
+    arguments: dict[str, Any] = {
+        "layout": compiled,
         "parts": _multipliable(rotation.parts),
         "key_grid": key_grid.entries,
         "value_grid": value_grid.entries,
@@ -95,7 +46,6 @@ def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: to
         "value_shift": value_grid.shift,
         "key_rule": config.key_scale,
         "value_rule": config.value_scale,
-        "centred": centred,
         "num_parts": rotation.num_parts,
         "block_rows": sizes.block_rows,
         "block_k": sizes.block_k,
@@ -104,7 +54,7 @@ def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: to
         "num_stages": sizes.num_stages,
         **sizes.compiler_options,
     }
-    return _Plan(sizes.num_programs, arguments)
+    return partial(update_kernel[(sizes.num_programs,)], **arguments)
 
 
 def _multipliable(parts: torch.Tensor) -> torch.Tensor:

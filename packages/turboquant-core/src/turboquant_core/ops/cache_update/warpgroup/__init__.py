@@ -3,28 +3,21 @@
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, UpdatePath
+from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, Launch, UpdatePath
 
 # Codes are stored in words.
 WORD_BYTES = 4
 
 
-def _launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    layout: KVCacheLayout,
-    key_mean: torch.Tensor | None,
-) -> None:
-    from turboquant_core.ops.cache_update.warpgroup.launch import launch
+def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> Launch:
+    from turboquant_core.ops.cache_update.warpgroup.launch import plan
 
-    launch(key, value, pages, slot_mapping, layout, key_mean)
+    return plan(layout, dtype, num_tokens, device)
 
 
 WARPGROUP = UpdatePath(
     name="warpgroup",
-    launch=_launch,
+    plan=_plan,
     head_dims=(64, 128),
     key_bits=(2, 3, 4),
     value_bits=(2, 3, 4),

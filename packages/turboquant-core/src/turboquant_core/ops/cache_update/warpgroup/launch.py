@@ -1,11 +1,11 @@
 """Launch the warpgroup kernel of `cache_update`."""
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops._triton.layout import layout_constants
+from turboquant_core.ops._triton.layout import page_layout
 from turboquant_core.ops.cache_update.split_rotation import split_rotation
 from turboquant_core.ops.cache_update.warpgroup.columns import product_columns
 from turboquant_core.ops.cache_update.warpgroup.kernel import warpgroup_update_kernel
@@ -20,53 +20,27 @@ PROGRAMS_PER_SM = 3
 MAX_REGISTERS = 168
 
 
-def launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pages: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    layout: KVCacheLayout,
-    key_mean: torch.Tensor | None = None,
-) -> None:
-    """Store keys, less the mean, and values."""
-    num_tokens = key.shape[0]
-    if num_tokens == 0:
-        return
-    config, device, constants = layout.config, pages.device, layout_constants(layout)
-    head_dim, key_bits, value_bits = constants.pop("head_dim"), constants["key_bits"], constants["value_bits"]
-    key_table, value_table = (lane_table(head_dim, bits, device) for bits in (key_bits, value_bits))
-    key_parts = _ordered_rotation(head_dim, key_bits, key.dtype, device)
-    # Triton launches on the current device, whatever the tensors' is.
-    with torch.cuda.device_of(pages):  # type: ignore[no-untyped-call]
-        warpgroup_update_kernel[(num_programs(num_tokens, layout.num_kv_heads, _num_sms(device)),)](
-            key=key,
-            value=value,
-            key_mean=None if key_mean is None else key_mean.contiguous(),
-            pages=pages,
-            slot_mapping=slot_mapping,
-            key_parts=key_parts,
-            value_parts=_ordered_rotation(head_dim, value_bits, key.dtype, device),
-            key_table=key_table.lanes,
-            value_table=value_table.lanes,
-            num_tokens=num_tokens,
-            num_pages=pages.shape[0],
-            key_token_stride=key.stride(0),
-            key_head_stride=key.stride(1),
-            value_token_stride=value.stride(0),
-            value_head_stride=value.stride(1),
-            page_stride=pages.stride(0),
-            page_head_stride=pages.stride(1),
-            slot_stride=slot_mapping.stride(0),
-            key_factor=key_table.factor,
-            value_factor=value_table.factor,
-            channels=head_dim,
-            num_parts=key_parts.shape[0],
-            key_rule=config.key_scale,
-            value_rule=config.value_scale,
-            num_warps=NUM_WARPS,
-            maxnreg=MAX_REGISTERS,
-            **constants,
-        )
+def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> "partial[None]":
+    """The kernel with its grid, tables and options: what `UpdatePath.plan` gives."""
+    config, compiled = layout.config, page_layout(layout)
+    both = compiled.stored_keys, compiled.stored_values
+    key_table, value_table = (lane_table(config.head_dim, stored.bits, device) for stored in both)
+    key_parts, value_parts = (_ordered_rotation(config.head_dim, stored.bits, dtype, device) for stored in both)
+    return partial(
+        warpgroup_update_kernel[(num_programs(num_tokens, layout.num_kv_heads, _num_sms(device)),)],
+        key_parts=key_parts,
+        value_parts=value_parts,
+        key_table=key_table.lanes,
+        value_table=value_table.lanes,
+        key_factor=key_table.factor,
+        value_factor=value_table.factor,
+        layout=compiled,
+        num_parts=key_parts.shape[0],
+        key_rule=config.key_scale,
+        value_rule=config.value_scale,
+        num_warps=NUM_WARPS,
+        maxnreg=MAX_REGISTERS,
+    )
 
 
 def num_programs(num_tokens: int, num_kv_heads: int, num_sms: int) -> int:
