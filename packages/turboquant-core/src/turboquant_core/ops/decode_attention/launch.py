@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._padding import padded_octet
 from turboquant_core.ops.decode_attention.call import AttendCall
 from turboquant_core.ops.decode_attention.combine import combine_kernel
 from turboquant_core.ops.decode_attention.path import DecodePath
@@ -70,11 +71,11 @@ def attend(
         softcap=softcap * LOG2_E,
         launch=launch,
     )
-    # Triton's own next_power_of_2 and cdiv take the host many times as long: they are functions of its compiler.
-    block_dim = 1 << (head_dim - 1).bit_length()
+    block_dim = 8 * padded_octet(head_dim)
     precision = "tf32x3" if card_of(device).capability >= (8, 0) else "ieee"
     heads = batch * query_len * num_heads
     block_positions = min(launch.prepare_positions, num_positions)
+    # Triton's own cdiv takes the host many times as long: it is a function of its compiler.
     prepare_kernel[(-(-heads // launch.prepare_heads), num_positions // block_positions)](
         query=query,
         query_start_loc=query_start_loc,

@@ -1,0 +1,103 @@
+"""What the Triton kernels compile to for a card at the widest heads and at the narrowest.
+
+A tile at head_dim 512 takes four times the registers of one at 128, and a tensor-core product takes no dimension as
+small as head_dim 8, of which the interpreter knows nothing.
+"""
+
+import pytest
+
+COMPILE = """
+import os
+from pathlib import Path
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.ops.cache_gather import launch as gather
+from turboquant_core.ops.cache_update.tensors import UpdateTensors
+from turboquant_core.ops.cache_update.triton import launch as update
+from turboquant_core.ops.cache_update.triton.sizes import Processor
+from turboquant_core.ops.decode_attention import launch as decode
+from turboquant_core.ops.decode_attention.paths import PATHS
+from turboquant_core.ops.decode_attention.portable import launch as portable
+from turboquant_core.ops.decode_attention.sizes import Card
+from turboquant_core.ops.merge_attention import launch as merge
+from turboquant_core.testing.compiled import Recorder
+
+BATCH = 32
+
+def record(module, name):
+    setattr(module, name, Recorder(getattr(module, name)))
+    return getattr(module, name)
+
+update_kernel, gather_kernel = record(update, "update_kernel"), record(gather, "gather_kernel")
+prepare, portable_kernel, combine = (
+    record(decode, "prepare_kernel"), record(portable, "portable_kernel"), record(decode, "combine_kernel")
+)
+merge_kernel = record(merge, "merge_kernel")
+
+def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder):
+    layout = KVCacheLayout(TurboQuantConfig(head_dim, key_bits, 4), 2, 16)
+    pages = layout.allocate(1)
+    ints, means = torch.zeros(BATCH + 1, dtype=torch.int32), torch.zeros(2, head_dim)
+    block_table, lengths = ints[:BATCH].view(BATCH, 1), ints[:BATCH]
+    decode.card_of = lambda device: Card(divmod(arch, 10), 132)
+    update._processor = lambda device: Processor(132, shared_bytes)
+
+    def show(kernel):
+        compiled = kernel.compile(arch, Path(folder))
+        print(kernel.kernel.__name__, compiled.shared_bytes, compiled.stack_bytes)
+
+    for dtype in dtypes:
+        key = torch.zeros(100, 2, head_dim, dtype=dtype)
+        tensors = UpdateTensors.of(key, key, means, torch.zeros(100, dtype=torch.int64), pages)
+        update.plan(layout, key.dtype, 100, key.device)(tensors, 100, 1)
+        show(update_kernel)
+    gather.launch(
+        pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, dtype=torch.bfloat16,
+        max_tokens=100,
+    )
+    show(gather_kernel)
+    query = torch.zeros(BATCH, 8, head_dim, dtype=torch.bfloat16)
+    dense = torch.zeros(BATCH, 2, 5, head_dim, dtype=torch.bfloat16)
+    merge.launch(
+        query[:, :, None], dense, dense, torch.zeros(1, 1, 5), None, scale=None, softcap=None, sinks=None
+    )
+    show(merge_kernel)
+    for path in (path for path in PATHS if path.name in paths):
+        decode.attend(
+            query, pages, block_table, lengths, layout, path,
+            decode.choose_launch(path, layout, BATCH, 4, 16, query.device), scale=1.0, query_len=1,
+            query_start_loc=None, seq_starts=None, window=0, softcap=0.0, sinks=None, key_mean=means,
+            out=torch.empty_like(query), lse=None,
+        )
+        show(portable_kernel)
+    show(prepare)
+    show(combine)
+"""
+# What a program may use on an A100.
+SHARED_BYTES = 163 * 1024
+
+
+def compile_kernels(run_python, monkeypatch, folder, arguments):
+    """The name, bytes of shared memory and bytes of stack of every kernel."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    printed = run_python(f"{COMPILE}\nreport({arguments}, {SHARED_BYTES}, {str(folder)!r})").splitlines()
+    return [(name, int(shared_bytes), int(stack)) for name, shared_bytes, stack in map(str.split, printed)]
+
+
+def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, tmp_path):
+    compiled = compile_kernels(run_python, monkeypatch, tmp_path, "512, 4, [torch.bfloat16], ['fp16'], 80")
+    assert len(compiled) == 6
+    for name, shared_bytes, stack_bytes in compiled:
+        assert shared_bytes <= SHARED_BYTES, name
+        # A register or two of a thread may go to memory; hundreds would take most of the time.
+        assert stack_bytes <= 32, name
+
+
+# Centroids of 4 bits are permuted as bytes, those of 8 are gathered.
+@pytest.mark.parametrize(("head_dim", "key_bits"), [(8, 4), (16, 8)])
+def test_the_narrowest_heads_compile(run_python, monkeypatch, tmp_path, head_dim, key_bits):
+    paths = ["fp16", "int8", "fp8", "portable"]
+    arguments = f"{head_dim}, {key_bits}, [torch.bfloat16, torch.float32], {paths}, 90"
+    compiled = compile_kernels(run_python, monkeypatch, tmp_path, arguments)
+    assert len(compiled) == 2 + 1 + 1 + len(paths) + 2
