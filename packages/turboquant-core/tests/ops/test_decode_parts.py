@@ -14,7 +14,7 @@ from turboquant_core.ops._path import find_path
 from turboquant_core.ops.decode_attention.centroids import unit_variance_centroids
 from turboquant_core.ops.decode_attention.fragment.lookup import evaluate_odd, lookup, odd_polynomial
 from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
-from turboquant_core.ops.decode_attention.launch import attend, card_of
+from turboquant_core.ops.decode_attention.launch import card_of, plan
 from turboquant_core.ops.decode_attention.paths import FRAGMENT, PATHS, choose_path
 from turboquant_core.ops.decode_attention.portable import lookup as portable_lookup
 from turboquant_core.ops.decode_attention.portable.lookup import PARTS, entries, entry_unit, entry_words
@@ -398,9 +398,11 @@ def forced(inputs, path, **changes):
     launch = replace(launch, padded_columns=-(-columns // launch.columns) * launch.columns)
     out = torch.full_like(inputs.query, torch.nan)
     lse = torch.full(inputs.query.shape[:2], torch.nan, device=out.device)
-    arguments = (inputs.query, inputs.pages, inputs.block_table, inputs.seq_lens, layout, find_path(path, PATHS))
+    planned = {name: options.pop(name) for name in ("query_len", "scale", "window", "softcap")}
+    arguments = (inputs.query, inputs.pages, inputs.block_table)
+    attention = plan(*arguments, layout, find_path(path, PATHS), launch, batch=len(inputs.seq_lens), **planned)
     key_mean = options.pop("key_transform").mean
-    attend(*arguments, launch, out=out, lse=lse, key_mean=key_mean, **options)
+    attention(*arguments, inputs.seq_lens, out=out, lse=lse, key_mean=key_mean, **options)
     return out, lse
 
 
@@ -580,7 +582,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from turboquant_core.ops.decode_attention.fragment import launch as module
-from turboquant_core.ops.decode_attention.call import AttendCall
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
 from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
 from turboquant_core.ops.decode_attention.sizes import Card, DecodeShape
 from turboquant_core.testing.compiled import Recorder
@@ -592,17 +594,17 @@ def report(arch, case, folder):
     shape = DecodeShape(batch, case.num_kv_heads, case.head_dim, *bits, columns, 10**6)
     launch = fragment_launch(shape, Card(divmod(arch, 10), 132))
     inputs, layout = build(case, torch.device("cpu")), case.layout
-    operand = torch.empty(batch, case.num_kv_heads, launch.padded_columns, case.head_dim, dtype=torch.float16)
     floats, ints = torch.empty(16), torch.empty(16, dtype=torch.int32)
     module.fragment_kernel = recorder = Recorder(module.fragment_kernel)
-    call = AttendCall(
-        operand=operand, factor=floats, bias=floats if case.key_mean else None, pages=inputs.pages, layout=layout,
+    call = AttendCall.of(
+        inputs.query, inputs.pages, inputs.block_table, layout, launch, batch=batch, query_len=max(case.row_lens),
+        num_positions=case.head_dim, window=case.window or 0, softcap=case.softcap or 0.0,
+    )
+    module.plan(call)(AttendTensors(
+        operand=floats.half(), factor=floats, bias=floats if case.key_mean else None, pages=inputs.pages,
         block_table=inputs.block_table, seq_lens=inputs.seq_lens, seq_starts=inputs.options["seq_starts"],
         query_start_loc=inputs.options["query_start_loc"], cu_tiles=ints, partial=floats, stats=floats,
-        num_tokens=len(inputs.query), query_len=max(case.row_lens), group=case.num_heads // case.num_kv_heads,
-        window=case.window or 0, softcap=case.softcap or 0.0, launch=launch,
-    )
-    module.launch(call)
+    ))
     compiled = recorder.compile(arch, Path(folder))
     buffers = getattr(launch, "stages", 0) * launch.tile * layout.slot_bytes
     products = compiled.ptx.count("mma.sync")
@@ -630,6 +632,45 @@ def test_fragments_compile_without_spills_and_keep_to_registers(run_python, monk
     assert stack == 0, f"{registers} registers do not suffice"
     # No conversion between layouts goes through shared memory; only tiles that are loaded ahead lie there.
     assert shared <= buffers
+
+
+COMPILED_FOR = """
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+from dataclasses import replace
+import torch
+from turboquant_core.ops.decode_attention import launch as decode
+from turboquant_core.ops.decode_attention.fragment import launch as fragment
+from turboquant_core.ops.decode_attention.paths import PATHS
+from turboquant_core.ops.decode_attention.portable import launch as portable
+from turboquant_core.testing.compiled import Recorder, signature
+from turboquant_core.testing.decode import DecodeCase
+
+kernels = []
+for module in (decode, fragment, portable):
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        kernels.append(Recorder(getattr(module, name)))
+        setattr(module, name, kernels[-1])
+layout = DecodeCase().layout
+for path in (path for path in PATHS if path.name in ("fragment", "fp16")):
+    for batch, blocks in ((2, 16), (3, 1), (16, 17), (17, 32), (32, 100)):
+        query, lengths = torch.zeros(batch, 4, 128), torch.zeros(batch, dtype=torch.int32)
+        pages, table = layout.allocate(blocks), torch.zeros(batch, blocks, dtype=torch.int32)
+        launch = replace(decode.choose_launch(path, layout, 2, 4, 256, query.device), num_workers=batch)
+        options = dict(query_len=1, scale=1.0, window=0, softcap=0.0)
+        decode.plan(query, pages, table, layout, path, launch, batch=batch, **options)(
+            query, pages, table, lengths, query_start_loc=None, seq_starts=None, sinks=None, key_mean=None,
+            out=torch.empty_like(query), lse=None,
+        )
+        print(path.name, [signature(kernel.kernel, kernel.arguments) for kernel in kernels if kernel.arguments])
+"""
+
+
+def test_batches_of_one_size_share_their_kernels(run_python):
+    pytest.importorskip("triton.experimental.gluon.language.nvidia.ampere")
+    printed = run_python(COMPILED_FOR).splitlines()
+    assert len(printed) == 10
+    assert len(set(printed)) == 2
 
 
 @pytest.mark.parametrize(("padding", "path"), [(0, "fragment"), (64, "fragment"), (32, "fp16")])

@@ -64,10 +64,10 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder):
     )
     show(merge_kernel)
     for path in (path for path in PATHS if path.name in paths):
-        decode.attend(
-            query, pages, block_table, lengths, layout, path,
-            decode.choose_launch(path, layout, BATCH, 4, 16, query.device), scale=1.0, query_len=1,
-            query_start_loc=None, seq_starts=None, window=0, softcap=0.0, sinks=None, key_mean=means,
+        launch = decode.choose_launch(path, layout, BATCH, 4, 16, query.device)
+        options = {"batch": BATCH, "query_len": 1, "scale": 1.0, "window": 0, "softcap": 0.0}
+        decode.plan(query, pages, block_table, layout, path, launch, **options)(
+            query, pages, block_table, lengths, query_start_loc=None, seq_starts=None, sinks=None, key_mean=means,
             out=torch.empty_like(query), lse=None,
         )
         show(portable_kernel)

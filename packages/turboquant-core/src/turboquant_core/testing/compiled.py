@@ -61,7 +61,7 @@ class Recorder:
     def compile(self, arch: int, folder: Path) -> Compiled:
         """The kernel as that launch would compile it for an architecture such as 90; files go to the folder."""
         source = (GluonASTSource if self.kernel.is_gluon() else ASTSource)(
-            self.kernel, *_signature(self.kernel, self.arguments)
+            self.kernel, *signature(self.kernel, self.arguments)
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
         cubin = folder / "kernel.cubin"
@@ -72,14 +72,15 @@ class Recorder:
         return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
 
 
-def _signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+def signature(kernel: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Kinds, constants and attributes of arguments, as a launch would find them; tensors count as aligned."""
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
 
     def kind(path: tuple[int, ...], x: Any, specialized: bool) -> Any:
         if isinstance(x, tuple):
-            kinds = [kind((*path, i), part, specialized) for i, part in enumerate(x)]
+            # Triton specialises what is in a tuple whatever is said of its argument.
+            kinds = [kind((*path, i), part, True) for i, part in enumerate(x)]
             return type(x)(*kinds) if hasattr(x, "_fields") else tuple(kinds)
         if x is None or (specialized and type(x) is int and x == 1):
             return constant(path, x)

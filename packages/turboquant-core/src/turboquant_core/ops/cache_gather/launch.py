@@ -6,7 +6,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import codebook_tables
 from turboquant_core.ops._bounds import row_capacity
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops._triton.layout import page_layout
+from turboquant_core.ops._page_layout import page_layout
 from turboquant_core.ops.cache_gather.kernel import gather_kernel
 from turboquant_core.ops.cache_gather.output import empty_output
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,8 +28,10 @@ from turboquant_core.ops._values import checks_values
 from turboquant_core.ops.decode_attention.path import DecodePath
 from turboquant_core.ops.decode_attention.paths import PATHS, choose_path
 from turboquant_core.ops.decode_attention.reference import decode_attention as reference_decode_attention
-from turboquant_core.ops.decode_attention.sizes import DecodeLaunch
 from turboquant_core.ops.decode_attention.values import check_attended_values
+
+if TYPE_CHECKING:
+    from turboquant_core.ops.decode_attention.launch import Attention
 
 MAX_QUERY_LEN = 8
 # What a path may ask of where pages begin.
@@ -116,53 +118,55 @@ def decode_attention(
         "sinks": sinks,
     }
     check_is_key_transform(key_transform)
+    numbers: dict[str, Any] = {
+        "scale": layout.config.head_dim**-0.5 if scale is None else scale,
+        # No row is longer.
+        "window": window if window is not None and window < MAX_TOKENS else 0,
+        "softcap": softcap or 0.0,
+    }
     tensors = (query, pages, out, *arrays.values(), *key_transform.parts)
     plan = _plans.look_up(
-        (layout, path, max_query_len, pages.data_ptr() % PAGE_ALIGNMENT, *map(described, tensors)),
-        lambda: _plan(query, pages, out, arrays, key_transform, layout, max_query_len, path),
+        (layout, path, max_query_len, *numbers.values(), pages.data_ptr() % PAGE_ALIGNMENT, *map(described, tensors)),
+        lambda: _plan(query, pages, out, arrays, key_transform, layout, max_query_len, path, numbers),
     )
-    num_tokens, num_heads, head_dim = query.shape
     if checks_values():
-        check_attended_values(arrays, key_transform, num_tokens, plan.query_len, layout, len(pages))
+        check_attended_values(arrays, key_transform, query.shape[0], plan.query_len, layout, len(pages))
     if out is not None:
         _check_apart(out, query, plan)
     else:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=query.device) if return_lse else None
-    options: dict[str, Any] = {
-        "scale": head_dim**-0.5 if scale is None else scale,
-        "query_len": plan.query_len,
-        "query_start_loc": query_start_loc,
-        "seq_starts": seq_starts,
-        # No row is longer.
-        "window": window if window is not None and window < MAX_TOKENS else 0,
-        "softcap": softcap or 0.0,
-        "sinks": sinks,
-    }
+    lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if return_lse else None
     if plan.path is None:
         result, result_lse = reference_decode_attention(
-            query, pages, block_table, seq_lens, layout, key_transform=key_transform, **options
+            query,
+            pages,
+            block_table,
+            seq_lens,
+            layout,
+            query_len=plan.query_len,
+            query_start_loc=query_start_loc,
+            seq_starts=seq_starts,
+            sinks=sinks,
+            key_transform=key_transform,
+            **numbers,
         )
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)
-    elif plan.launch is not None:
-        from turboquant_core.ops.decode_attention.launch import attend
-
+    elif plan.attention is not None:
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-            attend(
+            plan.attention(
                 key_transform.of_query(query, query_start_loc),
                 pages,
                 block_table,
                 seq_lens,
-                layout,
-                plan.path,
-                plan.launch,
+                query_start_loc=query_start_loc,
+                seq_starts=seq_starts,
+                sinks=sinks,
                 key_mean=key_transform.stored_mean,
                 out=out,
                 lse=lse,
-                **options,
             )
     return out if lse is None else (out, lse)
 
@@ -174,14 +178,14 @@ class _Plan:
     Attributes:
         query_len: The most query tokens of a row.
         path: What attends; None for the reference.
-        launch: What its kernels are launched with; None for the reference, and where there is nothing to do.
+        attention: What it launches; None for the reference, and where there is nothing to do.
         query_extent: Bytes from the query's first element to the end of its last.
         out_extent: The same for `out`.
     """
 
     query_len: int
     path: DecodePath | None
-    launch: DecodeLaunch | None
+    attention: "Attention | None"
     query_extent: int
     out_extent: int
 
@@ -198,6 +202,7 @@ def _plan(
     layout: KVCacheLayout,
     max_query_len: int | None,
     path: str,
+    numbers: Mapping[str, Any],
 ) -> _Plan:
     """Check the arguments of a call, and plan it."""
     check_whole_bits(layout)
@@ -222,12 +227,13 @@ def _plan(
     extents = extent(query), 0 if out is None else extent(out)
     if chosen is None or not query.numel() or not batch:
         return _Plan(query_len, chosen, None, *extents)
-    from turboquant_core.ops.decode_attention.launch import choose_launch
+    from turboquant_core.ops.decode_attention.launch import choose_launch, plan
 
     num_columns = num_heads // layout.num_kv_heads * query_len
     max_row_tokens = layout.block_size * (1 if block_table is None else block_table.shape[1])
     launch = choose_launch(chosen, layout, batch, num_columns, max_row_tokens, query.device)
-    return _Plan(query_len, chosen, launch, *extents)
+    attention = plan(query, pages, block_table, layout, chosen, launch, batch=batch, query_len=query_len, **numbers)
+    return _Plan(query_len, chosen, attention, *extents)
 
 
 def _check_apart(out: torch.Tensor, query: torch.Tensor, plan: _Plan) -> None:

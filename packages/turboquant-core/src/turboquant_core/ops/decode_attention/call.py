@@ -1,45 +1,37 @@
-"""What the kernels that attend are launched with."""
+"""What the kernels of decode attention take."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from turboquant_core.layout import KVCacheLayout, PageViews
+from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import row_capacity
+from turboquant_core.ops._page_layout import PageLayout, page_layout
 from turboquant_core.ops.decode_attention.sizes import DecodeLaunch, padded_batch
 
 
-@dataclass(frozen=True)
-class AttendCall:
-    """A prepared query, the cache, and where partial results go.
+class AttendTensors(NamedTuple):
+    """The cache, a prepared query, and where partial results go, as one argument of a kernel.
 
     Attributes:
         operand: float16 [batch, num_kv_heads, num_columns, num_positions], rotated queries over their length.
         factor: float32 [batch, num_kv_heads, num_columns], what scores are multiplied with, log2 units.
         bias: Like `factor`, the score of the key mean; None without one.
         pages: uint8 [num_blocks, num_kv_heads, head_bytes].
-        layout: Of the pages.
         block_table: int32 [batch, max_blocks], or None when row b is page b.
         seq_lens: int32 [batch].
         seq_starts: int32 [batch], or None.
         query_start_loc: int32 [batch + 1], or None when every row has query_len tokens.
         cu_tiles: int32 [batch + 1], the tiles of all rows in one line.
-        partial: float32 [num_workers + batch, num_kv_heads, num_columns, num_positions], written.
-        stats: float32 [num_workers + batch, num_kv_heads, 2, num_columns], written.
-        num_tokens: Query tokens of all rows.
-        query_len: The most query tokens of a row.
-        group: Query heads of a KV head.
-        window: Positions that a token sees; 0 for all.
-        softcap: In log2 units; 0 for none.
-        launch: Sizes of the launch.
+        partial: float32 [num_workers + batch, num_kv_heads, num_columns, num_positions].
+        stats: float32 [num_workers + batch, num_kv_heads, 2, num_columns], the reference exponent (log2) and the sum.
     """
 
     operand: torch.Tensor
     factor: torch.Tensor
     bias: torch.Tensor | None
     pages: torch.Tensor
-    layout: KVCacheLayout
     block_table: torch.Tensor | None
     seq_lens: torch.Tensor
     seq_starts: torch.Tensor | None
@@ -47,80 +39,131 @@ class AttendCall:
     cu_tiles: torch.Tensor
     partial: torch.Tensor
     stats: torch.Tensor
+
+
+class AttendCounts(NamedTuple):
+    """Numbers that kernels are not compiled anew for; an argument each, since Triton specialises what is in a tuple.
+
+    Attributes:
+        batch: Rows.
+        num_tokens: Query tokens of all rows.
+        query_len: The most query tokens of a row.
+        row_capacity: The most stored tokens of a row.
+        last_block: The last page.
+        block_table_stride: From row to row.
+    """
+
+    batch: int
     num_tokens: int
     query_len: int
-    group: int
-    window: int
-    softcap: float
-    launch: DecodeLaunch
+    row_capacity: int
+    last_block: int
+    block_table_stride: int
 
-    @property
-    def row_capacity(self) -> int:
-        """The most stored tokens of a row."""
-        max_blocks = 1 if self.block_table is None else self.block_table.shape[1]
-        return row_capacity(len(self.pages), max_blocks, self.layout.block_size)
+
+class AttendSizes(NamedTuple):
+    """What kernels are compiled for beside the layout, as one argument.
+
+    Attributes:
+        group: Query heads of a KV head.
+        num_columns: Query heads of a KV head times query tokens of a row, rounded up to whole programs.
+        columns: Of them those of a program.
+        num_positions: Of an operand.
+        tile: Tokens that a program attends to at a time.
+        window: Positions that a token sees; 0 for all.
+        has_softcap: Whether there is one.
+        block_batch: Rows as a power of two.
+        overlap: Whether a kernel starts while the one before it runs.
+    """
+
+    group: int
+    num_columns: int
+    columns: int
+    num_positions: int
+    tile: int
+    window: int
+    has_softcap: bool
+    block_batch: int
+    overlap: bool
+
+
+@dataclass(frozen=True)
+class AttendCall:
+    """What is known of a call before its data.
+
+    Attributes:
+        layout: Of the pages.
+        launch: Sizes of the launch.
+        device: Where it runs.
+        counts: See there.
+        sizes: See there.
+        softcap: In log2 units; 0 for none.
+        page_stride: From page to page, in bytes.
+        page_head_stride: From head to head of a page.
+    """
+
+    layout: PageLayout
+    launch: DecodeLaunch
+    device: torch.device
+    counts: AttendCounts
+    sizes: AttendSizes
+    softcap: float
+    page_stride: int
+    page_head_stride: int
+
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        block_table: torch.Tensor | None,
+        layout: KVCacheLayout,
+        launch: DecodeLaunch,
+        *,
+        batch: int,
+        query_len: int,
+        num_positions: int,
+        window: int,
+        softcap: float,
+    ) -> "AttendCall":
+        """The call of tensors like these."""
+        num_tokens, num_heads, _ = query.shape
+        max_blocks, block_table_stride = (
+            (1, 0) if block_table is None else (block_table.shape[1], block_table.stride(0))
+        )
+        counts = AttendCounts(
+            batch=batch,
+            num_tokens=num_tokens,
+            query_len=query_len,
+            row_capacity=row_capacity(len(pages), max_blocks, layout.block_size),
+            last_block=len(pages) - 1,
+            block_table_stride=block_table_stride,
+        )
+        sizes = AttendSizes(
+            group=num_heads // layout.num_kv_heads,
+            num_columns=launch.padded_columns,
+            columns=launch.columns,
+            num_positions=num_positions,
+            tile=launch.tile,
+            window=window,
+            has_softcap=softcap > 0,
+            block_batch=padded_batch(batch),
+            overlap=launch.overlap,
+        )
+        return cls(page_layout(layout), launch, query.device, counts, sizes, softcap, *pages.stride()[:2])
 
     @property
     def grid(self) -> tuple[int, int]:
         """Workers, and KV heads times groups of columns."""
-        return self.launch.num_workers, self.layout.num_kv_heads * self.launch.padded_columns // self.launch.columns
+        return self.launch.num_workers, self.layout.num_kv_heads * self.sizes.num_columns // self.sizes.columns
 
-    def arguments(self, views: PageViews) -> dict[str, Any]:
-        """What every kernel that attends takes, by name; strides are in elements of `views`."""
-        config, launch, batch = self.layout.config, self.launch, len(self.seq_lens)
-        key_codes, value_codes, key_scales, value_scales = (
-            views.key_codes, views.value_codes, views.key_scales, views.value_scales,
-        )  # fmt: skip
-        # One question a tensor: every call of every layer asks.
-        key_page, key_head, key_slot, _ = key_codes.stride()
-        value_page, value_head, value_slot, _ = value_codes.stride()
-        key_scale_page, key_scale_head, key_scale_slot, _ = key_scales.stride()
-        value_scale_page, value_scale_head, value_scale_slot, _ = value_scales.stride()
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel that attends takes beside tensors, by name."""
         return {
-            "operand": self.operand,
-            "factor": self.factor,
-            "bias": self.bias,
-            "key_codes": key_codes,
-            "value_codes": value_codes,
-            "key_scales": key_scales,
-            "value_scales": value_scales,
-            "block_table": self.block_table,
-            "seq_lens": self.seq_lens,
-            "seq_starts": self.seq_starts,
-            "query_start_loc": self.query_start_loc,
-            "cu_tiles": self.cu_tiles,
-            "partial": self.partial,
-            "partial_stats": self.stats,
-            "batch": batch,
-            "num_kv_heads": self.layout.num_kv_heads,
-            "block_table_stride": 0 if self.block_table is None else self.block_table.stride(0),
-            "key_page_stride": key_page,
-            "key_head_stride": key_head,
-            "value_page_stride": value_page,
-            "value_head_stride": value_head,
-            "key_scale_page_stride": key_scale_page,
-            "key_scale_head_stride": key_scale_head,
-            "value_scale_page_stride": value_scale_page,
-            "value_scale_head_stride": value_scale_head,
-            "query_len": self.query_len,
-            "num_tokens": self.num_tokens,
-            "row_capacity": self.row_capacity,
-            "last_block": len(self.pages) - 1,
+            **self.counts._asdict(),
             "softcap": self.softcap,
-            "head_dim": config.head_dim,
-            "key_bits": int(config.key_bits),
-            "value_bits": int(config.value_bits),
-            "key_code_stride": key_slot,
-            "value_code_stride": value_slot,
-            "key_scale_stride": key_scale_slot,
-            "value_scale_stride": value_scale_slot,
-            "group": self.group,
-            "num_columns": launch.padded_columns,
-            "columns": launch.columns,
-            # Without a table a row has one page, however long that is.
-            "block_size": 0 if self.block_table is None else self.layout.block_size,
-            "window": self.window,
-            "has_softcap": self.softcap > 0,
-            "block_batch": padded_batch(batch),
-            "overlap": launch.overlap,
+            "page_stride": self.page_stride,
+            "page_head_stride": self.page_head_stride,
+            "layout": self.layout,
+            "sizes": self.sizes,
         }

@@ -8,72 +8,62 @@ from turboquant_core.ops.decode_attention.schedule import owner, query_heads
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["batch", "num_heads", "num_tokens", "num_workers", "query_len"])
+@triton.jit(do_not_specialize=["batch", "num_tokens", "query_len", "num_workers"])
 def combine_kernel(
-    partial,  # float32 [num_workers + batch, num_kv_heads, num_columns, num_positions]
-    partial_stats,  # float32 [num_workers + batch, num_kv_heads, 2, num_columns]: reference exponent (log2), sum
-    cu_tiles,  # int32 [batch + 1]
-    query_start_loc,  # int32 [batch + 1], or None: query_len tokens a row
-    rotation,  # float32 [num_positions, head_dim]; row i belongs to position i
-    bias,  # float32 [batch, num_kv_heads, num_columns], log2 units, or None
+    tensors,  # see `AttendTensors`
     sinks,  # float32 [num_heads], natural logits, or None
-    out,  # [num_tokens, num_heads, head_dim]
+    out,  # out, [num_tokens, num_heads, head_dim]
     lse,  # out, float32 [num_tokens, num_heads], natural units, or None
-    batch,
-    num_heads,
-    num_tokens,
-    num_workers,
     out_token_stride,
     out_head_stride,
-    query_len,
-    centred_scores: tl.constexpr,
-    group: tl.constexpr,
-    num_columns: tl.constexpr,
-    head_dim: tl.constexpr,
-    num_positions: tl.constexpr,
+    batch, num_tokens, query_len,  # see `AttendCounts`
+    num_workers,
+    rotation,  # float32 [num_positions, head_dim]; row i belongs to position i
+    layout: tl.constexpr,
+    sizes: tl.constexpr,  # see `AttendSizes`
     block_heads: tl.constexpr,
     block_slots: tl.constexpr,
     block_dim: tl.constexpr,
     block_channels: tl.constexpr,
     precision: tl.constexpr,
-    overlap: tl.constexpr,
-):
+):  # fmt: skip
     """One program for `block_heads` query heads, counted through all tokens of all rows."""
-    position = tl.arange(0, num_positions)
+    num_kv_heads: tl.constexpr = layout.num_kv_heads
+    num_heads: tl.constexpr = num_kv_heads * sizes.group
+    head_dim: tl.constexpr = layout.head_dim
+    position = tl.arange(0, sizes.num_positions)
     if block_heads == 1:
         # Few heads are latency: what no kernel before this one writes comes while it waits for them.
         matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
-    if overlap:
+    if sizes.overlap:
         tl.extra.cuda.gdc_wait()
     row, head, column, token, used = query_heads(
         tl.program_id(0) * block_heads + tl.arange(0, block_heads),
-        query_start_loc, batch, num_heads, num_tokens, query_len, group,
+        tensors.query_start_loc, batch, num_heads, num_tokens, query_len, sizes.group,
     )  # fmt: skip
-    num_kv_heads = num_heads // group
-    kv_head = head // group
-    num_tiles = tl.load(cu_tiles + batch)
-    row_begin = tl.load(cu_tiles + row, mask=used, other=0)
-    row_end = tl.load(cu_tiles + row + 1, mask=used, other=0)
+    kv_head = head // sizes.group
+    num_tiles = tl.load(tensors.cu_tiles + batch)
+    row_begin = tl.load(tensors.cu_tiles + row, mask=used, other=0)
+    row_end = tl.load(tensors.cu_tiles + row + 1, mask=used, other=0)
     begin = owner(row_begin, num_workers, num_tiles)
     end = tl.where(row_end > row_begin, owner(row_end - 1, num_workers, num_tiles) + 1, begin)
 
     if block_heads == 1:
         top, total, merged = _merge_one_head(
-            partial, partial_stats, row, kv_head, num_kv_heads, column, begin, end,
-            num_columns, num_positions, block_slots,
+            tensors.partial, tensors.stats, row, kv_head, num_kv_heads, column, begin, end,
+            sizes.num_columns, sizes.num_positions, block_slots,
         )  # fmt: skip
     else:
         top, total, merged = _merge_heads(
-            partial, partial_stats, row, kv_head, num_kv_heads, column, begin, end,
-            num_columns, num_positions, block_heads, block_slots,
+            tensors.partial, tensors.stats, row, kv_head, num_kv_heads, column, begin, end,
+            sizes.num_columns, sizes.num_positions, block_heads, block_slots,
         )  # fmt: skip
 
     # Scores were those of centred keys: the mean's own score shifts every logit of a head alike.
     offset = tl.zeros([block_heads], tl.float32)
-    if centred_scores:
-        offset = tl.load(
-            bias + (row.to(tl.int64) * num_kv_heads + kv_head) * num_columns + column, mask=used, other=0.0
-        )
+    if tensors.bias is not None and not sizes.has_softcap:
+        place = (row.to(tl.int64) * num_kv_heads + kv_head) * sizes.num_columns + column
+        offset = tl.load(tensors.bias + place, mask=used, other=0.0)
     if sinks is not None:
         sink = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) / LN_2 - offset
         highest = tl.maximum(top, sink)

@@ -1,149 +1,145 @@
 """Launch decode attention: prepare, attend, combine."""
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops.decode_attention.call import AttendCall
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
 from turboquant_core.ops.decode_attention.combine import combine_kernel
-from turboquant_core.ops.decode_attention.path import DecodePath
+from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 from turboquant_core.ops.decode_attention.prepare import prepare_kernel
-from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape, overlapped, padded_batch
+from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape, overlapped
 from turboquant_core.rotation import Rotation
 
 LOG2_E = 1.4426950408889634
 
 
-def attend(
+@dataclass(frozen=True)
+class Attention:
+    """What a call launches, planned before its data.
+
+    Attributes:
+        call: What is known of it.
+        prepare: Rotates the query, and lays the tiles of all rows in one line.
+        attend: Writes partial results.
+        combine: Merges them.
+    """
+
+    call: AttendCall
+    prepare: "partial[None]"
+    attend: Attend
+    combine: "partial[None]"
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        block_table: torch.Tensor | None,
+        seq_lens: torch.Tensor,
+        *,
+        query_start_loc: torch.Tensor | None,
+        seq_starts: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        key_mean: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """Attend and write `out` [num_tokens, num_heads, head_dim] and `lse` [num_tokens, num_heads] where given."""
+        sizes, device, batch = self.call.sizes, self.call.device, self.call.counts.batch
+        num_columns, num_kv_heads = sizes.num_columns, self.call.layout.num_kv_heads
+        slots = self.call.launch.num_workers + batch
+        operand = torch.empty(batch, num_kv_heads, num_columns, sizes.num_positions, dtype=torch.float16, device=device)
+        factor = torch.empty(batch, num_kv_heads, num_columns, dtype=torch.float32, device=device)
+        tensors = AttendTensors(
+            operand,
+            factor,
+            None if key_mean is None else torch.empty_like(factor),
+            pages,
+            block_table,
+            seq_lens,
+            seq_starts,
+            query_start_loc,
+            torch.empty(batch + 1, dtype=torch.int32, device=device),
+            torch.empty(slots, num_kv_heads, num_columns, sizes.num_positions, dtype=torch.float32, device=device),
+            torch.empty(slots, num_kv_heads, 2, num_columns, dtype=torch.float32, device=device),
+        )
+        mean_row_stride = key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0
+        self.prepare(tensors, query, key_mean, *query.stride()[:2], mean_row_stride)
+        self.attend(tensors)
+        self.combine(tensors, sinks, out, lse, *out.stride()[:2])
+
+
+def plan(
     query: torch.Tensor,
     pages: torch.Tensor,
     block_table: torch.Tensor | None,
-    seq_lens: torch.Tensor,
     layout: KVCacheLayout,
     path: DecodePath,
     launch: DecodeLaunch,
     *,
-    scale: float,
+    batch: int,
     query_len: int,
-    query_start_loc: torch.Tensor | None,
-    seq_starts: torch.Tensor | None,
+    scale: float,
     window: int,
     softcap: float,
-    sinks: torch.Tensor | None,
-    key_mean: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Attend and write `out` [num_tokens, num_heads, head_dim] and `lse` [num_tokens, num_heads] where it is given."""
-    batch, (num_tokens, num_heads, head_dim) = len(seq_lens), query.shape
-    num_kv_heads, device = layout.num_kv_heads, query.device
-    group = num_heads // num_kv_heads
-    slots, padded = launch.num_workers + batch, launch.padded_columns
-    bits = int(layout.config.key_bits), int(layout.config.value_bits)
-    query_rotation, output_rotation = _rotations(path.positions, head_dim, *bits, device)
+) -> Attention:
+    """What calls with tensors like these launch; nothing of the tensors is kept."""
+    head_dim, bits = layout.config.head_dim, (int(layout.config.key_bits), int(layout.config.value_bits))
+    query_rotation, output_rotation = _rotations(path.positions, head_dim, *bits, query.device)
     num_positions = query_rotation.shape[0]
-    operand = torch.empty(batch, num_kv_heads, padded, num_positions, dtype=torch.float16, device=device)
-    factor = torch.empty(batch, num_kv_heads, padded, dtype=torch.float32, device=device)
-    bias = torch.empty_like(factor) if key_mean is not None else None
-    cu_tiles = torch.empty(batch + 1, dtype=torch.int32, device=device)
-    partial = torch.empty(slots, num_kv_heads, padded, num_positions, dtype=torch.float32, device=device)
-    stats = torch.empty(slots, num_kv_heads, 2, padded, dtype=torch.float32, device=device)
-    call = AttendCall(
-        operand=operand,
-        factor=factor,
-        bias=bias,
-        pages=pages,
-        layout=layout,
-        block_table=block_table,
-        seq_lens=seq_lens,
-        seq_starts=seq_starts,
-        query_start_loc=query_start_loc,
-        cu_tiles=cu_tiles,
-        partial=partial,
-        stats=stats,
-        num_tokens=num_tokens,
+    call = AttendCall.of(
+        query,
+        pages,
+        block_table,
+        layout,
+        launch,
+        batch=batch,
         query_len=query_len,
-        group=group,
+        num_positions=num_positions,
         window=window,
         softcap=softcap * LOG2_E,
-        launch=launch,
     )
-    block_dim = 8 * padded_octet(head_dim)
-    precision = "tf32x3" if card_of(device).capability >= (8, 0) else "ieee"
-    heads = batch * query_len * num_heads
+    heads = batch * query_len * query.shape[1]
     block_positions = min(launch.prepare_positions, num_positions)
-    # Triton's own cdiv takes the host many times as long: it is a function of its compiler.
-    prepare_kernel[(-(-heads // launch.prepare_heads), num_positions // block_positions)](
-        query=query,
-        query_start_loc=query_start_loc,
-        seq_lens=seq_lens,
-        seq_starts=seq_starts,
+    block_dim = 8 * padded_octet(head_dim)
+    common: dict[str, Any] = {
+        "batch": batch,
+        "num_tokens": query.shape[0],
+        "query_len": query_len,
+        "layout": call.layout,
+        "sizes": call.sizes,
+        "block_dim": block_dim,
+        "precision": "tf32x3" if card_of(query.device).capability >= (8, 0) else "ieee",
+    }
+    prepare = partial(
+        prepare_kernel[(-(-heads // launch.prepare_heads), num_positions // block_positions)],
         rotation=query_rotation,
-        key_mean=key_mean,
-        operand=operand,
-        factor=factor,
-        bias=bias,
-        cu_tiles=cu_tiles,
+        row_capacity=call.counts.row_capacity,
         scale=scale,
         score_scale=scale / head_dim**0.5,
-        batch=batch,
-        num_heads=num_heads,
-        num_tokens=num_tokens,
-        query_token_stride=query.stride(0),
-        query_head_stride=query.stride(1),
-        mean_row_stride=key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0,
-        query_len=query_len,
-        row_capacity=call.row_capacity,
-        group=group,
-        num_columns=padded,
-        head_dim=head_dim,
-        num_positions=num_positions,
-        tile=launch.tile,
-        window=window,
-        block_batch=padded_batch(batch),
         block_heads=launch.prepare_heads,
-        block_dim=block_dim,
         block_channels=min(launch.prepare_channels, block_dim),
         block_positions=block_positions,
-        precision=precision,
-        overlap=launch.overlap,
         num_warps=4,
+        **common,
     )
-    path.attend(call)
-    combine_kernel[(-(-heads // launch.merge_heads),)](
-        partial=partial,
-        partial_stats=stats,
-        cu_tiles=cu_tiles,
-        query_start_loc=query_start_loc,
+    combine = partial(
+        combine_kernel[(-(-heads // launch.merge_heads),)],
         rotation=output_rotation,
-        bias=bias,
-        sinks=sinks,
-        out=out,
-        lse=lse,
-        batch=batch,
-        num_heads=num_heads,
-        num_tokens=num_tokens,
         num_workers=launch.num_workers,
-        out_token_stride=out.stride(0),
-        out_head_stride=out.stride(1),
-        query_len=query_len,
-        centred_scores=bias is not None and softcap == 0,
-        group=group,
-        num_columns=padded,
-        head_dim=head_dim,
-        num_positions=num_positions,
         block_heads=launch.merge_heads,
         block_slots=launch.merge_slots,
-        block_dim=block_dim,
         block_channels=min(launch.merge_channels, block_dim),
-        precision=precision,
-        overlap=launch.overlap,
         num_warps=launch.merge_warps,
+        **common,
         **overlapped(launch),
     )
+    return Attention(call, prepare, path.plan(call), combine)
 
 
 def choose_launch(

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._path import Path
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
 from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape
 
-if TYPE_CHECKING:
-    from turboquant_core.ops.decode_attention.call import AttendCall
+Attend = Callable[[AttendTensors], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +18,14 @@ class DecodePath(Path):
     """One way to multiply with codes, between preparing a query and combining partial results.
 
     Attributes:
-        attend: Writes the partial results of a prepared call.
+        plan: What writes the partial results of a call from its prepared tensors.
         launch_of: The sizes of the launch for a call on a card.
         positions: Which channel each position of the operand is, for queries and for outputs, by head_dim, key bits
             and value bits; -1 for padding.
         page_alignment: What addresses and strides of pages are multiples of, in bytes.
     """
 
-    attend: "Callable[[AttendCall], None]"
+    plan: Callable[[AttendCall], Attend]
     launch_of: Callable[[DecodeShape, Card], DecodeLaunch]
     positions: Callable[[int, int, int], tuple[list[int], list[int]]]
     page_alignment: int = 1

@@ -9,57 +9,43 @@ from turboquant_core.ops.decode_attention.schedule import first_position, query_
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["batch", "num_heads", "num_tokens", "query_len", "row_capacity"])
+@triton.jit(do_not_specialize=["batch", "num_tokens", "query_len", "row_capacity"])
 def prepare_kernel(
+    tensors,  # see `AttendTensors`: operand, factor, bias and cu_tiles are written
     query,  # [num_tokens, num_heads, head_dim]
-    query_start_loc,  # int32 [batch + 1], or None: query_len tokens a row
-    seq_lens,  # int32 [batch]
-    seq_starts,  # int32 [batch], or None
-    rotation,  # float32 [num_positions, head_dim]; row i makes operand position i
     key_mean,  # float32 [num_kv_heads, head_dim], or one of each row, or None
-    operand,  # out, float16 [batch, num_kv_heads, num_columns, num_positions]: rotated, over its length
-    factor,  # out, float32 [batch, num_kv_heads, num_columns]: what a score is multiplied with, log2 units
-    bias,  # out, float32 like factor: the score of the key mean, log2 units; None without key_mean
-    cu_tiles,  # out, int32 [batch + 1]
-    scale,  # of a logit
-    score_scale,  # scale over sqrt(head_dim): centroids are looked up at unit variance
-    batch,
-    num_heads,
-    num_tokens,
     query_token_stride,
     query_head_stride,
     mean_row_stride,  # 0 where all rows share the mean
-    query_len,
-    row_capacity,  # the most stored tokens of a row
-    group: tl.constexpr,
-    num_columns: tl.constexpr,
-    head_dim: tl.constexpr,
-    num_positions: tl.constexpr,
-    tile: tl.constexpr,
-    window: tl.constexpr,
-    block_batch: tl.constexpr,
+    batch, num_tokens, query_len, row_capacity,  # see `AttendCounts`
+    rotation,  # float32 [num_positions, head_dim]; row i makes operand position i
+    scale,  # of a logit
+    score_scale,  # scale over sqrt(head_dim): centroids are looked up at unit variance
+    layout: tl.constexpr,
+    sizes: tl.constexpr,  # see `AttendSizes`
     block_heads: tl.constexpr,
     block_dim: tl.constexpr,
     block_channels: tl.constexpr,
     block_positions: tl.constexpr,
     precision: tl.constexpr,
-    overlap: tl.constexpr,
-):
+):  # fmt: skip
     """One program for `block_heads` query heads, counted through all tokens of all rows, and some of the positions."""
-    if overlap:
+    head_dim: tl.constexpr = layout.head_dim
+    num_heads: tl.constexpr = layout.num_kv_heads * sizes.group
+    if sizes.overlap:
         tl.extra.cuda.gdc_launch_dependents()
     first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if first_program:
         _write_cu_tiles(
-            cu_tiles, query_start_loc, seq_lens, seq_starts, batch, num_tokens, query_len, row_capacity,
-            tile, window, block_batch,
+            tensors.cu_tiles, tensors.query_start_loc, tensors.seq_lens, tensors.seq_starts, batch,
+            num_tokens, query_len, row_capacity, sizes.tile, sizes.window, sizes.block_batch,
         )  # fmt: skip
     row, head, column, token, used = query_heads(
         tl.program_id(0) * block_heads + tl.arange(0, block_heads),
-        query_start_loc, batch, num_heads, num_tokens, query_len, group,
+        tensors.query_start_loc, batch, num_heads, num_tokens, query_len, sizes.group,
     )  # fmt: skip
-    kv_head = head // group
-    place = (row.to(tl.int64) * (num_heads // group) + kv_head) * num_columns + column
+    kv_head = head // sizes.group
+    place = (row.to(tl.int64) * layout.num_kv_heads + kv_head) * sizes.num_columns + column
     position = tl.program_id(1) * block_positions + tl.arange(0, block_positions)
     squares = tl.zeros([block_heads], tl.float32)
     mean_score = tl.zeros([block_heads], tl.float32)
@@ -82,11 +68,11 @@ def prepare_kernel(
     size = tl.sqrt(squares)
     size = tl.where(size > 0, size, 1.0)
     rotated = (rotated / size[:, None]).to(tl.float16)
-    tl.store(operand + place[:, None] * num_positions + position[None, :], rotated, mask=used[:, None])
+    tl.store(tensors.operand + place[:, None] * sizes.num_positions + position[None, :], rotated, mask=used[:, None])
     if tl.program_id(1) == 0:
-        tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
+        tl.store(tensors.factor + place, size * (score_scale * LOG2_E), mask=used)
         if key_mean is not None:
-            tl.store(bias + place, mean_score * (scale * LOG2_E), mask=used)
+            tl.store(tensors.bias + place, mean_score * (scale * LOG2_E), mask=used)
 
 
 @triton.jit

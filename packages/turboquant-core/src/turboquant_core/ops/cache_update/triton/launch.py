@@ -9,7 +9,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import codebook_tables
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops._triton.layout import page_layout
+from turboquant_core.ops._page_layout import page_layout
 from turboquant_core.ops.cache_update.grid_table import grid_table
 from turboquant_core.ops.cache_update.split_rotation import split_rotation
 from turboquant_core.ops.cache_update.triton.kernel import update_kernel

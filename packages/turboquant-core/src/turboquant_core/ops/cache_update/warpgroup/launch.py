@@ -5,7 +5,7 @@ from functools import cache, partial
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops._triton.layout import page_layout
+from turboquant_core.ops._page_layout import page_layout
 from turboquant_core.ops.cache_update.split_rotation import split_rotation
 from turboquant_core.ops.cache_update.warpgroup.columns import product_columns
 from turboquant_core.ops.cache_update.warpgroup.kernel import warpgroup_update_kernel

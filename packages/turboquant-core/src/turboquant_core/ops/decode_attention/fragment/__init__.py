@@ -1,22 +1,18 @@
 """Decode attention in Gluon: float16 centroids looked up in the tensor cores' own registers."""
 
-from typing import TYPE_CHECKING
-
+from turboquant_core.ops.decode_attention.call import AttendCall
 from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
 from turboquant_core.ops.decode_attention.fragment.widths import SUBTILE, WIDTHS
-from turboquant_core.ops.decode_attention.path import DecodePath
-
-if TYPE_CHECKING:
-    from turboquant_core.ops.decode_attention.call import AttendCall
+from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 
 # Strides in words, and in scales, that Triton sees to be multiples of sixteen.
 ALIGNMENT = 64
 
 
-def _attend(call: "AttendCall") -> None:
-    from turboquant_core.ops.decode_attention.fragment.launch import launch
+def _plan(call: AttendCall) -> Attend:
+    from turboquant_core.ops.decode_attention.fragment.launch import plan
 
-    launch(call)
+    return plan(call)
 
 
 def _positions(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int], list[int]]:
@@ -27,7 +23,7 @@ def _positions(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int]
 
 FRAGMENT = DecodePath(
     name="fragment",
-    attend=_attend,
+    plan=_plan,
     launch_of=fragment_launch,
     positions=_positions,
     head_dims=(64, 128, 256),

@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from turboquant_core.ops._triton.lanes import lane_constant
+from turboquant_core.ops.decode_attention.call import AttendCounts
 from turboquant_core.ops.decode_attention.fragment.operands import (
     key_operand,
     key_word_layout,
@@ -29,73 +30,39 @@ from turboquant_core.ops.decode_attention.scores import scale_exponents, softcap
 LOWEST = gl.constexpr(-1e30)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "batch", "num_kv_heads", "block_table_stride", "query_len", "num_tokens", "row_capacity", "last_block",
-    ]
-)  # fmt: skip
+@gluon.jit(do_not_specialize=AttendCounts._fields)
 def fragment_kernel(
-    operand,  # float16 [batch, num_kv_heads, num_columns, head_dim]: rotated queries in operand order
-    factor,  # float32 [batch, num_kv_heads, num_columns]: scores to log2 units
-    bias,  # float32 like factor, or None: the key mean's score, needed for softcap
-    key_codes,  # int32 words of [pages, num_kv_heads, slots, key code bytes]
-    value_codes,
-    key_scales,  # float16 [pages, num_kv_heads, slots]
-    value_scales,
-    block_table,  # int32 [batch, max_blocks]; None when row b is page b
-    seq_lens,  # int32 [batch]
-    seq_starts,  # int32 [batch], or None
-    query_start_loc,  # int32 [batch + 1], or None
-    cu_tiles,  # int32 [batch + 1]
+    tensors,  # see `AttendTensors`
+    batch, num_tokens, query_len, row_capacity, last_block, block_table_stride,  # see `AttendCounts`
     table,  # int32 [constants, 32]: look-up constants of keys, then of values, for each lane
-    partial,  # out, float32 [num_workers + batch, num_kv_heads, num_columns, head_dim]
-    partial_stats,  # out, float32 [num_workers + batch, num_kv_heads, 2, num_columns]
-    batch,
-    num_kv_heads,
-    block_table_stride,
-    key_page_stride,  # in words, like the other strides of codes
-    key_head_stride,
-    value_page_stride,
-    value_head_stride,
-    key_scale_page_stride,
-    key_scale_head_stride,
-    value_scale_page_stride,
-    value_scale_head_stride,
-    query_len,
-    num_tokens,
-    row_capacity,  # the most stored tokens of a row
-    last_block,
     softcap,  # in log2 units; 0 for none
-    head_dim: gl.constexpr,
-    key_bits: gl.constexpr,
-    value_bits: gl.constexpr,
-    key_code_stride: gl.constexpr,  # from slot to slot, in elements, like the next
-    value_code_stride: gl.constexpr,
-    key_scale_stride: gl.constexpr,
-    value_scale_stride: gl.constexpr,
-    group: gl.constexpr,
-    num_columns: gl.constexpr,
-    columns: gl.constexpr,
-    block_size: gl.constexpr,
-    subtiles: gl.constexpr,
-    window: gl.constexpr,
-    has_softcap: gl.constexpr,
+    page_stride,  # in bytes, like the next
+    page_head_stride,
+    layout: gl.constexpr,
+    sizes: gl.constexpr,  # see `AttendSizes`
     stages: gl.constexpr,
-    block_batch: gl.constexpr,
     key_asm: gl.constexpr,
     key_constraints: gl.constexpr,
     key_constants: gl.constexpr,
     value_asm: gl.constexpr,
     value_constraints: gl.constexpr,
     value_constants: gl.constexpr,
-    overlap: gl.constexpr,
-):
+):  # fmt: skip
     """Grid (num_workers, num_kv_heads * num_columns / columns), one warp each."""
     mma: gl.constexpr = mma_layout()
     right: gl.constexpr = right_layout()
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
-    tile_tokens: gl.constexpr = 16 * subtiles
-    if overlap:
+    tile_tokens: gl.constexpr = sizes.tile
+    subtiles: gl.constexpr = tile_tokens // 16
+    head_dim: gl.constexpr = layout.head_dim
+    key_bits: gl.constexpr = layout.stored_keys.bits
+    value_bits: gl.constexpr = layout.stored_values.bits
+    num_columns: gl.constexpr = sizes.num_columns
+    columns: gl.constexpr = sizes.columns
+    window: gl.constexpr = sizes.window
+    # Without a table a row has one page, however long that is.
+    block_size: gl.constexpr = 0 if tensors.block_table is None else layout.block_size
+    if sizes.overlap:
         wait_for_previous_kernel()
         let_next_kernel_start()
     worker = gl.program_id(0)
@@ -103,11 +70,11 @@ def fragment_kernel(
     head = gl.program_id(1) // (num_columns // columns)
     first_column = gl.program_id(1) % (num_columns // columns) * columns
 
-    num_tiles = gl.load(cu_tiles + batch)
+    num_tiles = gl.load(tensors.cu_tiles + batch)
     tile = share_start(worker, num_workers, num_tiles)
     share_end = share_start(worker + 1, num_workers, num_tiles)
-    rows = gl.arange(0, block_batch, gl.BlockedLayout([1], [32], [1], [0]))
-    ends = gl.load(cu_tiles + 1 + rows, mask=rows < batch, other=2147483647)
+    rows = gl.arange(0, sizes.block_batch, gl.BlockedLayout([1], [32], [1], [0]))
+    ends = gl.load(tensors.cu_tiles + 1 + rows, mask=rows < batch, other=2147483647)
     row = gl.sum((ends <= tile).to(gl.int32), axis=0)
 
     key_table = ()
@@ -117,15 +84,7 @@ def fragment_kernel(
     for i in gl.static_range(value_constants):
         value_table = value_table + (lane_constant(table, key_constants + i),)
 
-    wide_head = head.to(gl.int64)
-    cache = (
-        key_codes + wide_head * key_head_stride,
-        value_codes + wide_head * value_head_stride,
-        key_scales + wide_head * key_scale_head_stride,
-        value_scales + wide_head * value_scale_head_stride,
-    )
-    strides = (key_page_stride, value_page_stride, key_scale_page_stride, value_scale_page_stride)
-    slot_strides: gl.constexpr = (key_code_stride, value_code_stride, key_scale_stride, value_scale_stride)
+    pages = tensors.pages + head.to(gl.int64) * page_head_stride
     buffers = (
         allocate_words(stages, subtiles, head_dim, key_bits),
         allocate_words(stages, subtiles, head_dim, value_bits),
@@ -138,27 +97,30 @@ def fragment_kernel(
     channel = gl.arange(0, head_dim, gl.SliceLayout(1, mma))[:, None]
 
     while tile < share_end:
-        row_begin = gl.load(cu_tiles + row)
-        row_end = gl.load(cu_tiles + row + 1)
+        row_begin = gl.load(tensors.cu_tiles + row)
+        row_end = gl.load(tensors.cu_tiles + row + 1)
         if row_end > tile:
             length, start, row_len, first = row_reach(
-                row, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, window
-            )
+                row, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
+                row_capacity, window,
+            )  # fmt: skip
             begin = first // tile_tokens + tile - row_begin
             end = begin + gl.minimum(share_end, row_end) - tile
 
-            place = (row.to(gl.int64) * num_kv_heads + head) * num_columns
-            used = operand_column < row_len * group
-            query = gl.load(operand + (place + operand_column) * head_dim + operand_channel, mask=used, other=0.0)
-            scale = gl.load(factor + place + column, mask=column < row_len * group, other=0.0)
+            place = (row.to(gl.int64) * layout.num_kv_heads + head) * num_columns
+            used = operand_column < row_len * sizes.group
+            query = gl.load(
+                tensors.operand + (place + operand_column) * head_dim + operand_channel, mask=used, other=0.0
+            )
+            scale = gl.load(tensors.factor + place + column, mask=column < row_len * sizes.group, other=0.0)
             shift = gl.zeros([columns], gl.float32, by_column)
-            if has_softcap and bias is not None:
-                shift = gl.load(bias + place + column, mask=column < row_len * group, other=0.0)
-            position = length - row_len + column // group
-            if block_table is None:
-                pages = row
+            if sizes.has_softcap and tensors.bias is not None:
+                shift = gl.load(tensors.bias + place + column, mask=column < row_len * sizes.group, other=0.0)
+            position = length - row_len + column // sizes.group
+            if block_size == 0:
+                blocks = row
             else:
-                pages = block_table + row.to(gl.int64) * block_table_stride
+                blocks = tensors.block_table + row.to(gl.int64) * block_table_stride
 
             top = gl.full([columns], LOWEST, gl.float32, by_column)
             total = gl.zeros([16, columns], gl.float32, mma)
@@ -172,50 +134,54 @@ def fragment_kernel(
                 last = full_end - 1
                 for ahead in gl.static_range(stages - 1):
                     early = gl.minimum(full_begin + ahead, last)
-                    numbers = tile_pages(early, False, length, pages, last_block, block_size, subtiles)
+                    numbers = tile_pages(early, False, length, blocks, last_block, block_size, subtiles)
                     copy_tile(
-                        early, ahead, numbers, False, length, cache, strides, slot_strides, buffers,
-                        head_dim, key_bits, value_bits, block_size, subtiles,
+                        early, ahead, numbers, False, length, pages, page_stride, buffers, layout, block_size, subtiles,
                     )  # fmt: skip
                 numbers = tile_pages(
-                    gl.minimum(full_begin + stages - 1, last), False, length, pages, last_block, block_size, subtiles
+                    gl.minimum(full_begin + stages - 1, last),
+                    False,
+                    length,
+                    blocks,
+                    last_block,
+                    block_size,
+                    subtiles,
                 )
                 for full in range(full_begin, full_end):
                     turn = full - full_begin
                     async_copy.wait_group(stages - 2)
                     copy_tile(
                         gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, length,
-                        cache, strides, slot_strides, buffers, head_dim, key_bits, value_bits, block_size, subtiles,
+                        pages, page_stride, buffers, layout, block_size, subtiles,
                     )  # fmt: skip
                     numbers = tile_pages(
-                        gl.minimum(full + stages, last), False, length, pages, last_block, block_size, subtiles
+                        gl.minimum(full + stages, last), False, length, blocks, last_block, block_size, subtiles
                     )
                     top, total, result = _attend_tile(
                         full, turn % stages, buffers, False, length, start, position, query, scale, shift, softcap,
                         top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
-                        window, has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                        window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                     )  # fmt: skip
                 async_copy.wait_group(0)
             for n in range(0, end - begin - (full_end - full_begin)):
                 edge = begin + n
                 if edge >= full_begin:
                     edge += full_end - full_begin
-                edge_numbers = tile_pages(edge, True, length, pages, last_block, block_size, subtiles)
+                edge_numbers = tile_pages(edge, True, length, blocks, last_block, block_size, subtiles)
                 copy_tile(
-                    edge, 0, edge_numbers, True, length, cache, strides, slot_strides, buffers,
-                    head_dim, key_bits, value_bits, block_size, subtiles,
+                    edge, 0, edge_numbers, True, length, pages, page_stride, buffers, layout, block_size, subtiles,
                 )  # fmt: skip
                 async_copy.wait_group(0)
                 top, total, result = _attend_tile(
                     edge, 0, buffers, True, length, start, position, query, scale, shift, softcap,
                     top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
-                    window, has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                    window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                 )  # fmt: skip
 
-            slot = ((worker + row).to(gl.int64) * num_kv_heads + head) * num_columns
-            gl.store(partial + (slot + column[None, :]) * head_dim + channel, result)
-            gl.store(partial_stats + 2 * slot + column, top)
-            gl.store(partial_stats + 2 * slot + num_columns + column, gl.sum(total, axis=0))
+            slot = ((worker + row).to(gl.int64) * layout.num_kv_heads + head) * num_columns
+            gl.store(tensors.partial + (slot + column[None, :]) * head_dim + channel, result)
+            gl.store(tensors.stats + 2 * slot + column, top)
+            gl.store(tensors.stats + 2 * slot + num_columns + column, gl.sum(total, axis=0))
             tile += end - begin
         row += 1
 

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from turboquant_core._compat import async_load
 from turboquant_core.ops._triton.bounds import existing_block
+from turboquant_core.ops._triton.codes import scale_pointers
 from turboquant_core.ops.decode_attention.fragment.widths import WIDTHS
 
 
@@ -78,42 +79,40 @@ def allocate_roots(stages: gl.constexpr, subtiles: gl.constexpr):
 
 @gluon.jit
 def tile_pages(
-    index, masked: gl.constexpr, length, pages, last_block, block_size: gl.constexpr, subtiles: gl.constexpr
+    index, masked: gl.constexpr, length, blocks, last_block, block_size: gl.constexpr, subtiles: gl.constexpr
 ):
-    """The page of every sixteen tokens of a tile; page 0 past the end."""
+    """The page of every sixteen tokens of a tile; page 0 past the end. `blocks` is the page itself without a table."""
     # Where one is a multiple of the other, sixteen tokens inside a page lie in the page of those before them.
     aligned: gl.constexpr = block_size > 0 and (block_size % (16 * subtiles) == 0 or 16 * subtiles % block_size == 0)
     numbers = ()
     for j in gl.static_range(subtiles):
         first = (index * subtiles + j) * 16
         if block_size == 0:
-            numbers = numbers + (pages,)
+            numbers = numbers + (blocks,)
         elif masked:
-            block = gl.load(pages + first // block_size, mask=first < length, other=0)
+            block = gl.load(blocks + first // block_size, mask=first < length, other=0)
             numbers = numbers + (existing_block(block, last_block),)
         elif aligned and j * 16 % block_size != 0:
             numbers = numbers + (numbers[j - 1],)
         else:
-            numbers = numbers + (existing_block(gl.load(pages + first // block_size), last_block),)
+            numbers = numbers + (existing_block(gl.load(blocks + first // block_size), last_block),)
     return numbers
 
 
 @gluon.jit
 def copy_tile(
-    index, stage, numbers, masked: gl.constexpr, length, cache, strides, slot_strides: gl.constexpr, buffers,
-    head_dim: gl.constexpr,
-    key_bits: gl.constexpr, value_bits: gl.constexpr, block_size: gl.constexpr, subtiles: gl.constexpr,
+    index, stage, numbers, masked: gl.constexpr, length, pages, page_stride, buffers,
+    layout: gl.constexpr, block_size: gl.constexpr, subtiles: gl.constexpr,
 ):  # fmt: skip
-    """Start to copy a tile of `cache` into stage `stage` of `buffers`, as one group.
+    """Start to copy a tile of a head's pages into stage `stage` of `buffers`, as one group.
 
-    Both are key codes, value codes, key scales, value scales, `strides` theirs from page to page and
-    `slot_strides` from slot to slot.
+    Buffers are those of key codes, value codes, key scales and value scales.
     """
-    scale_layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    token = gl.arange(0, 16, scale_layout)
+    keys: gl.constexpr = layout.stored_keys
+    values: gl.constexpr = layout.stored_values
     for j in gl.static_range(subtiles):
         first = (index * subtiles + j) * 16
-        page = numbers[j].to(gl.int64)
+        page = numbers[j].to(gl.int64) * page_stride
         slot = first
         if block_size > 0:
             # Sixteen tokens at a time, for the compiler to see that it divides.
@@ -122,22 +121,29 @@ def copy_tile(
             # Past its end a contiguous row has no memory; what is read there is masked.
             slot = gl.where(first < length, first, 0)
         at = stage * subtiles + j
-        _copy_words(cache[0] + page * strides[0], slot, buffers[0], at, slot_strides[0], head_dim, key_bits)
-        _copy_words(cache[1] + page * strides[1], slot, buffers[1], at, slot_strides[1], head_dim, value_bits)
-        for k in gl.static_range(2, 4):
-            scales = cache[k] + page * strides[k] + slot * slot_strides[k]
-            async_load(buffers[k].index(at), scales + token * slot_strides[k])
+        _copy_words(pages, page, slot, buffers[0], at, keys, layout.head_dim)
+        _copy_words(pages, page, slot, buffers[1], at, values, layout.head_dim)
+        _copy_roots(pages, page, slot, buffers[2], at, keys)
+        _copy_roots(pages, page, slot, buffers[3], at, values)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _copy_words(
-    codes, slot, buffers, at, row_words: gl.constexpr, head_dim: gl.constexpr, bits: gl.constexpr
-):  # fmt: skip
-    rows = codes + slot.to(gl.int64) * row_words
-    _copy_stream(rows, buffers[0], at, row_words)
-    if streams(bits) == 2:
-        _copy_stream(rows + stream_words(head_dim, bits, 0), buffers[1], at, row_words)
+def _copy_words(pages, page, slot, buffers, at, stored: gl.constexpr, head_dim: gl.constexpr):
+    row_words: gl.constexpr = stored.code_stride // 4
+    rows = pages + stored.codes + page + slot.to(gl.int64) * stored.code_stride
+    words = rows.to(gl.pointer_type(gl.int32), bitcast=True)
+    _copy_stream(words, buffers[0], at, row_words)
+    if streams(stored.bits) == 2:
+        _copy_stream(words + stream_words(head_dim, stored.bits, 0), buffers[1], at, row_words)
+
+
+@gluon.jit
+def _copy_roots(pages, page, slot, buffer, at, stored: gl.constexpr):
+    stride: gl.constexpr = stored.scale_stride // 2
+    token = gl.arange(0, 16, gl.BlockedLayout([2], [32], [1], [0]))
+    roots = scale_pointers(pages + stored.scales + page) + slot * stride
+    async_load(buffer.index(at), roots + token * stride)
 
 
 @gluon.jit

@@ -1,20 +1,17 @@
 """Decode attention in plain Triton: float16, int8 or fp8 products, with byte permutes or without."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops.decode_attention.path import DecodePath
+from turboquant_core.ops.decode_attention.call import AttendCall
+from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 from turboquant_core.ops.decode_attention.portable.sizes import portable_launch
 
-if TYPE_CHECKING:
-    from turboquant_core.ops.decode_attention.call import AttendCall
 
+def _plan(call: AttendCall, *, key_product: str, assembly: bool) -> Attend:
+    from turboquant_core.ops.decode_attention.portable.launch import plan
 
-def _attend(call: "AttendCall", *, key_product: str, assembly: bool) -> None:
-    from turboquant_core.ops.decode_attention.portable.launch import launch
-
-    launch(call, key_product=key_product, assembly=assembly)
+    return plan(call, key_product=key_product, assembly=assembly)
 
 
 def _positions(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int], list[int]]:
@@ -26,8 +23,8 @@ def _positions(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int]
 
 
 def _path(name: str, key_product: str, capability: tuple[int, int] | None = None) -> DecodePath:
-    attend = partial(_attend, key_product=key_product, assembly=capability is not None)
-    return DecodePath(name=name, attend=attend, launch_of=portable_launch, positions=_positions, capability=capability)
+    plan = partial(_plan, key_product=key_product, assembly=capability is not None)
+    return DecodePath(name=name, plan=plan, launch_of=portable_launch, positions=_positions, capability=capability)
 
 
 FP16 = _path("fp16", "float16", (7, 5))
