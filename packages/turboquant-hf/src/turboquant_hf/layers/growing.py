@@ -14,7 +14,7 @@ from turboquant_hf.attention.gradients import without_gradient
 from turboquant_hf.attention.handover import Prompt, Stored, hand_over, reads_codes
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.rows import picked, reordered, repeated
-from turboquant_hf.storage.codec import LayerCodec
+from turboquant_hf.storage.codec import has_whole_bits
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
 from turboquant_hf.storage.tables import FullPrecisionSizes
@@ -141,7 +141,7 @@ class TurboQuantLayer(CacheLayerMixin):
                 "the model's head_dim"
             )
         config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._codes)
-        if key_states.dtype not in VECTOR_DTYPES and LayerCodec(config).has_whole_bits:
+        if key_states.dtype not in VECTOR_DTYPES and has_whole_bits(config):
             raise ValueError(
                 f"keys are {key_states.dtype}; a cache of {config.key_bits} and {config.value_bits} bits holds "
                 f"{', '.join(map(str, VECTOR_DTYPES))}. Load the model with dtype=torch.float32, or one of the others."

@@ -30,7 +30,8 @@ class LayerCodec:
     """
 
     config: TurboQuantConfig
-    key_transform: KeyTransform = IDENTITY
+    # No default: Dynamo of torch 2.11 knows no place that it would come from.
+    key_transform: KeyTransform
     key_order: torch.Tensor | None = None
     value_order: torch.Tensor | None = None
 
@@ -76,7 +77,7 @@ class LayerCodec:
     @cached_property
     def has_whole_bits(self) -> bool:
         """Whether core's kernels can store and read the codes."""
-        return self.config.key_bits not in OUTLIER_BITS and self.config.value_bits not in OUTLIER_BITS
+        return has_whole_bits(self.config)
 
     def quantize(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Keys and values [num_tokens, heads, head_dim] as codes."""
@@ -111,6 +112,11 @@ class LayerCodec:
 
     def _values(self) -> Quantizer:
         return _quantizer(self.config.head_dim, self.config.value_bits, self.config.value_scale, self.value_order)
+
+
+def has_whole_bits(config: TurboQuantConfig) -> bool:
+    """Whether core's kernels can store and read codes of that configuration."""
+    return config.key_bits not in OUTLIER_BITS and config.value_bits not in OUTLIER_BITS
 
 
 def _heads_first(quantizer: Quantizer) -> Quantizer:

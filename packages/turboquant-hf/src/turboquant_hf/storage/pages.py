@@ -9,7 +9,7 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf.storage import page_ops, traced
-from turboquant_hf.storage.codec import LayerCodec
+from turboquant_hf.storage.codec import LayerCodec, has_whole_bits
 from turboquant_hf.storage.length import Length
 from turboquant_hf.storage.page_ops import BLOCK_SIZE, num_blocks
 from turboquant_hf.storage.tables import Seen, block_table
@@ -41,7 +41,7 @@ class Pages(ABC):
         # One of its own where that has to stay where it is.
         self._table: torch.Tensor | None = None
         self.codec: LayerCodec | None = None
-        self.has_kernel = LayerCodec(config).has_whole_bits
+        self.has_kernel = has_whole_bits(config)
 
     @property
     def device(self) -> torch.device:

@@ -179,8 +179,8 @@ def seen(
         lengths = torch.full((num_rows,), max(0, num_coded), dtype=torch.int32, device=device)
     # The codes that a token sees end before its recent tokens, as if it came as many tokens earlier.
     has_codes = window is None or window > sizes.recent
-    if isinstance(num_coded, int):
-        has_codes &= num_coded > num_uncoded(sizes, row_starts)
+    if has_codes and isinstance(num_coded, int):
+        has_codes = num_coded > num_uncoded(sizes, row_starts)
     return Seen(
         has_codes,
         lengths,

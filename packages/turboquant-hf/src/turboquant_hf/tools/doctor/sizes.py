@@ -4,7 +4,7 @@ from functools import cache
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
-from turboquant_hf.storage.codec import LayerCodec
+from turboquant_hf.storage import codec
 
 UNCOMPRESSED_ITEMSIZES = {"bf16": 2, "fp8": 1}
 CACHES = (*UNCOMPRESSED_ITEMSIZES, *PRESETS)
@@ -14,7 +14,7 @@ CACHES = (*UNCOMPRESSED_ITEMSIZES, *PRESETS)
 def has_whole_bits(preset: str) -> bool:
     """Whether kernels read the preset's codes."""
     # Any head_dim tells.
-    return LayerCodec(TurboQuantConfig.preset(preset, 128)).has_whole_bits
+    return codec.has_whole_bits(TurboQuantConfig.preset(preset, 128))
 
 
 @cache
