@@ -161,6 +161,11 @@ def test_what_is_no_tensor_is_refused(options):
         KeyTransform(**options)
 
 
+def test_another_kind_is_no_subclass():
+    with pytest.raises(TypeError, match="Rotated is a subclass of KeyTransform"):
+        type("Rotated", (KeyTransform,), {})
+
+
 def test_the_inverse_is_not_given():
     with pytest.raises(TypeError):
         KeyTransform(None, matrices(HEADS), matrices(HEADS))

@@ -2,11 +2,10 @@ import pytest
 import torch
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1 import kv_cache_interface
-from vllm.v1.attention.backend import AttentionBackend, AttentionType
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from turboquant_core.vllm_limits import HEAD_DIMS
 from turboquant_vllm import backend
+from turboquant_vllm._compat.interface import AttentionBackend, AttentionType, FullAttentionSpec, SlidingWindowSpec
 from turboquant_vllm.backend import TurboQuantBackend
 from turboquant_vllm.settings import Settings
 

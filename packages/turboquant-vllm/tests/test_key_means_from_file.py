@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from vllm.config import ModelConfig
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core.calibration import Calibration, read_calibration, write_calibration
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.model_identity import ModelIdentity
+from turboquant_vllm._compat.engine import AttentionLayerBase
 from turboquant_vllm.artifacts import calibration_of
 from turboquant_vllm.key_means import from_file
 from turboquant_vllm.key_means.from_file import heads_of_rank

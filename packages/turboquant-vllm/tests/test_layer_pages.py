@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import transformers
 from vllm.config import ModelConfig
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from turboquant_core.layer_bits import LayerBits, write_layer_bits
 from turboquant_core.model_identity import ModelIdentity
+from turboquant_vllm._compat.engine import AttentionLayerBase
 from turboquant_vllm.artifacts import layer_bits_of
 from turboquant_vllm.backend import TurboQuantBackend
 from turboquant_vllm.layer_pages import LayerPages, leave_to

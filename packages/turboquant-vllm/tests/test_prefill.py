@@ -78,9 +78,9 @@ CASES = {
 def flash_version(device, case):
     if device.type == "cpu":
         return None
-    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from turboquant_vllm._compat.flash import flash_version
 
-    return get_flash_attn_version(head_size=case.head_dim, has_sinks=case.sinks)
+    return flash_version(case.head_dim, case.sinks)
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from turboquant_vllm._compat.registry import AttentionBackendEnum
 from turboquant_vllm.backend import TurboQuantBackend
 from turboquant_vllm.refusals import check_layer, engine_problems
 from turboquant_vllm.settings import Settings

@@ -7,12 +7,12 @@ import vllm
 from packaging.requirements import Requirement
 from packaging.version import Version
 from vllm.config import cache
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import turboquant_vllm
 from turboquant_vllm._compat import versions
-from turboquant_vllm.settings import PRESETS
+from turboquant_vllm._compat.interface import current_platform
+from turboquant_vllm._compat.registry import AttentionBackendEnum
+from turboquant_vllm.settings import SERVED_PRESETS
 
 
 def dependencies():
@@ -64,4 +64,4 @@ def test_metadata_asks_for_a_bounded_core():
 def test_presets_are_types_of_the_cache():
     for _ in range(2):
         turboquant_vllm.register()
-    assert [cache.KV_CACHE_DTYPES.count(preset) for preset in PRESETS] == [1] * len(PRESETS)
+    assert [cache.KV_CACHE_DTYPES.count(preset) for preset in SERVED_PRESETS] == [1] * len(SERVED_PRESETS)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 
@@ -37,6 +36,12 @@ class KeyTransform:
     matrix: torch.Tensor | None = None
     _inverse: torch.Tensor | None = field(default=None, init=False, repr=False)
 
+    def __init_subclass__(cls) -> None:
+        raise TypeError(
+            f"{cls.__name__} is a subclass of KeyTransform, whose methods give plain ones. Write another kind of "
+            "transform as a classmethod that gives one of some mean and matrix."
+        )
+
     def __post_init__(self) -> None:
         _check_part("key_mean", self.mean, 2)
         _check_part("key_matrix", self.matrix, 3)
@@ -59,7 +64,7 @@ class KeyTransform:
         return transform
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "KeyTransform":
         """The transform that `tensors` named so; other names are passed over."""
         return cls(tensors.get("key_mean"), tensors.get("key_matrix"))
 

@@ -19,9 +19,9 @@ def register() -> None:
 
     check_version()
     from turboquant_vllm._compat import registry
-    from turboquant_vllm.settings import PRESETS
+    from turboquant_vllm.settings import SERVED_PRESETS
 
-    registry.register_kv_cache_dtypes(PRESETS)
+    registry.register_kv_cache_dtypes(SERVED_PRESETS)
     registry.register_backends(
         custom="turboquant_vllm.backend.TurboQuantBackend", cpu="turboquant_vllm.cpu_backend.SelectedBackend"
     )

@@ -59,7 +59,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
         if common.causal is not True:
             raise ValueError(f"TurboQuant attends causally, and this batch does not. {INSTEAD}")
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = split_decodes_and_prefills(
-            common, decode_threshold=self.reorder_batch_threshold
+            common, self.reorder_batch_threshold
         )
         decode = prefill = None
         if num_decodes:

@@ -60,20 +60,20 @@ class DenseAttention:
             out = torch.empty_like(query) if out is None else out
             return out, self._eager(query, key, value, query_start_loc, key_start_loc, causal, sinks, out.zero_())
         out, lse = flash_attention(
-            out=out,
-            q=query,
-            k=key,
-            v=value,
-            max_seqlen_q=max_query_len,
-            cu_seqlens_q=query_start_loc,
-            max_seqlen_k=max_key_len,
-            cu_seqlens_k=key_start_loc,
-            softmax_scale=self.scale,
+            query,
+            key,
+            value,
+            query_start_loc=query_start_loc,
+            key_start_loc=key_start_loc,
+            max_query_len=max_query_len,
+            max_key_len=max_key_len,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            sinks=sinks,
             causal=causal,
-            window_size=[-1, -1] if self.window is None else [self.window - 1, 0],
-            softcap=self.softcap or 0.0,
-            fa_version=self.fa_version,
-            s_aux=sinks,
+            version=self.fa_version,
+            out=out,
         )
         if self.fa_version == 2:
             # It says plus infinity where a row sees nothing.

@@ -8,9 +8,9 @@ from typing import Any
 
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE, HEAD_DIMS
 from turboquant_vllm._compat.engine import is_batch_invariant
-from turboquant_vllm.settings import PRESETS, Settings
+from turboquant_vllm.settings import SERVED_PRESETS, Settings
 
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *PRESETS)
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *SERVED_PRESETS)
 INSTEAD = "Leave --attention-backend out to serve this model uncompressed."
 # Connectors that may keep pages in the memory of this machine: the option that says where, and what it says then.
 OFFLOADING = {

@@ -8,15 +8,14 @@ from typing import Any
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core._checks import check_int
-from turboquant_core.config import PRESETS as ALL_PRESETS
-from turboquant_core.config import WHOLE_BITS, preset_bits
+from turboquant_core.config import PRESETS, WHOLE_BITS, preset_bits
 from turboquant_vllm._compat.engine import current_config
 
 KEY = "turboquant"
 # How alike a name with a slip is at least: with a letter missing, or two swapped, it has 0.9.
 _NEAR = 0.8
 # Those of whole bits, which the kernels read.
-PRESETS = tuple(name for name, bits in ALL_PRESETS.items() if all(count == int(count) for count in bits))
+SERVED_PRESETS = tuple(name for name, bits in PRESETS.items() if all(count == int(count) for count in bits))
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Settings:
             if bits != int(bits):
                 raise ValueError(
                     f"{self.preset} stores {bits} bits, which the kernels do not read. "
-                    f"Use a preset of whole bits: {', '.join(PRESETS)}."
+                    f"Use a preset of whole bits: {', '.join(SERVED_PRESETS)}."
                 )
         for name in ("calibration", "layer_bits"):
             path = getattr(self, name)
@@ -105,7 +104,7 @@ class Settings:
         for name in chosen:
             if name not in known:
                 raise ValueError(f"{KEY} has {name!r}; it may have {', '.join(known)}")
-        if kv_cache_dtype in PRESETS:
+        if kv_cache_dtype in SERVED_PRESETS:
             if chosen.get("preset", kv_cache_dtype) != kv_cache_dtype:
                 raise ValueError(
                     f"kv_cache_dtype is {kv_cache_dtype} and {KEY} has preset {chosen['preset']!r}; give one of them"
@@ -144,7 +143,7 @@ def _means_key(name: object) -> bool:
 def _is_setting(name: object, value: object) -> bool:
     """Whether an entry of the additional configuration is a setting of ours in the wrong place, and not another's."""
     if name == "preset":
-        return isinstance(value, str) and value.lower() in ALL_PRESETS
+        return isinstance(value, str) and value.lower() in PRESETS
     if name == "calibration":
         return isinstance(value, str) and value.endswith(".safetensors")
     return name in ("key_bits", "value_bits", "center_keys", "layer_bits")

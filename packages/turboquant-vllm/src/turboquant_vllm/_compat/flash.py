@@ -1,7 +1,5 @@
 """vLLM's kernels for attention on dense keys and values, which are on GPUs alone."""
 
-from typing import Any
-
 import torch
 
 
@@ -13,11 +11,43 @@ def flash_version(head_size: int, has_sinks: bool) -> int | None:
     return version
 
 
-def flash_attention(**arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output and the log-sum-exp of `flash_attn_varlen_func`."""
+def flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    query_start_loc: torch.Tensor,
+    key_start_loc: torch.Tensor,
+    max_query_len: int,
+    max_key_len: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    causal: bool,
+    version: int,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output and the log-sum-exp of FlashAttention; see `turboquant_vllm.dense_attention`."""
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-    out, lse = flash_attn_varlen_func(return_softmax_lse=True, **arguments)
+    out, lse = flash_attn_varlen_func(
+        q=query,
+        k=key,
+        v=value,
+        cu_seqlens_q=query_start_loc,
+        cu_seqlens_k=key_start_loc,
+        max_seqlen_q=max_query_len,
+        max_seqlen_k=max_key_len,
+        softmax_scale=scale,
+        window_size=[-1, -1] if window is None else [window - 1, 0],
+        softcap=softcap or 0.0,
+        s_aux=sinks,
+        causal=causal,
+        fa_version=version,
+        out=out,
+        return_softmax_lse=True,
+    )
     return out, lse
 
 
