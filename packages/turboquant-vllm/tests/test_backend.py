@@ -1,7 +1,8 @@
+import sys
+
 import pytest
 import torch
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1 import kv_cache_interface
 
 from turboquant_core.vllm_limits import HEAD_DIMS
 from turboquant_vllm import backend
@@ -42,8 +43,9 @@ def test_keys_and_values_of_unequal_sizes_are_refused():
 def test_other_kinds_of_layers_are_refused(kind):
     own = {"RSWASpec": {"rswa_window": 64}, "ChunkedLocalAttentionSpec": {"attention_chunk_size": 64}}
     own["SinkFullAttentionSpec"] = {"sink_len": 4}
+    specs = sys.modules[FullAttentionSpec.__module__]
     with pytest.raises(ValueError, match=f"{kind} is not supported by TurboQuant"):
-        TurboQuantBackend.customize_spec(spec(getattr(kv_cache_interface, kind), **own[kind]))
+        TurboQuantBackend.customize_spec(spec(getattr(specs, kind), **own[kind]))
 
 
 def test_layers_that_see_later_tokens_are_refused():
