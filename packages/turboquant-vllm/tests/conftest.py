@@ -238,11 +238,21 @@ def generate(request, tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="session")
+def itemsize():
+    """Bytes of a number in what engines compute in, and keep uncompressed."""
+    return processes.DTYPE.itemsize
+
+
 @pytest.fixture(scope="session", params=["tensor", "pipeline"])
 def two_ranks(request):
-    """Options of an engine on CPUs whose heads, or layers, two processes share."""
+    """Options of an engine whose heads, or layers, two processes share."""
     from vllm.config import CompilationMode
 
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        return {f"{request.param}_parallel_size": 2}
     cores = {"env": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
     if request.param == "tensor":
         return {**cores, "tensor_parallel_size": 2}

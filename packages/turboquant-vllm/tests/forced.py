@@ -1,5 +1,6 @@
 """Processors of logits that make an engine generate a given text, while its logprobs stay the model's own."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -44,6 +45,12 @@ if torch.cuda.is_available() and find_spec(SECOND_RUNNERS) is not None:
                 if text is not None and 0 <= generated < len(text):
                     logits[row] = _only(logits[row], text[generated])
             return logits
+
+
+def processor():
+    """The processor for the model runner that vLLM takes."""
+    first = not torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+    return ForcedText if first else SecondForcedText
 
 
 def _text_of(params):

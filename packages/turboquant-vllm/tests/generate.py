@@ -9,6 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 import forced
+import processes
 
 kept = []
 
@@ -62,12 +63,6 @@ def _sampling(request, text):
     )
 
 
-def _processor():
-    """The processor for the model runner that vLLM takes."""
-    first = not torch.cuda.is_available() or os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
-    return forced.ForcedText if first else forced.SecondForcedText
-
-
 def _jitter(size, model):
     """Have a model's logits differ from what they are by noise, as those of another processor do."""
     noise = torch.Generator().manual_seed(0)
@@ -82,17 +77,22 @@ def generate(request):
     """What an engine says: `request` has the options of the fixture `generate`, with `engine` those of vLLM's LLM."""
     if request["references"]:
         _use_references()
-    engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 1024, "disable_log_stats": False}
-    if not torch.cuda.is_available():
-        # Of the machine's memory, the first has to be free; the second is taken, and written, at start.
-        engine |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**28}
-    engine |= request["engine"]
+    engine = {
+        "dtype": processes.DTYPE,
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "disable_log_stats": False,
+        # Of the device's memory, the first has to be free; the second is taken, and on CPUs written, at start.
+        "gpu_memory_utilization": 0.05 if torch.cuda.is_available() else 0.3,
+        "kv_cache_memory_bytes": 2**28,
+        **request["engine"],
+    }
     if engine["enforce_eager"]:
         # vLLM compiles parts of its sampler all the same.
         torch.compiler.set_stance("force_eager")
     texts = request["forced"] or [None] * len(request["prompts"])
     if any(texts):
-        engine["logits_processors"] = [_processor()]
+        engine["logits_processors"] = [forced.processor()]
     llm = LLM(request["model"], **engine)
     if jitter := float(os.environ.get("JITTER", "0")):
         llm.apply_model(partial(_jitter, jitter))

@@ -4,13 +4,19 @@ import gc
 import multiprocessing
 import os
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import forkserver
 
 import pytest
 import torch
 
 # CUDA does not survive a fork.
 FORKS = not torch.cuda.is_available()
+# What the engines of the tests compute in: on GPUs our backend takes no float32.
+DTYPE = torch.float32 if FORKS else torch.float16
+_STARTING = threading.Lock()
 # What engines and servers import, also late.
 multiprocessing.set_forkserver_preload(
     [
@@ -35,15 +41,19 @@ def call(function, argument, log, env, *, forks=FORKS):
     Raises:
         AssertionError: With the end of what the process wrote to `log`, if the function raised.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        # Python reads its own variables when it starts.
-        for name, value in env.items():
-            patch.setenv(name, value)
-        with ProcessPoolExecutor(1, _context(forks), _begin, (log, dict(os.environ), forks)) as pool:
-            try:
-                return pool.submit(function, argument).result()
-            except Exception as error:
-                raise AssertionError(f"{log.read_text(errors='replace')[-6000:]}\n{error!r}") from error
+    context = _context(forks)
+    with ExitStack() as stack:
+        # Python reads its own variables when it starts. This process's, of which there is one set for all threads, are
+        # another's again as soon as it has.
+        with _STARTING, pytest.MonkeyPatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            pool = stack.enter_context(ProcessPoolExecutor(1, context, _begin, (log, dict(os.environ), forks)))
+            future = pool.submit(function, argument)
+        try:
+            return future.result()
+        except Exception as error:
+            raise AssertionError(f"{log.read_text(errors='replace')[-6000:]}\n{error!r}") from error
 
 
 def start(function, argument, log):
@@ -59,6 +69,9 @@ def _run(function, argument, *begins):
 
 
 def _context(forks):
+    if forks:
+        # What it starts with, all that it forks have.
+        forkserver.ensure_running()
     return multiprocessing.get_context("forkserver" if forks else "spawn")
 
 

@@ -2,6 +2,8 @@
 
 from vllm import LLM
 
+import processes
+
 
 def refusals(asked):
     """What engines of vLLM's LLM are refused with, for each of several options."""
@@ -10,7 +12,7 @@ def refusals(asked):
 
 def _refusal(options):
     try:
-        LLM(skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=256, **options)
+        LLM(skip_tokenizer_init=True, dtype=processes.DTYPE, enforce_eager=True, max_model_len=256, **options)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "served"

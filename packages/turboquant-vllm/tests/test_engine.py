@@ -85,10 +85,12 @@ def test_speculation_says_what_decoding_token_by_token_says(speculating, eight_b
 
 
 @pytest.mark.parametrize(("engine", "slot_bytes"), [("four_bits", 68), ("eight_bits", 132)])
-def test_the_cache_holds_as_many_more_tokens_as_its_slots_are_smaller(request, uncompressed, engine, slot_bytes):
+def test_the_cache_holds_as_many_more_tokens_as_its_slots_are_smaller(
+    request, uncompressed, engine, slot_bytes, itemsize
+):
     found = request.getfixturevalue(engine)
-    # Of float32 a slot takes 512 bytes at head_dim 64; whole blocks fit.
-    assert found["kv_tokens"] / uncompressed["kv_tokens"] == pytest.approx(512 / slot_bytes, rel=0.01)
+    # At head_dim 64; whole blocks fit.
+    assert found["kv_tokens"] / uncompressed["kv_tokens"] == pytest.approx(128 * itemsize / slot_bytes, rel=0.01)
 
 
 def test_four_bits_stay_near_the_uncompressed_distribution(four_bits, uncompressed, mean_divergence):

@@ -29,7 +29,9 @@ def model(tiny_sizes, tmp_path_factory):
     return folder
 
 
-def test_heads_of_two_sizes_and_layers_that_share_a_cache(generate, model):
+def test_heads_of_two_sizes_and_layers_that_share_a_cache(generate, model, itemsize):
+    if torch.cuda.is_available():
+        pytest.importorskip("cutlass", reason="FlashAttention 4, which alone takes heads of 512, is written in cutlass")
     expected = generate(PROMPTS, model=model, **OPTIONS)
     found = generate(
         PROMPTS, model=model, **OPTIONS, attention_backend="CUSTOM",
@@ -40,4 +42,4 @@ def test_heads_of_two_sizes_and_layers_that_share_a_cache(generate, model):
         assert len(shared) >= 3
         assert max(abs(step[token] - other[token]) for token in shared) < 0.05
     # A layer with a window takes half the bytes of another for a token, and twice the tokens in a page.
-    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(4096 / 1032, rel=0.02)
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(1024 * itemsize / 1032, rel=0.02)

@@ -182,7 +182,7 @@ def test_a_layer_is_left_to_another_backend():
     assert (layer.attn_backend, layer.impl) == (backend, ((4, 64), {"sinks": None}))
 
 
-def test_skipped_layers_are_left_to_vllms_own_backend(generate, tiny_model, assert_near):
+def test_skipped_layers_are_left_to_vllms_own_backend(generate, tiny_model, itemsize, assert_near):
     folder = tiny_model("Llama")
     eight_bits = {"turboquant": {"key_bits": 8, "value_bits": 8}}
     expected = generate(TOKENS, model=folder, **TINY)
@@ -192,4 +192,5 @@ def test_skipped_layers_are_left_to_vllms_own_backend(generate, tiny_model, asse
     )  # fmt: skip
     assert min(found["cached"][1]) >= 96
     assert_near(found, expected)
-    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(4 * 512 / (2 * 512 + 2 * 132), rel=0.01)
+    whole = 128 * itemsize
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(4 * whole / (2 * whole + 2 * 132), rel=0.01)

@@ -55,15 +55,21 @@ def test_a_preset_as_the_type_of_the_cache(generate, tiny_model):
 
 
 @pytest.mark.parametrize("architecture", ["Gemma2", "Gemma3Text", "GptOss"])
-def test_layers_with_and_without_windows(generate, tiny_model, architecture, assert_near):
+def test_layers_with_and_without_windows(generate, tiny_model, architecture, itemsize, assert_near):
     tiny = {"model": tiny_model(architecture), **TINY, **CHUNKS}
+    if torch.cuda.is_available():
+        # vLLM refuses Gemma 2 and 3 in float16.
+        tiny["dtype"] = "bfloat16"
     expected = generate(TOKENS, **tiny)
     found = generate(TOKENS, **tiny, forced=expected["tokens"][0], **EIGHT_BITS)
     assert_near(found, expected)
-    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(512 / 132, rel=0.02)
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(128 * itemsize / 132, rel=0.02)
 
 
 def test_layers_of_linear_attention_stay_vllms_own(generate, tiny_model, assert_near):
+    if torch.cuda.is_available():
+        # vLLM computes linear attention with it on Hopper.
+        pytest.importorskip("flashinfer")
     # vLLM's linear attention for CPUs takes bfloat16 only.
     tiny = {"model": tiny_model("Qwen3Next"), **TINY, **CHUNKS, "dtype": "bfloat16"}
     expected = generate(TOKENS, **tiny)
@@ -91,7 +97,7 @@ def test_two_ranks_say_what_one_says(generate, tiny_model, plain, texts_of, two_
     expected = texts_of(plain, slice(2))
     found = generate(TOKENS, model=tiny_model("Llama"), **TINY, **EIGHT_BITS, **two_ranks, forced=expected["tokens"][0])
     # They take their key means together, at start: with others they would say something else, if not much.
-    assert_near(found, expected, largest=0.01, mean=0.001)
+    assert_near(found, expected, **({} if torch.cuda.is_available() else {"largest": 0.01, "mean": 0.001}))
 
 
 def test_a_draft_model(drafts, plain, texts_of, assert_near):

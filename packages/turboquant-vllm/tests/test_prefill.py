@@ -80,7 +80,10 @@ def flash_version(device, case):
         return None
     from turboquant_vllm._compat.flash import flash_version
 
-    return flash_version(case.head_dim, case.sinks)
+    version = flash_version(case.head_dim, case.sinks)
+    if version == 4:
+        pytest.importorskip("cutlass", reason="FlashAttention 4 is written in cutlass")
+    return version
 
 
 @pytest.fixture(autouse=True)
@@ -291,7 +294,8 @@ def test_a_rotation_that_a_type_holds_is_one_product_of_that_type(monkeypatch, h
     if exact:
         for slower in ("rotate", "unrotate"):
             monkeypatch.delattr(Rotation, slower)
-    torch.testing.assert_close(one._rotated(vectors), expected, rtol=2**-8, atol=1e-5)
+    # Sums in another order round to the same number of the type, or to the next.
+    torch.testing.assert_close(one._rotated(vectors), expected, rtol=2**-7, atol=1e-5)
     torch.testing.assert_close(one._unrotated(expected), vectors, rtol=2**-5, atol=2**-5)
 
 

@@ -81,7 +81,7 @@ def qwen_vl(tiny_sizes, save_words, tmp_path_factory):
     return folder
 
 
-def test_images(generate, qwen_vl, with_torchvision, assert_near):
+def test_images(generate, qwen_vl, with_torchvision, itemsize, assert_near):
     only_images = {"limit_mm_per_prompt": {"image": 1, "video": 0}}
     tiny = {"model": qwen_vl, "max_tokens": 30, **CHUNKS, **only_images, "env": with_torchvision}
     expected = generate(IMAGES, **tiny)
@@ -89,4 +89,4 @@ def test_images(generate, qwen_vl, with_torchvision, assert_near):
     assert expected["tokens"][0][0] != expected["tokens"][0][1]
     found = generate(IMAGES, **tiny, forced=expected["tokens"][0], **EIGHT_BITS)
     assert_near(found, expected)
-    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(512 / 132, rel=0.02)
+    assert found["kv_tokens"] / expected["kv_tokens"] == pytest.approx(128 * itemsize / 132, rel=0.02)

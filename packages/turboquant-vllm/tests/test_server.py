@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+import forced
 import processes
 from serve import serve as serve_openai
 
@@ -34,8 +35,9 @@ def serve(model_folder, log, free_ports):
         (port,) = free_ports(1)
         arguments = [
             "--model", str(model_folder), "--attention-backend", "CUSTOM", "--served-model-name", "smollm2",
-            "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--gpu-memory-utilization", "0.3",
-            "--logits-processors", "forced:ForcedText", "--port", str(port), *options,
+            "--dtype", str(processes.DTYPE).removeprefix("torch."), "--enforce-eager", "--max-model-len", "1024",
+            "--gpu-memory-utilization", "0.3",
+            "--logits-processors", f"forced:{forced.processor().__name__}", "--port", str(port), *options,
         ]  # fmt: skip
         log.write_text("")
         server = processes.start(serve_openai, arguments, log)

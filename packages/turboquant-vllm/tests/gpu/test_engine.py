@@ -121,7 +121,7 @@ def answer_of(answers, name):
     return answers[name]
 
 
-@pytest.mark.parametrize("name", ["graphs", "first_runner", "drafts", "layer_bits", "skipped"])
+@pytest.mark.parametrize("name", ["graphs", "first_runner", "offloading", "drafts", "layer_bits", "skipped"])
 def test_decode_steps_are_full_graphs(answers, name):
     found = answer_of(answers, name)
     assert "FULL" in found["cudagraph_mode"]
