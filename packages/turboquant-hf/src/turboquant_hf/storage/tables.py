@@ -136,7 +136,8 @@ def _places(
 ) -> torch.Tensor:
     """The places of some of the new tokens: first tokens, then the ring, then a place that nobody reads for others."""
     position, unread = indices + start, sizes.first + sizes.ring
-    in_ring = sizes.first + position % sizes.ring if sizes.ring else unread
+    # Dynamo of torch 2.10 does not trace tensor % int.
+    in_ring = sizes.first + torch.remainder(position, sizes.ring) if sizes.ring else unread
     place = torch.where(indices >= num_new - sizes.ring, in_ring, unread)
     nth = position if row_starts is None else position - row_starts[:, None]
     return torch.where((nth >= 0) & (nth < sizes.first), nth, place)
@@ -242,7 +243,7 @@ def _bias(
     first = 0 if row_starts is None else row_starts[:, None, None]
     start = 0 if starts is None else starts[:, None, None]
     firsts = first + torch.arange(sizes.first, device=device)
-    newest = length - 1 - (length - 1 - torch.arange(sizes.ring, device=device)) % max(1, sizes.ring)
+    newest = length - 1 - torch.remainder(length - 1 - torch.arange(sizes.ring, device=device), max(1, sizes.ring))
 
     def within(position: torch.Tensor) -> torch.Tensor:
         seen = (position <= query) & (position >= start)
