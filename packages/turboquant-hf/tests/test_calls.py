@@ -17,7 +17,7 @@ from transformers import (
 from turboquant_hf import CompressedDynamicCache, TurboQuantCache
 from turboquant_hf._compat import Cache
 from turboquant_hf.calls import attention_lengths
-from turboquant_hf.storage import page_ops
+from turboquant_hf.storage import pages
 from turboquant_hf.storage.full_precision import FullPrecision
 
 LENGTH = 40
@@ -288,7 +288,7 @@ def test_linear_attention_is_handed_its_states_as_they_come(hybrid, name, monkey
 @pytest.mark.parametrize("options", [{}, {"max_length": 128}], ids=["growing", "static"])
 @pytest.mark.parametrize("num_tokens", [1, 3, 12])
 @pytest.mark.parametrize("layer", [0, 2])
-@pytest.mark.parametrize("where", [(page_ops, "write"), (FullPrecision, "write")], ids=["codes", "window"])
+@pytest.mark.parametrize("where", [(pages, "write_pages"), (FullPrecision, "write")], ids=["codes", "window"])
 def test_a_call_that_stopped_inside_a_layer(model, options, num_tokens, layer, where, monkeypatch):
     options = {**EXACT, **options}
     cache, expected = filled(model, **options), filled(model, **options)
@@ -323,7 +323,7 @@ def test_an_interrupted_prompt_calibrates_nothing(model, options, monkeypatch):
     def stop(*_):
         raise Interrupted
 
-    monkeypatch.setattr(page_ops, "write", stop)
+    monkeypatch.setattr(pages, "write_pages", stop)
     with pytest.raises(Interrupted):
         forward(model, ids(LENGTH, seed=2), cache)
     monkeypatch.undo()

@@ -13,8 +13,8 @@ import torch
 from turboquant_core.quantized import storage_nbytes
 from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import EMPTY_LAYERS, CacheLayerMixin, PreTrainedConfig
-from turboquant_hf.attention.handover import reads_codes
-from turboquant_hf.guarded import GuardedCache
+from turboquant_hf.attention.dispatch import ATTENTION
+from turboquant_hf.calls import GuardedCache
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.build import build_layers
 from turboquant_hf.layers.growing import TurboQuantLayer
@@ -141,7 +141,8 @@ class TurboQuantCache(GuardedCache):
         First tokens that are handed over attend on themselves, also where there is room for more.
         """
         kept = (x for x in self.layers if isinstance(x, CacheLayerMixin) and not isinstance(x, EMPTY_LAYERS))
-        if reads_codes(self._text_config) and all(isinstance(x, TurboQuantLayer) and x.is_empty for x in kept):
+        reads_codes = self._text_config._attn_implementation == ATTENTION
+        if reads_codes and all(isinstance(x, TurboQuantLayer) and x.is_empty for x in kept):
             return query_length, 0
         return super().get_mask_sizes(query_length, layer_idx)
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf._compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, PreTrainedConfig
-from turboquant_hf.guarded import guard, unguard
+from turboquant_hf.calls import guard, unguard
 from turboquant_hf.layers.build import compressed_layer, kept_tokens
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.layers.sliding import TurboQuantSlidingLayer

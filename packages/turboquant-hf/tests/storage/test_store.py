@@ -3,9 +3,7 @@ import torch
 
 from turboquant_core import MSEQuantizer, TurboQuantConfig
 from turboquant_hf.storage.growing.store import growing_store
-from turboquant_hf.storage.page_ops import BLOCK_SIZE, attend, write
-from turboquant_hf.storage.pages import tokens_first
-from turboquant_hf.storage.tables import block_table
+from turboquant_hf.storage.pages import BLOCK_SIZE, attend_pages, block_table, tokens_first, write_pages
 
 
 def random_states(*shape, seed=0, offset=0.0):
@@ -32,7 +30,7 @@ def test_what_has_no_slot_changes_nothing_stored(bits, kept):
     new = tokens_first(random_states(1, 2, 5, 64, seed=1))
     # The last slots of the block, and then none.
     slots = torch.tensor([*range(BLOCK_SIZE - kept, BLOCK_SIZE), *[-1] * (5 - kept)])
-    write(stored.pages.tensor, new, new, slots, stored.pages.codec)
+    write_pages(stored.pages.tensor, new, new, slots, stored.pages.codec)
     after = read_keys(stored)
     assert torch.equal(after[:, :, : BLOCK_SIZE - kept], before[:, :, : BLOCK_SIZE - kept])
     expected = new[:kept].permute(1, 0, 2)
@@ -169,9 +167,8 @@ def test_attention_gives_the_log_sum_exp_where_it_is_needed(return_lse, shape):
     stored = stored_states(random_states(2, 2, 10, 64))
     device = stored.pages.device
     where = block_table(len(stored.pages.tensor), 2, device), torch.full((2,), 10, dtype=torch.int32, device=device)
-    options = dict.fromkeys(("scale", "seq_starts", "window", "softcap", "sinks"))
-    query = random_states(2, 4, 3, 64)
-    output, lse = attend(query, stored.pages.tensor, *where, stored.pages.codec, return_lse=return_lse, **options)
+    query, options = random_states(2, 4, 3, 64), [None] * 5
+    output, lse = attend_pages(query, stored.pages.tensor, *where, *options, return_lse, stored.pages.codec)
     assert output.shape == (2, 3, 4, 64)
     assert (lse.shape, lse.dtype) == (shape, torch.float32)
 

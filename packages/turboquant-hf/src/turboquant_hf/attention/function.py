@@ -71,7 +71,8 @@ def turboquant_attention(
         ValueError: If weights are asked for, something that SDPA does not take, or a mask of another length.
         RuntimeError: If the model has changed the keys or values that the cache gave it.
     """
-    check_mask(attention_mask)
+    if attention_mask is not None:
+        check_mask(attention_mask)
     for asked, why in _REFUSED.items():
         if kwargs.get(asked) is not None and kwargs[asked] is not False:
             raise ValueError(f'attn_implementation="{ATTENTION}" {why}. Use attn_implementation="eager" for {asked}.')

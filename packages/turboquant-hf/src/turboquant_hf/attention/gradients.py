@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from turboquant_hf.storage import traced
+from turboquant_hf.storage.traced import operation
 
 
 def without_gradient(states: torch.Tensor) -> torch.Tensor:
@@ -26,4 +26,19 @@ class _WithoutGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, traced.refuse_gradient(gradients[0])
+        return None, _refuse_when_run(gradients[0])
+
+
+def _refuse(gradient: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(
+        "backward() needs the gradient of keys and values that TurboQuantCache stores as codes, which have none: what "
+        "makes them, such as k_proj and v_proj, would learn nothing. Train without a cache (use_cache=False), with a "
+        "DynamicCache, or with everything in the cache's first call; for a prefix that is not trained, freeze what "
+        "makes keys and values. To run forward only, use torch.no_grad()."
+    )
+
+
+# Not when a graph is traced.
+_refuse_when_run = operation(
+    "refuse_gradient(Tensor gradient) -> Tensor", _refuse, lambda gradient: gradient.new_empty(())
+)

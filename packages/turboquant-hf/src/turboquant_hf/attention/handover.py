@@ -57,11 +57,6 @@ _METHODS = (
 )
 
 
-def reads_codes(text_config: PreTrainedConfig | None) -> bool:
-    """Whether a model of this configuration attends with `turboquant_attention` at this moment."""
-    return text_config is not None and text_config._attn_implementation == ATTENTION
-
-
 class Prompt(NamedTuple):
     """The first tokens: they attend on themselves as they are.
 

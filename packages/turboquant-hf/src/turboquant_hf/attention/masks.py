@@ -9,7 +9,7 @@ from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import sdpa_mask
 from turboquant_hf.attention.dispatch import check_dispatch
 from turboquant_hf.inference_mode import outside_inference_mode
-from turboquant_hf.storage import traced
+from turboquant_hf.storage.traced import operation
 
 _FACTS = "turboquant_facts"
 
@@ -115,12 +115,18 @@ def prompt_starts(mask: torch.Tensor, num_tokens: int) -> torch.Tensor | None:
         return facts.starts[0]
     # Every token but padding sees itself, and nobody sees padding.
     sees_itself = mask[:, 0, :, :num_tokens].diagonal(dim1=-2, dim2=-1)
-    starts = torch.where(sees_itself.any(-1), traced.first_seen(sees_itself), num_tokens).int()
+    starts = torch.where(sees_itself.any(-1), first_seen(sees_itself), num_tokens).int()
     # Looking at a tensor would break the graph.
     if is_compiling:
         return starts
     facts.starts = (starts if bool(starts.any()) else None,)
     return facts.starts[0]
+
+
+def first_seen(mask: torch.Tensor) -> torch.Tensor:
+    """The first token that is seen, int64 [batch_size], of a mask bool [batch_size, num_tokens]; 0 where none is."""
+    first: torch.Tensor = _traced_first_seen(mask) if torch.compiler.is_compiling() else _first_seen(mask)
+    return first
 
 
 def check_mask(mask: object) -> None:
@@ -212,10 +218,21 @@ def _rows_of_mask(mask: torch.Tensor, q_offset: int | torch.Tensor, kv_offset: i
     if not is_compiling and torch.equal(mask, seen.expand_as(mask)):
         return Rows(None, window)
     # The first query token sees the first token that any sees.
-    starts = traced.first_seen(mask[:, 0, 0]) + kv_offset
+    starts = first_seen(mask[:, 0, 0]) + kv_offset
     seen = seen & (token >= starts[:, None, None, None])
     if is_compiling:
         # Looking at a tensor would break the graph.
         is_same = (mask == seen).all()
         return Rows(starts.int(), window, torch.where(is_same, 0.0, torch.nan))
     return Rows(starts.int(), window) if torch.equal(mask, seen) else None
+
+
+def _first_seen(mask: torch.Tensor) -> torch.Tensor:
+    return mask.byte().argmax(-1)
+
+
+# Inductor on a GPU, as of torch 2.11, cannot schedule a reduction of what it computes from this one: it takes over this
+# one's ranges, which are a single element for one row. An operation of its own is left alone.
+_traced_first_seen = operation(
+    "first_seen(Tensor mask) -> Tensor", _first_seen, lambda mask: mask.new_empty(len(mask), dtype=torch.int64)
+)

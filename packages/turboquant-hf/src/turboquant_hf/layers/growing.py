@@ -10,8 +10,9 @@ from turboquant_core.ops._dispatch import VECTOR_DTYPES
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
+from turboquant_hf.attention.dispatch import ATTENTION
 from turboquant_hf.attention.gradients import without_gradient
-from turboquant_hf.attention.handover import Prompt, Stored, hand_over, reads_codes
+from turboquant_hf.attention.handover import Prompt, Stored, hand_over
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.rows import picked, reordered, repeated
 from turboquant_hf.storage.codec import has_whole_bits
@@ -158,21 +159,22 @@ class TurboQuantLayer(CacheLayerMixin):
         """Store new states and return what attention reads, [batch_size, num_kv_heads, num_tokens, head_dim]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        store = self.store
+        store, num_new = self.store, key_states.shape[2]
         self._check(key_states, value_states)
         wants_gradient = self._wants_gradient(key_states, value_states)
+        config = self._text_config
+        reads_codes = config is not None and config._attn_implementation == ATTENTION
+        num_read, _ = self.get_mask_sizes(num_new)
         if store.length.is_empty:
-            room, _ = self.get_mask_sizes(key_states.shape[-2])
             store.append(key_states, value_states)
-            if reads_codes(self._text_config):
+            if reads_codes:
                 self._before_decoding()
-                given = Prompt(key_states, value_states, self.store_again, room)
+                given = Prompt(key_states, value_states, self.store_again, num_read)
                 return hand_over(given, key_states.shape, self.dtype, self.device)
             return self._prompt(key_states, value_states)
-        num_new = key_states.shape[-2]
-        if num_new and reads_codes(self._text_config) and (num_new <= MAX_QUERY_LEN or store.parts_calls):
+        if num_new and reads_codes and (num_new <= MAX_QUERY_LEN or store.parts_calls):
             recent = store.append_parts(key_states, value_states)
-            shape = (*key_states.shape[:2], store.length.num_read(), self.config.head_dim)
+            shape = (*key_states.shape[:2], num_read, key_states.shape[3])
             return hand_over(Stored(store, recent, wants_gradient), shape, self.dtype, self.device)
         keys, values = store.extend(key_states, value_states, self.dtype)
         return (without_gradient(keys), without_gradient(values)) if wants_gradient else (keys, values)
@@ -195,8 +197,8 @@ class TurboQuantLayer(CacheLayerMixin):
             self.offload()
 
     def get_seq_length(self) -> int:
-        """Tokens stored."""
-        return self.store.length.num_tokens if self.is_initialized else 0
+        """Tokens stored; of a static layer an int64 tensor [] once there are any."""
+        return self.store.length.stop if self.is_initialized else 0  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
         """-1: the layer grows without bound."""

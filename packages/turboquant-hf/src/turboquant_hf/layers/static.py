@@ -33,10 +33,6 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         super().__init__(preset, **options)
         self._max_length = max_length
 
-    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
-        """Tokens stored, an int64 tensor [] once there are any."""
-        return self.store.length.stop if self.is_initialized else 0
-
     def get_max_length(self) -> int:
         """Tokens that there is room for."""
         return self._max_length

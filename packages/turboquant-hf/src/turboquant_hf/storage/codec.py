@@ -9,9 +9,12 @@ import torch
 from turboquant_core import MSEQuantizer, OutlierQuantizer, QuantizedTensor, TurboQuantConfig
 from turboquant_core.centring import mean_key
 from turboquant_core.key_transform import IDENTITY, KeyTransform
+from turboquant_core.layout import PageViews
 from turboquant_core.scale import ScaleRule, is_storable
 from turboquant_core.vector_format import OUTLIER_BITS
 
+# Coordinates dequantised at a time, in float32: what bounds the working set beside the result.
+DEQUANTIZED_AT_ONCE = 1 << 22
 Quantizer = MSEQuantizer | OutlierQuantizer
 _ORDERS = ("key_order", "value_order")
 
@@ -79,6 +82,27 @@ class LayerCodec:
         """Whether core's kernels can store and read the codes."""
         return has_whole_bits(self.config)
 
+    def write(self, views: PageViews, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Store keys and values [num_tokens, heads, head_dim] as codes at slots int64 [num_tokens] of pages."""
+        stored_keys, stored_values = self.quantize(keys, values)
+        _put(views.key_codes, slots, stored_keys.codes)
+        _put(views.key_scales, slots, stored_keys.scales)
+        _put(views.value_codes, slots, stored_values.codes)
+        _put(views.value_scales, slots, stored_values.scales)
+
+    def read(self, views: PageViews, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first `count` pages, [heads, count * block_size, head_dim]."""
+        _, num_heads, block_size, _ = views.key_codes.shape
+        shape = (num_heads, count * block_size, self.config.head_dim)
+        keys, values = (torch.empty(shape, dtype=dtype, device=views.key_codes.device) for _ in range(2))
+        step = max(1, DEQUANTIZED_AT_ONCE // (num_heads * block_size * self.config.head_dim))
+        for first in range(0, count, step):
+            blocks = slice(first, min(first + step, count))
+            tokens = slice(first * block_size, blocks.stop * block_size)
+            keys[:, tokens] = self.dequantize_keys(_taken(views.key_codes, views.key_scales, blocks))
+            values[:, tokens] = self.dequantize_values(_taken(views.value_codes, views.value_scales, blocks))
+        return keys, values
+
     def quantize(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Keys and values [num_tokens, heads, head_dim] as codes."""
         return self._keys().quantize(self.key_transform.of_keys(keys)), self._values().quantize(values)
@@ -117,6 +141,26 @@ class LayerCodec:
 def has_whole_bits(config: TurboQuantConfig) -> bool:
     """Whether core's kernels can store and read codes of that configuration."""
     return config.key_bits not in OUTLIER_BITS and config.value_bits not in OUTLIER_BITS
+
+
+def _put(field: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:
+    """Write [num_tokens, heads, n] into a field [blocks, heads, slots, n]; nothing is written at slots that are none.
+
+    Which they are is not looked at, for a graph could not: in their place the first token is written again, and if it
+    has no slot either, what is there already.
+    """
+    block_size = field.shape[2]
+    capacity = len(field) * block_size
+    written = (slots >= 0) & (slots < capacity)
+    slots = torch.where(written, slots, slots[:1]).clamp(min=0, max=capacity - 1)
+    new = torch.where(written[:, None, None], new, new[:1])
+    at = (slots // block_size, slice(None), slots % block_size)
+    field[at] = torch.where(written[:1], new, field[at])
+
+
+def _taken(codes: torch.Tensor, scales: torch.Tensor, blocks: slice) -> QuantizedTensor:
+    """Fields [blocks, heads, slots, n] of some blocks, as [heads, tokens, n]."""
+    return QuantizedTensor(*(x[blocks].transpose(0, 1).flatten(1, 2) for x in (codes, scales)))
 
 
 def _heads_first(quantizer: Quantizer) -> Quantizer:

@@ -56,7 +56,7 @@ class FullPrecision:
         places = written.places
         if places is None:
             return
-        for held, new in ((self.keys, keys.detach()), (self.values, values.detach())):
+        for held, new in ((self.keys, keys), (self.values, values)):
             if places.ndim == 2:
                 held.scatter_(2, places[:, None, :, None].expand_as(new), new)
             else:

@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 import torch
 
-from turboquant_hf.storage.tables import FullPrecisionSizes, Seen, Written, num_uncoded
+from turboquant_hf.storage.tables import FullPrecisionSizes, Written, num_uncoded, overflow
 
 Missing = tuple[int, int] | None
 """The first position of some, and one past the last; None for no position."""
@@ -20,9 +20,13 @@ class Length(ABC):
 
     Args:
         sizes: Tokens that are read in full precision.
+        room: The most tokens of a row; None for any number.
 
     Attributes:
         is_counted: Whether the host knows it.
+        stop: The position after the last token that is stored, an int or int64 [].
+        window: Tokens that a token sees, itself included, where those before are dropped; None to keep all.
+        num_dropped: Tokens of a row that have left the window and are gone.
         is_empty: Whether the next tokens are the first.
         num_new: Tokens of the last call, as long as none was taken back.
         row_starts: int32 [batch_size], the first token of every row that is no padding: first tokens are counted from
@@ -30,17 +34,21 @@ class Length(ABC):
     """
 
     is_counted: ClassVar[bool]
+    stop: int | torch.Tensor
+    window: int | None = None
+    num_dropped = 0
 
-    def __init__(self, sizes: FullPrecisionSizes) -> None:
+    def __init__(self, sizes: FullPrecisionSizes, room: int | None = None) -> None:
         self.sizes = sizes
+        self.room = room
         self.is_empty = True
         self.num_new = 0
         self.row_starts: torch.Tensor | None = None
 
     @property
-    @abstractmethod
     def num_tokens(self) -> int:
-        """Tokens of a row that are stored."""
+        """Tokens of a row that are stored; waits for the device where it alone knows."""
+        return int(self.stop)
 
     @abstractmethod
     def num_slots(self, num_new: int = 0) -> int:
@@ -76,12 +84,6 @@ class Length(ABC):
         """After they are stored."""
 
     @abstractmethod
-    def seen(
-        self, query_len: int, num_rows: int, starts: torch.Tensor | None, window: int | None, device: torch.device
-    ) -> Seen:
-        """What the last `query_len` tokens see; see `tables.seen`."""
-
-    @abstractmethod
     def missing(self, num_tokens: int | None = None) -> Missing:
         """Recent tokens that full precision has not, and has to be filled with from the codes.
 
@@ -97,14 +99,9 @@ class Length(ABC):
     def first_recent(self, num_new: int) -> int | torch.Tensor:
         """The first recent position that the first of the last `num_new` tokens reads as it is, an int or int64 []."""
 
-    @property
-    @abstractmethod
-    def stop(self) -> int | torch.Tensor:
-        """The position after the last, an int or int64 []."""
-
     def overflow(self) -> torch.Tensor | None:
         """What is added to what is read: NaN where tokens did not fit. None where all do."""
-        return None
+        return overflow(self.stop, self.room)
 
     @abstractmethod
     def crop(self, num_tokens: int) -> None:

@@ -1,18 +1,39 @@
-"""The codes of a layer, in pages that core's kernels read."""
+"""The codes of a layer, in pages that core's kernels read.
+
+The rows of a batch have equally many heads, and tokens at equal slots. Pages are uint8 [num_blocks, batch_size *
+num_kv_heads, head_bytes] in core's layout: token t of every row is slot t % BLOCK_SIZE of page t // BLOCK_SIZE. For
+core's operations that is one row of batch_size * num_kv_heads heads, which is how tokens are written, or batch_size
+rows whose pages take turns, which is how they are attended to.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
 
-from turboquant_core import TurboQuantConfig
-from turboquant_hf.storage import page_ops, traced
+from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
+from turboquant_core.ops import cache_update, decode_attention
 from turboquant_hf.storage.codec import LayerCodec, has_whole_bits
 from turboquant_hf.storage.length import Length
-from turboquant_hf.storage.page_ops import BLOCK_SIZE, num_blocks
-from turboquant_hf.storage.tables import Seen, block_table
+from turboquant_hf.storage.tables import Seen, Written
+from turboquant_hf.storage.traced import operation
+
+BLOCK_SIZE = 64
+
+
+@lru_cache
+def page_layout(config: TurboQuantConfig, num_kv_heads: int) -> KVCacheLayout:
+    """The layout of pages of that many heads."""
+    return KVCacheLayout(config, num_kv_heads, BLOCK_SIZE)
+
+
+def num_blocks(num_tokens: int) -> int:
+    """Pages that so many tokens take."""
+    return -(-num_tokens // BLOCK_SIZE)
 
 
 class Pages(ABC):
@@ -26,7 +47,7 @@ class Pages(ABC):
         config: What is stored for one head.
         batch_size: Rows.
         num_kv_heads: Heads of a row.
-        tensor: The pages; see `page_ops`.
+        tensor: The pages.
 
     Attributes:
         codec: None as long as there are no codes to read.
@@ -41,6 +62,8 @@ class Pages(ABC):
         # One of its own where that has to stay where it is.
         self._table: torch.Tensor | None = None
         self.codec: LayerCodec | None = None
+        # Of the codec beside it.
+        self._row_transform: tuple[LayerCodec, KeyTransform] | None = None
         self.has_kernel = has_whole_bits(config)
 
     @property
@@ -57,7 +80,7 @@ class Pages(ABC):
         self,
         keys: torch.Tensor,
         values: torch.Tensor,
-        slots: torch.Tensor,
+        written: Written,
         length: Length,
         row_starts: torch.Tensor | None,
     ) -> None:
@@ -66,18 +89,20 @@ class Pages(ABC):
         Args:
             keys: [batch_size, num_kv_heads, num_new, head_dim].
             values: The same for values.
-            slots: int64 [num_new]; negative ones are not stored.
+            written: Where they go.
             length: The tokens that are stored already.
             row_starts: With the first tokens of all, which of them is the first of every row that is no padding, int32
                 [batch_size]; None where no row is padded.
         """
         keys, values = tokens_first(keys), tokens_first(values)
-        self._prepare(keys, values, length, row_starts)
+        has_room = written.num_slots <= self.tensor.shape[0] * BLOCK_SIZE
+        if self.codec is None or written.may_be_first or not has_room:
+            self._prepare(keys, values, length, row_starts)
         if self.codec is None:
             # Kernels skip the slots of first tokens, and still must not find infinite scales there.
             self.tensor.zero_()
         else:
-            self._put(keys, values, slots)
+            self._put(keys, values, written.slots)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the slots start to stop - 1, [batch_size, num_kv_heads, stop - start, head_dim].
@@ -91,18 +116,35 @@ class Pages(ABC):
             shape = (2, self.tensor.shape[1], stop - first * BLOCK_SIZE, self.config.head_dim)
             read = self.tensor.new_zeros(shape, dtype=dtype).unbind()
         else:
-            call = traced.read if torch.compiler.is_compiling() else page_ops.read
-            read = call(self.tensor[first:], num_blocks(stop) - first, self._codec(), dtype)
+            call = _traced_read if torch.compiler.is_compiling() else read_pages
+            read = call(self.tensor[first:], num_blocks(stop) - first, dtype, self._codec())
         shape = (self.batch_size, self.num_kv_heads, -1, self.config.head_dim)
         keys, values = (x.view(shape)[:, :, start - first * BLOCK_SIZE : stop - first * BLOCK_SIZE] for x in read)
         return keys, values
 
-    def attend(self, query: torch.Tensor, seen: Seen, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Causal attention of the last stored tokens on the codes; see `page_ops.attend`."""
-        call = traced.attend if torch.compiler.is_compiling() else page_ops.attend
-        options |= {"seq_starts": seen.starts, "window": seen.window}
-        table = block_table(len(self.tensor), self.batch_size, self.device) if self._table is None else self._table
-        return call(query, self.tensor, table, seen.lengths, self._codec(), **options)
+    def attend(
+        self,
+        query: torch.Tensor,
+        seen: Seen,
+        *,
+        scale: float | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        return_lse: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Causal attention of the last stored tokens on the codes; see `attend_pages`."""
+        codec, table, tensor = self._codec(), self._table, self.tensor
+        options = (scale, seen.starts, seen.window, softcap, sinks, return_lse)
+        if torch.compiler.is_compiling():
+            # It traces into what makes a table, and would warn of the cache.
+            table = block_table.__wrapped__(len(tensor), self.batch_size, tensor.device) if table is None else table
+            output, lse = _traced_attend(query, tensor, table, seen.lengths, *options, codec)
+            return output, lse
+        if table is None:
+            table = block_table(tensor.shape[0], self.batch_size, tensor.device)
+        if self._row_transform is None or self._row_transform[0] is not codec:
+            self._row_transform = codec, row_transform(codec, self.batch_size)
+        return attend_pages(query, tensor, table, seen.lengths, *options, codec, self._row_transform[1])
 
     @abstractmethod
     def reserve(self, num_tokens: int, length: Length) -> None:
@@ -139,7 +181,7 @@ class Pages(ABC):
         """Make room for new tokens, [num_new, batch_size * num_kv_heads, head_dim], and a codec where one is due."""
 
     def _put(self, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
-        call = traced.write if torch.compiler.is_compiling() else page_ops.write
+        call = _traced_write if torch.compiler.is_compiling() else write_pages
         call(self.tensor, keys, values, slots, self._codec())
 
     def _calibrated(
@@ -172,5 +214,132 @@ class Pages(ABC):
 def tokens_first(states: torch.Tensor) -> torch.Tensor:
     """[batch_size, num_heads, num_tokens, head_dim] as [num_tokens, batch_size * num_heads, head_dim]."""
     # Inkling's keys come with channels apart, and operations want those of a head side by side.
-    states = states.detach() if states.stride(-1) == 1 else states.detach().contiguous()
+    states = states if states.stride(-1) == 1 else states.contiguous()
     return states.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+@lru_cache(maxsize=64)
+def block_table(num_blocks: int, num_rows: int, device: torch.device) -> torch.Tensor:
+    """Block j of row b is page j * num_rows + b, int32 [num_rows, num_blocks]."""
+    blocks, rows = (torch.arange(n, dtype=torch.int32, device=device) for n in (num_blocks, num_rows))
+    return blocks * num_rows + rows[:, None]
+
+
+def row_transform(codec: LayerCodec, batch_size: int) -> KeyTransform:
+    """The transform of keys of tensors [batch_size, num_kv_heads, ...]."""
+    return codec.key_transform.map(lambda part: part.view(batch_size, -1, *part.shape[1:]))
+
+
+def write_pages(
+    pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, codec: LayerCodec
+) -> None:
+    """Quantise keys and values and store them.
+
+    Args:
+        pages: Written in place.
+        keys: [num_tokens, batch_size * num_kv_heads, head_dim].
+        values: The same for values.
+        slots: int64 [num_tokens]; negative ones are not stored.
+        codec: The layer's.
+    """
+    layout = page_layout(codec.config, pages.shape[1])
+    if codec.has_whole_bits:
+        cache_update(keys, values, pages, slots, layout, key_transform=codec.key_transform)
+        return
+    codec.write(layout.views(pages), slots, keys, values)
+
+
+def read_pages(
+    pages: torch.Tensor, count: int, dtype: torch.dtype, codec: LayerCodec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the first `count` pages, [batch_size * num_kv_heads, count * 64, head_dim]."""
+    return codec.read(page_layout(codec.config, pages.shape[1]).views(pages), count, dtype)
+
+
+def attend_pages(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float | None,
+    starts: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    return_lse: bool,
+    codec: LayerCodec,
+    transform: KeyTransform | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of the last stored tokens on the codes, which must be of whole bits.
+
+    Args:
+        query: [batch_size, num_heads, query_len, head_dim] of 1 to 8 tokens.
+        pages: As everywhere.
+        table: What `block_table` gives.
+        lengths: int32 [batch_size], the tokens of every row.
+        scale: What logits are multiplied with; None is 1 / sqrt(head_dim).
+        starts: int32 [batch_size], the first token of every row that may be seen; None for the first stored.
+        window: Tokens that a token sees, itself included; None for all.
+        softcap: Logits become softcap * tanh(logits / softcap).
+        sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
+        return_lse: Whether the log-sum-exp is needed.
+        codec: The layer's.
+        transform: What `row_transform` gives; None to make it.
+
+    Returns:
+        [batch_size, query_len, num_heads, head_dim], and the log-sum-exp of the logits float32 [batch_size, query_len,
+        num_heads], or [0] where it is not needed.
+    """
+    batch_size, num_heads, query_len, head_dim = query.shape
+    layout = page_layout(codec.config, pages.shape[1] // batch_size)
+    if transform is None:
+        transform = row_transform(codec, batch_size)
+    if not (return_lse or softcap or sinks is not None):
+        # Softmax does not see the mean.
+        transform = transform.without_mean()
+    result = decode_attention(
+        query.transpose(1, 2).reshape(-1, num_heads, head_dim),
+        pages.view(-1, layout.num_kv_heads, layout.head_bytes),
+        table,
+        lengths,
+        layout,
+        scale=scale,
+        seq_starts=starts,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        key_transform=transform,
+        return_lse=return_lse,
+    )
+    output, lse = result if isinstance(result, tuple) else (result, query.new_empty(0, dtype=torch.float32))
+    output = output.view(batch_size, query_len, num_heads, head_dim)
+    return output, lse.view(batch_size, query_len, num_heads) if return_lse else lse
+
+
+def _read_shapes(
+    pages: torch.Tensor, count: int, dtype: torch.dtype, codec: LayerCodec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (pages.shape[1], count * BLOCK_SIZE, codec.config.head_dim)
+    return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
+
+
+def _attend_shapes(query: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    batch_size, num_heads, query_len, head_dim = query.shape
+    *_, return_lse, _ = arguments
+    lse = (batch_size, query_len, num_heads) if return_lse else (0,)
+    output = query.new_empty(batch_size, query_len, num_heads, head_dim)
+    return output, query.new_empty(lse, dtype=torch.float32)
+
+
+_traced_write = operation(
+    "write(Tensor(a!) pages, Tensor keys, Tensor values, Tensor slots, CODEC) -> ()", write_pages, lambda *_: None
+)
+_traced_read = operation(
+    "read(Tensor pages, int count, ScalarType dtype, CODEC) -> (Tensor, Tensor)", read_pages, _read_shapes
+)
+_traced_attend = operation(
+    "attend(Tensor query, Tensor pages, Tensor table, Tensor lengths, float? scale, Tensor? starts, int? window, "
+    "float? softcap, Tensor? sinks, bool return_lse, CODEC) -> (Tensor, Tensor)",
+    attend_pages,
+    _attend_shapes,
+)

@@ -1,5 +1,7 @@
 """The stored keys and values of one layer."""
 
+from typing import Any
+
 import torch
 
 from turboquant_core import TurboQuantConfig
@@ -9,6 +11,7 @@ from turboquant_core.quantized import storage_nbytes
 from turboquant_hf.storage.full_precision import FullPrecision
 from turboquant_hf.storage.length import Length, Missing
 from turboquant_hf.storage.pages import Pages
+from turboquant_hf.storage.tables import seen as seen_by
 
 
 class Store:
@@ -75,14 +78,14 @@ class Store:
         Raises:
             IndexError: If these are the first tokens of all, and more than there is room for.
         """
-        num_new = keys.shape[2]
+        keys, values, num_new = keys.detach(), values.detach(), keys.shape[2]
         written, missing = self.length.begin(num_new, row_starts, keys.device)
         if num_new == 0:
             return
         if self.full_precision is not None:
             self._fill(missing)
             self.full_precision.write(keys, values, written)
-        self.pages.write(keys, values, written.slots, self.length, row_starts)
+        self.pages.write(keys, values, written, self.length, row_starts)
         self.length.advance()
 
     def extend(self, keys: torch.Tensor, values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,8 +198,21 @@ class Store:
             [batch_size, query_len, num_heads, head_dim]; NaN where tokens did not fit.
         """
         sinks = None if sinks is None else sinks.detach().float()
-        seen = self.length.seen(query.shape[2], self.batch_size, seq_starts, window, query.device)
-        full_precision, options = self.full_precision, {"scale": scale, "softcap": softcap}
+        length, full_precision = self.length, self.full_precision
+        look = seen_by if length.is_counted and not torch.compiler.is_compiling() else seen_by.__wrapped__
+        seen = look(
+            length.stop,
+            query.shape[2],
+            length.num_dropped,
+            length.room,
+            length.sizes,
+            window if length.window is None else length.window,
+            seq_starts,
+            length.row_starts,
+            self.pages.batch_size,
+            query.device,
+        )
+        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
         if full_precision is None:
             output, _ = self.pages.attend(query, seen, sinks=sinks, return_lse=False, **options)
         else:

@@ -1,14 +1,16 @@
-"""Where the tokens of a call go and what they see, in small tensors that the layers of a step share."""
+"""Where the tokens of a call go and what they see, in small tensors that the layers of a step share.
 
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, NamedTuple, TypeVar, cast
+What was made lately is remembered: a step later nobody asks for the same again. Tensors among arguments are this
+package's own, and never written in place. Whoever has a length on the device, which is, or is traced by torch.compile,
+which would warn of the cache, takes `__wrapped__`.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
-
-_Make = TypeVar("_Make", bound=Callable[..., object])
 
 
 class FullPrecisionSizes(NamedTuple):
@@ -39,12 +41,16 @@ class Written(NamedTuple):
     """Where the new tokens of a call go.
 
     Attributes:
+        num_slots: Slots of a row that hold tokens once these are stored, or may.
+        may_be_first: Whether some may be first tokens, or come right after these.
         slots: int64 [num_new], of the pages; negative ones are not stored.
         indices: int64, which of them may go into full precision; None for all.
         places: int64, as many as these, or [rows, num_new] where rows begin with padding: where they go there. None if
             none does.
     """
 
+    num_slots: int
+    may_be_first: bool
     slots: torch.Tensor
     indices: torch.Tensor | None
     places: torch.Tensor | None
@@ -71,22 +77,7 @@ class Seen(NamedTuple):
     overflow: torch.Tensor | None
 
 
-def _shared(make: _Make) -> _Make:
-    """Remember what was made lately. Tensors among arguments are this package's own, and never written in place."""
-    # A step later nobody asks for the same again.
-    recent = lru_cache(maxsize=64)(make)
-
-    @wraps(make)
-    def shared(first: Any, *args: Any) -> object:
-        # torch.compile traces into what it makes; it would warn of the cache. A length that is a tensor is another one
-        # at the next step.
-        is_fresh = torch.compiler.is_compiling() or isinstance(first, torch.Tensor)
-        return make(first, *args) if is_fresh else recent(first, *args)
-
-    return cast(_Make, shared)
-
-
-@_shared
+@lru_cache(maxsize=64)
 def written(
     start: int | torch.Tensor,
     num_new: int,
@@ -100,24 +91,25 @@ def written(
     Args:
         start: The position of the first, an int or int64 [].
         num_new: How many they are.
-        room: The most tokens of a row; None for any number.
+        room: The most tokens of a row; None for any number, where the host knows the start.
         sizes: Tokens in full precision.
         row_starts: int32 [rows], the first token of every row that is no padding; None where no row is padded.
         device: Where they are.
     """
     if isinstance(start, int):
         slots = torch.arange(start, start + num_new, device=device)
+        num_slots, may_be_first = start + num_new, start <= sizes.first
     else:
-        slots = torch.arange(num_new, device=device) + start
+        slots, num_slots, may_be_first = torch.arange(num_new, device=device) + start, 0, False
     if room is not None:
-        slots = torch.where(slots < room, slots, -1)
+        slots, num_slots = torch.where(slots < room, slots, -1), room
     is_past_first = isinstance(start, int) and start >= sizes.first and row_starts is None
     if not sizes.ring and (is_past_first or not sizes.first):
-        return Written(slots, None, None)
+        return Written(num_slots, may_be_first, slots, None, None)
     indices = _full_precision_indices(num_new, sizes, device) if row_starts is None else None
     kept = torch.arange(num_new, device=device) if indices is None else indices
     places = _places(kept, start, num_new, sizes, row_starts)
-    return Written(slots, None if len(kept) == num_new else indices, places)
+    return Written(num_slots, may_be_first, slots, None if len(kept) == num_new else indices, places)
 
 
 def _full_precision_indices(num_new: int, sizes: FullPrecisionSizes, device: torch.device) -> torch.Tensor:
@@ -143,7 +135,7 @@ def _places(
     return torch.where((nth >= 0) & (nth < sizes.first), nth, place)
 
 
-@_shared
+@lru_cache(maxsize=64)
 def seen(
     length: int | torch.Tensor,
     query_len: int,
@@ -263,10 +255,3 @@ def _bias(
     bias = torch.where(shown, 0.0, -torch.inf).view(-1, query_len, sizes.first + sizes.ring)
     # The place that nobody reads.
     return torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)
-
-
-@_shared
-def block_table(num_blocks: int, num_rows: int, device: torch.device) -> torch.Tensor:
-    """Block j of row b is page j * num_rows + b, int32 [num_rows, num_blocks]."""
-    blocks, rows = (torch.arange(n, dtype=torch.int32, device=device) for n in (num_blocks, num_rows))
-    return blocks * num_rows + rows[:, None]

@@ -5,8 +5,8 @@ from typing import Self
 import torch
 
 from turboquant_hf.storage.length import Length, Missing
-from turboquant_hf.storage.page_ops import BLOCK_SIZE
-from turboquant_hf.storage.tables import CODES_ONLY, FullPrecisionSizes, Seen, Written, seen, written
+from turboquant_hf.storage.pages import BLOCK_SIZE
+from turboquant_hf.storage.tables import CODES_ONLY, FullPrecisionSizes, Written, written
 
 
 class GrowingLength(Length):
@@ -15,18 +15,15 @@ class GrowingLength(Length):
     Args:
         sizes: Tokens that are read in full precision.
         window: Tokens that a token sees, itself included, where those before are dropped; None to keep all.
-
-    Attributes:
-        num_dropped: Tokens of a row that have left the window and are gone.
     """
 
     is_counted = True
-    num_tokens = 0
+    stop: int
 
     def __init__(self, sizes: FullPrecisionSizes = CODES_ONLY, window: int | None = None) -> None:
         super().__init__(sizes)
+        self.stop = 0
         self.window = window
-        self.num_dropped = 0
         self._ring = sizes.ring
         # The first position that the ring holds, and that it will hold at least after the call that is at work.
         self._held_from = sizes.first
@@ -38,7 +35,7 @@ class GrowingLength(Length):
     ) -> Self:
         """A length of `num_tokens` tokens, of which the newest `num_recent` are in the ring."""
         length = cls(sizes)
-        length.num_tokens, length.is_empty = num_tokens, num_tokens == 0
+        length.stop, length.is_empty = num_tokens, num_tokens == 0
         length._held_from = max(sizes.first, num_tokens - num_recent)
         length.row_starts = row_starts
         return length
@@ -46,28 +43,28 @@ class GrowingLength(Length):
     @property
     def num_seen(self) -> int:
         """Tokens of a row so far, those dropped included."""
-        return self.num_dropped + self.num_tokens
+        return self.num_dropped + self.stop
 
     def num_slots(self, num_new: int = 0) -> int:
         """See `Length`."""
-        return self.num_tokens + num_new
+        return self.stop + num_new
 
     def num_read(self, num_new: int | None = None) -> int:
         """See `Length`; of a window what the tokens of the call see together."""
         if self.window is None:
-            return self.num_tokens
+            return self.stop
         num_new = self.num_new if num_new is None else num_new
         return min(self.num_seen - num_new, self.window - 1) + num_new
 
     @property
     def num_first(self) -> int:
         """First tokens that full precision has."""
-        return min(self.sizes.first, self.num_tokens)
+        return min(self.sizes.first, self.stop)
 
     @property
     def held_from(self) -> int:
         """The first position that the ring holds; the number of tokens where it holds none."""
-        return min(max(self.sizes.first, self._held_from), self.num_tokens) if self.sizes.ring else self.num_tokens
+        return min(max(self.sizes.first, self._held_from), self.stop) if self.sizes.ring else self.stop
 
     def begin(self, num_new: int, row_starts: torch.Tensor | None, device: torch.device) -> tuple[Written, Missing]:
         """See `Length`."""
@@ -77,28 +74,21 @@ class GrowingLength(Length):
         self.num_new = num_new
         missing = self.missing()
         # A call that is interrupted from here on may have written over the ring.
-        self._claimed_from = self.num_tokens + num_new - self._ring
+        self._claimed_from = self.stop + num_new - self._ring
         self._held_from = max(self._held_from, self._claimed_from)
-        return written(self.num_tokens, num_new, None, self.sizes, self.row_starts, device), missing
+        place = written.__wrapped__ if torch.compiler.is_compiling() else written
+        return place(self.stop, num_new, None, self.sizes, self.row_starts, device), missing
 
     def advance(self) -> None:
         """See `Length`."""
-        self.num_tokens += self.num_new
+        self.stop += self.num_new
         self.is_empty = False
-
-    def seen(
-        self, query_len: int, num_rows: int, starts: torch.Tensor | None, window: int | None, device: torch.device
-    ) -> Seen:
-        """See `Length`."""
-        window = window if self.window is None else self.window
-        held = (self.num_tokens, query_len, self.num_dropped, None, self.sizes)
-        return seen(*held, window, starts, self.row_starts, num_rows, device)
 
     def missing(self, num_tokens: int | None = None) -> Missing:
         """See `Length`."""
         if not self.sizes.recent:
             return None
-        num_tokens = self.num_tokens if num_tokens is None else num_tokens
+        num_tokens = self.stop if num_tokens is None else num_tokens
         needed = max(self.sizes.first, num_tokens - self.sizes.recent + 1)
         self._claimed_from, self._held_from = 0, min(self._held_from, num_tokens)
         return (needed, self._held_from) if needed < self._held_from else None
@@ -110,18 +100,13 @@ class GrowingLength(Length):
     def first_recent(self, num_new: int) -> int:
         """See `Length`."""
         if not self.sizes.recent:
-            return self.num_tokens
-        first = self.num_tokens - num_new - self.sizes.recent + 1
-        return min(self.num_tokens, max(self.sizes.first, self._held_from, first))
-
-    @property
-    def stop(self) -> int:
-        """See `Length`."""
-        return self.num_tokens
+            return self.stop
+        first = self.stop - num_new - self.sizes.recent + 1
+        return min(self.stop, max(self.sizes.first, self._held_from, first))
 
     def crop(self, num_tokens: int) -> None:
         """See `Length`."""
-        self.num_tokens, self.num_new, self.is_empty = num_tokens, 0, num_tokens == 0
+        self.stop, self.num_new, self.is_empty = num_tokens, 0, num_tokens == 0
         if self.row_starts is not None:
             # A row of which padding alone is left begins with what comes.
             self.row_starts = self.row_starts.clamp(max=num_tokens)
@@ -136,8 +121,8 @@ class GrowingLength(Length):
         """See `Length`."""
         if self.window is None:
             return 0
-        blocks = max(0, self.num_tokens - (self.window - 1)) // BLOCK_SIZE
-        self.num_tokens -= blocks * BLOCK_SIZE
+        blocks = max(0, self.stop - (self.window - 1)) // BLOCK_SIZE
+        self.stop -= blocks * BLOCK_SIZE
         self.num_dropped += blocks * BLOCK_SIZE
         return blocks
 

@@ -8,8 +8,7 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_hf.storage.codec import LayerCodec
 from turboquant_hf.storage.length import Length
-from turboquant_hf.storage.page_ops import BLOCK_SIZE, num_blocks, page_layout
-from turboquant_hf.storage.pages import Pages, tokens_first
+from turboquant_hf.storage.pages import BLOCK_SIZE, Pages, num_blocks, page_layout, tokens_first
 
 # Storage that is full grows by a thirty-second, and a block: a token is copied some thirty times in all, where every
 # step of decoding reads all of them, and little is unused.

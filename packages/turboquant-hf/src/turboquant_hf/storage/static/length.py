@@ -8,7 +8,7 @@ import torch
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf.storage.length import Length, Missing
 from turboquant_hf.storage.static.addresses import keep_addresses
-from turboquant_hf.storage.tables import FullPrecisionSizes, Seen, Written, overflow, seen, written
+from turboquant_hf.storage.tables import FullPrecisionSizes, Written, written
 
 
 class StaticLength(Length):
@@ -19,65 +19,52 @@ class StaticLength(Length):
 
     Args:
         sizes: Tokens that are read in full precision.
-        max_length: The most tokens of a row.
+        room: The most tokens of a row.
         device: Where it is.
-
-    Attributes:
-        tensor: int64 [].
     """
 
     is_counted = False
+    stop: torch.Tensor
+    room: int
 
-    def __init__(self, sizes: FullPrecisionSizes, max_length: int, device: torch.device) -> None:
-        super().__init__(sizes)
-        self.max_length = max_length
-        self.tensor = torch.zeros((), dtype=torch.int64, device=device)
+    def __init__(self, sizes: FullPrecisionSizes, room: int, device: torch.device) -> None:
+        super().__init__(sizes, room)
+        self.stop = torch.zeros((), dtype=torch.int64, device=device)
         # Whether a call that was interrupted may have written over the ring, and whether the one at work may.
         self._is_torn = self._tears = False
-        keep_addresses(self.tensor)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of a row that are stored; waits for the device."""
-        return int(self.tensor)
+        keep_addresses(self.stop)
 
     def num_slots(self, num_new: int = 0) -> int:
         """All that there is room for."""
-        return self.max_length
+        return self.room
 
     def num_read(self, num_new: int | None = None) -> int:
         """All that there is room for."""
-        return self.max_length
+        return self.room
 
     def begin(self, num_new: int, row_starts: torch.Tensor | None, device: torch.device) -> tuple[Written, Missing]:
         """See `Length`."""
         self.num_new = num_new
         if self.is_empty:
-            if num_new > self.max_length:
+            if num_new > self.room:
                 raise IndexError(
-                    f"the prompt has {num_new} tokens and the cache was made for max_length={self.max_length}; make it "
+                    f"the prompt has {num_new} tokens and the cache was made for max_length={self.room}; make it "
                     "with a larger max_length"
                 )
             # A call that was interrupted here may have left a length.
-            self.tensor.zero_()
+            self.stop.zero_()
             self._begin_rows(row_starts)
         missing = self.missing()
         if not torch.compiler.is_compiling():
             self._tears = num_new > MAX_QUERY_LEN and not self.is_empty
             self._is_torn = missing is not None or self._tears
-        return written(self.tensor, num_new, self.max_length, self.sizes, self.row_starts, device), missing
+        start = 0 if self.is_empty else self.stop
+        return written.__wrapped__(start, num_new, self.room, self.sizes, self.row_starts, device), missing
 
     def advance(self) -> None:
         """See `Length`."""
-        self.tensor.add_(self.num_new)
+        self.stop.add_(self.num_new)
         self.is_empty = self._is_torn = False
-
-    def seen(
-        self, query_len: int, num_rows: int, starts: torch.Tensor | None, window: int | None, device: torch.device
-    ) -> Seen:
-        """See `Length`."""
-        held = (self.tensor, query_len, 0, self.max_length, self.sizes)
-        return seen(*held, window, starts, self.row_starts, num_rows, device)
 
     def missing(self, num_tokens: int | None = None) -> Missing:
         """See `Length`."""
@@ -97,27 +84,18 @@ class StaticLength(Length):
 
     def first_recent(self, num_new: int) -> torch.Tensor:
         """See `Length`."""
-        return self.tensor - num_new - self.sizes.recent + 1
-
-    @property
-    def stop(self) -> torch.Tensor:
-        """See `Length`."""
-        return self.tensor
-
-    def overflow(self) -> torch.Tensor | None:
-        """See `Length`."""
-        return overflow(self.tensor, self.max_length)
+        return self.stop - num_new - self.sizes.recent + 1
 
     def crop(self, num_tokens: int) -> None:
         """See `Length`."""
-        self.tensor.clamp_(max=num_tokens)
+        self.stop.clamp_(max=num_tokens)
         if self.row_starts is not None:
             self.row_starts.clamp_(max=num_tokens)
         self.is_empty = num_tokens == 0
 
     def clear(self) -> None:
         """Forget every token, without waiting for the device."""
-        self.tensor.zero_()
+        self.stop.zero_()
         self.is_empty = True
 
     def select(self, rows: torch.Tensor) -> Self:
@@ -129,12 +107,12 @@ class StaticLength(Length):
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """See `Length`."""
         mapped = super().map(function)
-        mapped.tensor = function(self.tensor)
+        mapped.stop = function(self.stop)
         return mapped
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is kept."""
-        return [self.tensor, *super().tensors()]
+        return [self.stop, *super().tensors()]
 
     def _begin_rows(self, row_starts: torch.Tensor | None) -> None:
         """Have rows start there, in a tensor that stays where it is once there was a padded batch."""

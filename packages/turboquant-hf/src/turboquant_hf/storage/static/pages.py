@@ -7,10 +7,8 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_hf.storage.codec import LayerCodec
 from turboquant_hf.storage.length import Length
-from turboquant_hf.storage.page_ops import num_blocks, page_layout
-from turboquant_hf.storage.pages import Pages
+from turboquant_hf.storage.pages import Pages, block_table, num_blocks, page_layout
 from turboquant_hf.storage.static.addresses import copy_into, keep_addresses
-from turboquant_hf.storage.tables import block_table
 
 
 class StaticPages(Pages):

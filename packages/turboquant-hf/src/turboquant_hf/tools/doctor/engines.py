@@ -16,7 +16,7 @@ from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.attention.dispatch import own_attention
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.layers.growing import TurboQuantLayer
-from turboquant_hf.storage.page_ops import page_layout
+from turboquant_hf.storage.pages import page_layout
 from turboquant_hf.support import LayerAttention
 from turboquant_hf.tools.doctor.attention import ModelAttention
 from turboquant_hf.tools.doctor.checkpoint import Checkpoint
