@@ -6,7 +6,7 @@ import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_core.ops._dispatch import MAX_KNOWN_CALLS, KnownCalls, described
+from turboquant_core.ops._dispatch import MAX_KNOWN_CALLS, KnownCalls
 
 LAYOUT = KVCacheLayout(TurboQuantConfig(64), num_kv_heads=2, block_size=16)
 
@@ -36,7 +36,8 @@ def attend(**changes):
 def test_what_follows_from_a_call_is_found_once():
     known, found = KnownCalls(), []
     for shape in ((2, 3), (2, 3), (3, 2)):
-        assert known.look_up(described(torch.ones(shape)), lambda shape=shape: found.append(shape) or shape) == shape
+        tensors = (torch.ones(shape), None)
+        assert known.look_up("call", tensors, lambda shape=shape: found.append(shape) or shape) == shape
     assert found == [(2, 3), (3, 2)]
 
 
@@ -44,13 +45,13 @@ def test_what_is_raised_is_raised_every_time():
     known = KnownCalls()
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            known.look_up("call", lambda: 1 // 0)
+            known.look_up("call", (), lambda: 1 // 0)
 
 
 def test_what_is_kept_is_bounded():
     known = KnownCalls()
     for call in range(3 * MAX_KNOWN_CALLS):
-        assert known.look_up(call, lambda call=call: call + 1) == call + 1
+        assert known.look_up(call, (), lambda call=call: call + 1) == call + 1
         assert len(known._found) <= MAX_KNOWN_CALLS
 
 

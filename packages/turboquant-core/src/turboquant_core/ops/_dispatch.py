@@ -1,7 +1,7 @@
 """What every operation checks and asks alike."""
 
 import os
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Generic, TypeVar
@@ -30,19 +30,19 @@ class KnownCalls(Generic[T]):
     def __init__(self) -> None:
         self._found: dict[Hashable, T] = {}
 
-    def look_up(self, call: Hashable, find: Callable[[], T]) -> T:
-        """What `find` returned for that call; what it raises is raised every time."""
-        key = (interpreting(), call)
-        if key not in self._found:
-            if len(self._found) >= MAX_KNOWN_CALLS:
-                self._found.clear()
-            self._found[key] = find()
-        return self._found[key]
-
-
-def described(x: torch.Tensor | None) -> Hashable:
-    """All that checks look at but where the memory is."""
-    return None if x is None else (x.dtype, x.shape, x.stride(), x.device)
+    def look_up(self, options: Hashable, tensors: Iterable[torch.Tensor | None], find: Callable[[], T]) -> T:
+        """What `find` returned for these options and for tensors like these; what it raises is raised every time."""
+        # All that checks look at but where the memory is.
+        described = [None if x is None else (x.dtype, x.shape, x.stride(), x.device) for x in tensors]
+        call = (interpreting(), options, *described)
+        try:
+            return self._found[call]
+        except KeyError:
+            pass
+        if len(self._found) >= MAX_KNOWN_CALLS:
+            self._found.clear()
+        found = self._found[call] = find()
+        return found
 
 
 def check_whole_bits(layout: KVCacheLayout) -> None:

@@ -14,7 +14,6 @@ from turboquant_core.ops._dispatch import (
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
-    described,
 )
 from turboquant_core.ops._values import checks_values
 from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, Launch
@@ -65,7 +64,8 @@ def cache_update(
     tensors = (key, value, pages, slot_mapping, *key_transform.parts)
     misaligned = (key.data_ptr() | value.data_ptr() | pages.data_ptr()) % VECTOR_ALIGNMENT
     launch = _launches.look_up(
-        (layout, path, misaligned, *map(described, tensors)),
+        (layout, path, misaligned),
+        tensors,
         lambda: _plan(key, value, pages, slot_mapping, layout, key_transform, path),
     )
     num_tokens, num_pages = key.shape[0], pages.shape[0]

@@ -21,7 +21,6 @@ from turboquant_core.ops._dispatch import (
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
-    described,
 )
 from turboquant_core.ops._overlap import check_no_overlap, extent, overlap
 from turboquant_core.ops._values import checks_values
@@ -126,7 +125,8 @@ def decode_attention(
     }
     tensors = (query, pages, out, *arrays.values(), *key_transform.parts)
     plan = _plans.look_up(
-        (layout, path, max_query_len, *numbers.values(), pages.data_ptr() % PAGE_ALIGNMENT, *map(described, tensors)),
+        (layout, path, max_query_len, *numbers.values(), pages.data_ptr() % PAGE_ALIGNMENT),
+        tensors,
         lambda: _plan(query, pages, out, arrays, key_transform, layout, max_query_len, path, numbers),
     )
     if checks_values():
