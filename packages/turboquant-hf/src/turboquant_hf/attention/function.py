@@ -77,15 +77,12 @@ def turboquant_attention(
         if kwargs.get(asked) is not None and kwargs[asked] is not False:
             raise ValueError(f'attn_implementation="{ATTENTION}" {why}. Use attn_implementation="eager" for {asked}.')
     given = taken_over(module, key, value)
-    options = {"softcap": softcap, "sinks": s_aux, **kwargs}
     if isinstance(given, Stored):
         store, query_len = given.store, query.shape[2]
         causal, position_bias = query_len == 1 or is_causal(module, **kwargs), kwargs.get("position_bias")
         rows = None if dropout or position_bias is not None else _rows_of_call(attention_mask, causal)
         if rows is not None and store.pages.has_kernel and query_len <= MAX_QUERY_LEN:
-            options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
-            with torch.no_grad():
-                output = store.attend(query, seq_starts=rows.starts, window=rows.window, **options)
+            output = store.attend(query.detach(), rows.starts, rows.window, scale=scaling, softcap=softcap, sinks=s_aux)
             if given.wants_gradient or (query.requires_grad and torch.is_grad_enabled()):
                 output = without_gradient(output)
             return output if rows.doubt is None else output + rows.doubt.to(output.dtype), None
@@ -97,7 +94,7 @@ def turboquant_attention(
             # Layers that share a cache may compute the last of the new tokens alone.
             parts = parts[:, -query_len:]
             if position_bias is not None:
-                options["position_bias"] = over_parts(position_bias, num_tokens, parts)
+                kwargs["position_bias"] = over_parts(position_bias, num_tokens, parts)
         else:
             key, value = store.dequantize(key.dtype)
         if given.wants_gradient:
@@ -113,6 +110,7 @@ def turboquant_attention(
         if shows_the_first:
             # Over these keys alone no mask says the same, and SDPA has faster kernels.
             key, value, attention_mask = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]], None
+    options: dict[str, Any] = {"softcap": softcap, "sinks": s_aux, **kwargs}
     return dense_attention(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 

@@ -176,10 +176,10 @@ class Store:
     def attend(
         self,
         query: torch.Tensor,
-        *,
-        scale: float | None,
         seq_starts: torch.Tensor | None = None,
         window: int | None = None,
+        *,
+        scale: float | None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -187,10 +187,10 @@ class Store:
 
         Args:
             query: [batch_size, num_heads, query_len, head_dim] of 1 to 8 tokens.
-            scale: What logits are multiplied with; None is 1 / sqrt(head_dim).
             seq_starts: int32 [batch_size], the first token of every row that may be seen, counted from the row's very
                 first; None for that.
             window: Tokens that a token sees, itself included; None for all, or what the store keeps.
+            scale: What logits are multiplied with; None is 1 / sqrt(head_dim).
             softcap: Logits become softcap * tanh(logits / softcap).
             sinks: [num_heads], a logit of each head that takes weight and gives no value.
 
