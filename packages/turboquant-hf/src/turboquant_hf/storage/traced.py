@@ -18,6 +18,7 @@ _CODEC = (
     "Tensor?[] key_transform, Tensor? key_order, Tensor? value_order, int head_dim, float key_bits, float value_bits, "
     "str key_scale, str value_scale"
 )
+_NUM_PARTS = len(_CODEC.split(", "))
 Codec = tuple[
     Sequence[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None, int, float, float, ScaleRule, ScaleRule
 ]
@@ -50,7 +51,7 @@ def _unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function of a codec, as one of what `_pack` makes of it."""
 
     def unpacking(*arguments: Any) -> Any:
-        return function(*arguments[:-8], _unpack(arguments[-8:]))
+        return function(*arguments[:-_NUM_PARTS], _unpack(arguments[-_NUM_PARTS:]))
 
     return unpacking
 
