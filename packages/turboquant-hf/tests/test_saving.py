@@ -182,7 +182,7 @@ def with_more(tensors):
     ("changes", "message"),
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
-        ({"change_header": lambda header: header.update(version=3)}, "format version is 3, and .* reads 7"),
+        ({"change_header": lambda header: header.update(version=3)}, "format version is 3, and .* reads 8"),
         ({"change_header": lambda header: header.update(core="9.9")}, "codes of turboquant-core 9.9"),
         ({"change_header": lambda header: header["model"].clear()}, "the fields of the model must be"),
         ({"change_header": lambda header: header["heads"].clear()}, r"a model with \{\}, and this model has"),
@@ -207,6 +207,10 @@ def with_more(tensors):
         ({"change_header": kept(sink_tokens=40)}, "num_kept is 16, and .* it is 40 to 40"),
         ({"change_header": kept(recent_tokens=20)}, "num_kept is 16, and .* it is 21 to 30"),
         ({"change_header": kept(num_kept=0)}, "num_kept is 0, and .* it is 7 to 16"),
+        (
+            {"change_header": all_layers(key_transform_is_given=True)},
+            r"key_mean is F32 \[4, 64\] and must be F32 \[2, 64",
+        ),
         ({"change_header": config(head_dim=64.0)}, "head_dim of the configuration of layer 0 is 64.0"),
         ({"change_header": config(head_dim=72)}, "layers.0.key_codes is U8"),
         ({"change_header": config(key_bits=3, value_bits=5)}, r"layers.0.key_codes is U8 \[4, 40, 32\]"),

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.quantized import storage_nbytes
 from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import EMPTY_LAYERS, CacheLayerMixin, PreTrainedConfig
@@ -44,6 +45,9 @@ class TurboQuantCache(GuardedCache):
         skip_layers: Layers that keep full precision, by index; negative ones count from the last.
         layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's; or the path of a file
             that `turboquant tune` wrote, which has them for every layer.
+        key_transforms: What keys of single layers go through before codes, by index, in place of the mean that the
+            prompt would give: `turboquant_core.KeyTransform`s; or the path of a file that `turboquant calibrate` wrote,
+            which has one for every layer.
         sink_tokens: First tokens of every sequence that full-attention layers keep as they are.
         recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it. Other
             quantised caches call it residual_length.
@@ -51,16 +55,17 @@ class TurboQuantCache(GuardedCache):
         value_bits: The same for values.
         key_scale: How scales of keys are made, instead of the preset's, as for `TurboQuantConfig`.
         value_scale: The same for values.
-        center_keys: Whether keys are stored less their mean, instead of the preset's.
+        center_keys: Whether keys are stored less the mean that the prompt gives, instead of the preset's.
         **unknown: Refused.
 
     Raises:
         TypeError: If config is no model configuration, or there is no such option.
-        ValueError: If preset, bits or a layer do not exist, bits are for a layer that is not compressed, a number of
-            tokens is none, the model has no layer that this cache can hold or that can keep tokens as they are, a file
-            of bits is damaged or of another model, or max_length comes with offloading or under both of its names, or
-            there is no CUDA device to offload from.
-        FileNotFoundError: If there is no file of bits.
+        ValueError: If preset, bits or a layer do not exist, bits or a transform are for a layer that is not compressed,
+            a transform does not fit its layer, its key_bits or center_keys, a number of tokens is none, the model has
+            no layer that this cache can hold or that can keep tokens as they are, a file is damaged or of another
+            model, or max_length comes with offloading or under both of its names, or there is no CUDA device to offload
+            from.
+        FileNotFoundError: If there is no such file.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class TurboQuantCache(GuardedCache):
         max_cache_len: int | None = None,
         skip_layers: Iterable[int] = (),
         layer_bits: Mapping[int, tuple[float, float]] | str | PathLike[str] | None = None,
+        key_transforms: Mapping[int, KeyTransform] | str | PathLike[str] | None = None,
         sink_tokens: int | None = None,
         recent_tokens: int | None = None,
         key_bits: float | None = None,
@@ -98,6 +104,7 @@ class TurboQuantCache(GuardedCache):
             max_length=max_length,
             skip_layers=skip_layers,
             layer_bits={} if layer_bits is None else layer_bits,
+            key_transforms={} if key_transforms is None else key_transforms,
             sink_tokens=sink_tokens,
             recent_tokens=recent_tokens,
             codes={

@@ -1,13 +1,17 @@
 """Which layers a cache for a model has, and how each stores its tokens."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
 from turboquant_core import TurboQuantConfig
-from turboquant_core._checks import check_int, is_int
+from turboquant_core._checks import check_int
+from turboquant_core.calibration import read_calibration
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layer_bits import read_layer_bits
 from turboquant_core.model_identity import ModelIdentity
+from turboquant_core.vector_format import OUTLIER_BITS
 from turboquant_hf._compat import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -20,9 +24,10 @@ from turboquant_hf._compat import (
 )
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.layers.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
+from turboquant_hf.layers.single import layer_index, of_layers
 from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 from turboquant_hf.layers.static import StaticWindowLayer, TurboQuantStaticLayer, TurboQuantStaticSlidingLayer
-from turboquant_hf.support import held_layers, layer_attention
+from turboquant_hf.support import LayerAttention, held_layers, layer_attention
 
 # benchmarks/eval_cache_options.py --kept says what they and others give.
 DEFAULT_SINK_TOKENS = 1
@@ -48,6 +53,7 @@ def build_layers(
     max_length: int | None,
     skip_layers: Iterable[int],
     layer_bits: Mapping[int, tuple[float, float]] | str | PathLike[str],
+    key_transforms: Mapping[int, KeyTransform] | str | PathLike[str],
     sink_tokens: int | None,
     recent_tokens: int | None,
     codes: Mapping[str, Any],
@@ -56,37 +62,45 @@ def build_layers(
 
     Raises:
         TypeError: If `config` is no model configuration.
-        ValueError: If options or model do not fit, or a file of bits is damaged or of another model.
-        FileNotFoundError: If there is no file of bits.
+        ValueError: If options or model do not fit, or a file is damaged or of another model.
+        FileNotFoundError: If there is no such file.
     """
     if max_length is not None:
         max_length = check_int("max_length", max_length, 1, remedy="It is the most tokens of a sequence.")
     if not isinstance(skip_layers, Iterable):
         raise ValueError(f"skip_layers is {skip_layers!r}; write the indices of layers, such as [0, -1]")
-    if not isinstance(layer_bits, Mapping | str | PathLike):
-        raise ValueError(
-            f"layer_bits is {layer_bits!r}; write {{0: (key_bits, value_bits)}} for every layer that is meant, or the "
-            "path of a file that `turboquant tune` wrote"
-        )
     layers = held_layers(config, max_length)
     if max_length is not None and not any(type(layer) in COMPRESSED_KINDS for layer in layers):
         layers = _windows_of_whole_length(layers, config, max_length)
-    skipped = {_index(index, len(layers), "skip_layers") for index in skip_layers}
-    if isinstance(layer_bits, Mapping):
-        bits = _bits_of_layers(layer_bits, layers, skipped)
-    else:
-        bits = _bits_of_file(layer_bits, config, layers, skipped)
+    skipped = {layer_index(index, len(layers), "skip_layers") for index in skip_layers}
+    compressed = {index for index, layer in enumerate(layers) if type(layer) in COMPRESSED_KINDS}
     text_config, attention = config.get_text_config(decoder=True), layer_attention(config)
+    architecture = (config.architectures or ["this model"])[0]
+
+    def bits_of(path: str | PathLike[str]) -> Callable[[int], tuple[float, float]]:
+        return read_layer_bits(path, ModelIdentity.of(text_config, architecture)).of_layer
+
+    def transforms_of(path: str | PathLike[str]) -> Callable[[int], KeyTransform]:
+        calibration = read_calibration(path, ModelIdentity.of(text_config, architecture))
+        return lambda index: calibration.of_layer(index, attention[index].num_kv_heads, attention[index].head_dim)
+
+    given_to = partial(of_layers, layers=layers, compressed=compressed, skipped=skipped)
+    bits = given_to("layer_bits", layer_bits, bits_of, example="(key_bits, value_bits)", command="tune")
+    transforms = given_to(
+        "key_transforms", key_transforms, transforms_of, example="KeyTransform(...)", command="calibrate"
+    )
     given = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
     kept = kept_tokens(**given)
     built: list[object] = []
     for index, layer in enumerate(layers):
         options = {name: value for name, value in codes.items() if value is not None}
         if index in bits:
-            key_bits, value_bits = bits[index]
-            options |= {"key_bits": key_bits, "value_bits": value_bits}
+            options |= _bits_options(index, bits[index])
         # A preset or bits that do not exist are found here, not at the first token.
-        TurboQuantConfig.preset(preset, attention[index].head_dim, **options)
+        layer_config = TurboQuantConfig.preset(preset, attention[index].head_dim, **options)
+        if index in transforms:
+            _check_transform(transforms[index], attention[index], layer_config, codes["center_keys"])
+            options["key_transform"] = transforms[index]
         built.append(
             layer
             if index in skipped
@@ -162,41 +176,31 @@ def compressed_layer(layer: Any, preset: str, kept: Mapping[str, Any], options: 
     return layer
 
 
-def _bits_of_layers(
-    layer_bits: Mapping[int, tuple[float, float]], layers: list[object], skipped: set[int]
-) -> dict[int, tuple[float, float]]:
-    """Bits by a layer's index from zero; each has to be one that is compressed."""
-    bits = {}
-    for given, pair in layer_bits.items():
-        index = _index(given, len(layers), "layer_bits")
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise ValueError(f"layer_bits of layer {given} are {pair!r}; write (key_bits, value_bits)")
-        if index in bits:
-            raise ValueError(f"layer_bits names layer {index} twice, once as {given}; leave one of them out")
-        if index in skipped:
-            raise ValueError(f"layer {given} is in layer_bits and in skip_layers; leave it out of one of them")
-        if type(layers[index]) not in COMPRESSED_KINDS:
-            kind = type(layers[index]).__name__
-            raise ValueError(f"layer_bits names layer {given}, a {kind}, which is not compressed; leave it out")
-        bits[index] = pair
-    return bits
+def _bits_options(index: int, pair: object) -> dict[str, float]:
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise ValueError(f"layer_bits of layer {index} are {pair!r}; write (key_bits, value_bits)")
+    return {"key_bits": pair[0], "value_bits": pair[1]}
 
 
-def _bits_of_file(
-    path: str | PathLike[str], config: PreTrainedConfig, layers: list[object], skipped: set[int]
-) -> dict[int, tuple[float, float]]:
-    """The bits that a file has for the layers that are compressed, every one of which has to be in it."""
-    identity = ModelIdentity.of(config.get_text_config(decoder=True), (config.architectures or ["this model"])[0])
-    bits = read_layer_bits(path, identity)
-    return {
-        index: bits.of_layer(index)
-        for index, layer in enumerate(layers)
-        if type(layer) in COMPRESSED_KINDS and index not in skipped
-    }
-
-
-def _index(index: int, num_layers: int, option: str) -> int:
-    """A layer's index from zero; negative ones count from the last."""
-    if not is_int(index) or not -num_layers <= index < num_layers:
-        raise ValueError(f"{option} names layer {index!r}; this model has {num_layers} layers with a cache")
-    return index % num_layers
+def _check_transform(
+    transform: object, attention: LayerAttention, config: TurboQuantConfig, center_keys: bool | None
+) -> None:
+    """Refuse what cannot be the transform of a layer's keys; center_keys as the user gave it."""
+    name = f"key_transforms of layer {attention.index}"
+    if not isinstance(transform, KeyTransform):
+        raise ValueError(f"{name} is a {type(transform).__name__}; write a turboquant_core.KeyTransform")
+    try:
+        transform.check(attention.num_kv_heads, attention.head_dim)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if config.key_bits in OUTLIER_BITS:
+        raise ValueError(
+            f"{name} is given, and key_bits are {config.key_bits}: fractional bits choose channels by the first keys "
+            "instead. Give whole key_bits, or leave key_transforms out."
+        )
+    has_mean = transform.mean is not None
+    if center_keys is not None and center_keys != has_mean:
+        raise ValueError(
+            f"{name} has {'a' if has_mean else 'no'} mean, and center_keys is {center_keys}. A transform takes the "
+            "place of the mean that a prompt gives; leave center_keys out."
+        )

@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops._dispatch import VECTOR_DTYPES
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_core.scale import ScaleRule
@@ -47,6 +48,8 @@ class TurboQuantLayer(CacheLayerMixin):
         key_scale: The same.
         value_scale: The same.
         center_keys: The same.
+        key_transform: What keys go through before codes, of tensors [num_kv_heads, ...], whatever center_keys says;
+            None for the mean of the first ones, if that says so.
     """
 
     config: TurboQuantConfig
@@ -68,6 +71,7 @@ class TurboQuantLayer(CacheLayerMixin):
         key_scale: ScaleRule | None = None,
         value_scale: ScaleRule | None = None,
         center_keys: bool | None = None,
+        key_transform: KeyTransform | None = None,
     ) -> None:
         super().__init__()
         self.sink_tokens = sink_tokens
@@ -79,23 +83,32 @@ class TurboQuantLayer(CacheLayerMixin):
             "value_bits": value_bits,
             "key_scale": key_scale,
             "value_scale": value_scale,
-            "center_keys": center_keys,
+            "center_keys": center_keys if key_transform is None else key_transform.mean is not None,
         }
         self._codes: dict[str, Any] = {name: value for name, value in codes.items() if value is not None}
+        self.key_transform = key_transform
         self._text_config = text_config
         self._has_gradient = False
 
     @classmethod
-    def restore(cls, store: Store, dtype: torch.dtype, text_config: PreTrainedConfig | None) -> Self:
-        """A layer with this store of keys and values in `dtype`."""
+    def restore(
+        cls,
+        store: Store,
+        dtype: torch.dtype,
+        text_config: PreTrainedConfig | None,
+        key_transform: KeyTransform | None,
+    ) -> Self:
+        """A layer with this store of keys and values in `dtype`; the other arguments are those of a new one."""
         config, sizes = store.config, store.length.sizes
         codes: dict[str, Any] = {
             field.name: getattr(config, field.name) for field in fields(config) if field.name != "head_dim"
         }
-        layer = cls(text_config=text_config, sink_tokens=sizes.first, recent_tokens=sizes.recent, **codes)
+        codes |= {"sink_tokens": sizes.first, "recent_tokens": sizes.recent, "key_transform": key_transform}
+        layer = cls(text_config=text_config, **codes)
         layer.config, layer.store = config, store
         layer.dtype, layer.device = dtype, store.pages.device
         layer.is_initialized = True
+        store.pages.settle(key_transform)
         return layer
 
     @property
@@ -150,6 +163,7 @@ class TurboQuantLayer(CacheLayerMixin):
         self.config = config
         self.dtype, self.device = key_states.dtype, key_states.device
         self.store = self._new_store(*key_states.shape[:2])
+        self.store.pages.settle(self.key_transform)
         self.is_initialized = True
 
     @outside_inference_mode

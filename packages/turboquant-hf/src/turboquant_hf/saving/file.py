@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from turboquant_core.files import open_safetensors, reading, replacing
+from turboquant_core.key_transform import KeyTransform
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.saving.header import (
@@ -28,7 +29,7 @@ from turboquant_hf.saving.header import (
     slot_tensors,
     stored_name,
 )
-from turboquant_hf.storage.codec import LayerCodec
+from turboquant_hf.storage.codec import LayerCodec, of_equal_rows
 from turboquant_hf.storage.full_precision import FullPrecision
 from turboquant_hf.storage.growing.length import GrowingLength
 from turboquant_hf.storage.growing.pages import GrowingPages
@@ -69,7 +70,7 @@ def save_layers(
             )
         if layer.get_seq_length() == 0:
             raise ValueError(f"layer {index} holds no tokens; feed the model a prompt before saving its cache")
-        mine = _tensors(layer.store)
+        mine = _tensors(layer)
         tensors |= {stored_name(index, name): tensor for name, tensor in mine.items()}
         described.append(_described(layer, _checksums(mine)))
         if index == 0:
@@ -134,8 +135,9 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _tensors(store: Store) -> dict[str, torch.Tensor]:
+def _tensors(layer: TurboQuantLayer) -> dict[str, torch.Tensor]:
     """What is stored of a layer, on the CPU: its tokens alone, so that their number is a size of every tensor."""
+    store = layer.store
     pages, length, full_precision = store.pages, store.length, store.full_precision
     assert isinstance(pages, GrowingPages)
     assert isinstance(length, GrowingLength)
@@ -143,6 +145,9 @@ def _tensors(store: Store) -> dict[str, torch.Tensor]:
     named = {name: fields[field] for field, name in slot_tensors(store.config).items()}
     if pages.codec is not None:
         named |= pages.codec.named()
+    if layer.key_transform is not None:
+        # Once, and not for every row; also where there are no codes yet.
+        named |= layer.key_transform.tensors()
     if full_precision is not None:
         named |= dict(
             zip(
@@ -151,7 +156,7 @@ def _tensors(store: Store) -> dict[str, torch.Tensor]:
                 strict=True,
             )
         )
-    return {name: tensor.contiguous().cpu() for name, tensor in named.items()}
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in named.items()}
 
 
 def _described(layer: TurboQuantLayer, checksums: dict[str, int]) -> SavedLayer:
@@ -161,7 +166,16 @@ def _described(layer: TurboQuantLayer, checksums: dict[str, int]) -> SavedLayer:
         num_kept = length.num_first + length.num_tokens - length.held_from
         kept = SavedKept(length.sizes.first, length.sizes.recent, num_kept)
     dtype = str(layer.dtype).removeprefix("torch.")
-    return SavedLayer(store.config, store.batch_size, store.num_kv_heads, length.num_tokens, dtype, kept, checksums)
+    return SavedLayer(
+        config=store.config,
+        batch_size=store.batch_size,
+        num_kv_heads=store.num_kv_heads,
+        num_tokens=length.num_tokens,
+        dtype=dtype,
+        key_transform_is_given=layer.key_transform is not None,
+        kept=kept,
+        checksums=checksums,
+    )
 
 
 def _checksums(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -202,7 +216,11 @@ def _restore(
 ) -> TurboQuantLayer:
     config, num_tokens, full_precision = layer.config, layer.num_tokens, None
     fields = {field: tensors[name] for field, name in slot_tensors(config).items()}
-    codec = LayerCodec.of_named(config, tensors) if layer.has_codes(row_starts is not None) else None
+    given = KeyTransform.from_tensors(tensors) if layer.key_transform_is_given else None
+    codec = None
+    if layer.has_codes(row_starts is not None):
+        of_heads = None if given is None else of_equal_rows(given, layer.batch_size, fields["key_codes"].device)
+        codec = LayerCodec.of_named(config, tensors, of_heads)
     pages = GrowingPages.restored(config, layer.batch_size, fields, codec)
     sizes, num_kept = CODES_ONLY, 0
     if layer.kept is not None:
@@ -213,4 +231,4 @@ def _restore(
     if layer.kept is not None:
         keys, values = (tensors[name] for name in KEPT_TENSORS)
         full_precision = FullPrecision.restored(sizes, keys, values, length.num_first, length.held_from)
-    return TurboQuantLayer.restore(Store(pages, length, full_precision), DTYPES[layer.dtype], text_config)
+    return TurboQuantLayer.restore(Store(pages, length, full_precision), DTYPES[layer.dtype], text_config, given)

@@ -21,7 +21,7 @@ from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.tables import FullPrecisionSizes
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 # What a model's identity leaves out, for calibration does not ask for it.
 HEAD_FIELDS = ("num_key_value_heads", "head_dim")
@@ -61,6 +61,8 @@ class SavedLayer:
         num_kv_heads: Heads of a row.
         num_tokens: Tokens of a row.
         dtype: Type of keys and values, one of `DTYPES`.
+        key_transform_is_given: Whether keys go through what the layer was made with, the same in every row, and not
+            through what its first tokens say.
         kept: What is kept as it is; None for nothing.
         checksums: Name of each of its tensors to their crc32.
     """
@@ -70,6 +72,7 @@ class SavedLayer:
     num_kv_heads: int
     num_tokens: int
     dtype: str
+    key_transform_is_given: bool
     kept: SavedKept | None
     checksums: dict[str, int]
 
@@ -93,15 +96,16 @@ class SavedLayer:
         if self.kept is not None:
             kept = (self.batch_size, self.num_kv_heads, self.kept.num_kept, config.head_dim)
             tensors |= dict.fromkeys(KEPT_TENSORS, (DTYPES[self.dtype], kept))
-        if self.has_codes(is_padded):
-            vectors = (num_heads, config.head_dim)
-            for name, shape in tensor_shapes(num_heads, config.head_dim).items():
+        if self.key_transform_is_given or self.has_codes(is_padded):
+            transformed = self.num_kv_heads if self.key_transform_is_given else num_heads
+            for name, shape in tensor_shapes(transformed, config.head_dim).items():
                 # The checksums say what else keys went through.
                 if name in self.checksums or (name == "key_mean" and config.center_keys):
                     tensors[name] = (torch.float32, shape)
+        if self.has_codes(is_padded):
             for name, bits in (("key_order", config.key_bits), ("value_order", config.value_bits)):
                 if bits in OUTLIER_BITS:
-                    tensors[name] = (torch.int64, vectors)
+                    tensors[name] = (torch.int64, (num_heads, config.head_dim))
         return tensors
 
     def check(self, context: int) -> None:

@@ -40,7 +40,12 @@ class LayerCodec:
 
     @classmethod
     def calibrate(
-        cls, config: TurboQuantConfig, keys: torch.Tensor, values: torch.Tensor, counts: torch.Tensor | None = None
+        cls,
+        config: TurboQuantConfig,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        counts: torch.Tensor | None = None,
+        key_transform: KeyTransform | None = None,
     ) -> "LayerCodec":
         """The codec of a layer whose first keys and values are these.
 
@@ -50,23 +55,35 @@ class LayerCodec:
             values: The same for values.
             counts: bool [num_tokens, heads], which of them to take it from, some of each head; None for all. Vectors
                 that do not come back finite never count.
+            key_transform: What keys go through first, of tensors [heads, ...]; None to take their mean, if `config`
+                says so.
         """
-        transform = KeyTransform(mean_key(keys, counts)) if config.center_keys else IDENTITY
+        if key_transform is None:
+            key_transform = KeyTransform(mean_key(keys, counts)) if config.center_keys else IDENTITY
         return cls(
             config,
-            transform,
-            _channel_order(keys, config.key_bits, counts, transform),
+            key_transform,
+            _channel_order(keys, config.key_bits, counts, key_transform),
             _channel_order(values, config.value_bits, counts),
         )
 
     @classmethod
-    def of_named(cls, config: TurboQuantConfig, tensors: Mapping[str, torch.Tensor]) -> "LayerCodec":
+    def of_named(
+        cls, config: TurboQuantConfig, tensors: Mapping[str, torch.Tensor], key_transform: KeyTransform | None = None
+    ) -> "LayerCodec":
         """The codec that `named` named tensors of; other names are passed over.
+
+        Args:
+            config: What is stored for one head.
+            tensors: The tensors by name.
+            key_transform: The transform in place of that in `tensors`; None for that.
 
         Raises:
             ValueError: If an order does not name every channel once.
         """
-        codec = cls(config, KeyTransform.from_tensors(tensors), *(tensors.get(name) for name in _ORDERS))
+        if key_transform is None:
+            key_transform = KeyTransform.from_tensors(tensors)
+        codec = cls(config, key_transform, *(tensors.get(name) for name in _ORDERS))
         for bits, order in ((config.key_bits, codec.key_order), (config.value_bits, codec.value_order)):
             if order is not None:
                 OutlierQuantizer(bits, order)
@@ -136,6 +153,11 @@ class LayerCodec:
 
     def _values(self) -> Quantizer:
         return _quantizer(self.config.head_dim, self.config.value_bits, self.config.value_scale, self.value_order)
+
+
+def of_equal_rows(key_transform: KeyTransform, batch_size: int, device: torch.device) -> KeyTransform:
+    """A transform of tensors [num_kv_heads, ...] for the heads of every row, [batch_size * num_kv_heads, ...]."""
+    return key_transform.map(lambda part: part.detach().to(device).repeat(batch_size, *[1] * (part.ndim - 1)))
 
 
 def has_whole_bits(config: TurboQuantConfig) -> bool:
