@@ -91,7 +91,11 @@ def test_it_outlives_every_token(tiny_model, prompt, offloaded_cache):
             forget(cache)
             filled(tiny_model, prompt, cache)
             assert_goes_through(cache, TRANSFORMS[0])
-        assert {tensor.device.type for tensor in cache.layers[0].store.to("meta").tensors()} == {"meta"}
+
+
+def test_it_moves_with_what_is_stored(tiny_model, prompt):
+    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms=TRANSFORMS))
+    assert {tensor.device.type for tensor in cache.layers[0].store.to("meta").tensors()} == {"meta"}
 
 
 def test_left_padding(model, prompt):
