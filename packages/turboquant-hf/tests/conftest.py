@@ -1,3 +1,4 @@
+import copy
 import os
 
 import pytest
@@ -62,6 +63,22 @@ def tiny_config():
 def tiny_model():
     torch.manual_seed(20260101)
     return LlamaForCausalLM(make_tiny_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def sharpened():
+    """Makes a copy of a model whose queries are so long that few keys get all the weight, and wrong keys are seen.
+
+    A model of random weights attends to all tokens nearly alike, whatever their keys.
+    """
+
+    def sharpen(model):
+        model = copy.deepcopy(model)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.data *= 100
+        return model
+
+    return sharpen
 
 
 @pytest.fixture

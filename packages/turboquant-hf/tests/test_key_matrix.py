@@ -1,6 +1,5 @@
 """A codec whose keys go through a matrix: attention is the same, and a file keeps it."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -13,8 +12,8 @@ from turboquant_hf.storage.codec import LayerCodec
 
 
 @pytest.fixture(scope="module", params=["sdpa", "turboquant"], ids=["dequantising", "fused"])
-def model(request, tiny_model):
-    model = copy.deepcopy(tiny_model)
+def model(request, tiny_model, sharpened):
+    model = sharpened(tiny_model)
     model.set_attn_implementation(request.param)
     return model
 
@@ -53,7 +52,7 @@ def test_attention_sees_keys_as_they_were(model, prompt, with_matrix):
     assert cache.layers[0].store.pages.codec.key_transform.matrix is not None
     found = next_logits(model, prompt, cache)
     assert not torch.equal(found, expected)
-    assert (found - expected).norm() < 0.03 * expected.norm()
+    assert (found - expected).norm() < 0.1 * expected.norm()
 
 
 def test_a_file_keeps_the_matrix(model, prompt, with_matrix, tmp_path):
