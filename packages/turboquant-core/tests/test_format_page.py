@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from turboquant_core import KVCacheLayout, MSEQuantizer, TurboQuantConfig, lloyd_max_codebook
+from turboquant_core import KVCacheLayout, MSEQuantizer, TurboQuantConfig, grid_codebook
 from turboquant_core.ops import cache_update
 from turboquant_core.rotation import FORMAT_SEEDS
 
@@ -77,7 +77,7 @@ def test_it_reads_vectors_with_a_sketch(reader, golden, case):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_its_centroids_are_the_packages(reader, head_dim, bits):
-    expected = lloyd_max_codebook(head_dim, bits).centroids.float().numpy()
+    expected = grid_codebook(head_dim, bits).centroids_by_code.numpy()
     assert np.array_equal(reader["centroids"](head_dim, bits), expected)
 
 

@@ -18,7 +18,7 @@ PUBLIC = {
     "Rotation",
     "TurboQuantConfig",
     "VectorFormat",
-    "lloyd_max_codebook",
+    "grid_codebook",
     "pack",
     "unpack",
 }

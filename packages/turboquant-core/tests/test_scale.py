@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from turboquant_core import MSEQuantizer, lloyd_max_codebook
+from turboquant_core import MSEQuantizer, grid_codebook
 from turboquant_core.scale import SCALE_BYTES, SCALE_RULES, decode_scale, encode_scale
 from turboquant_core.testing import gaussian
 
@@ -47,7 +47,7 @@ def test_the_plain_norm_shrinks_inner_products(bits, shrinkage):
 def test_the_plain_norm_shrinks_inner_products_by_the_mean_square_error(bits):
     x = gaussian(40_000, 128, seed=3)
     shrinkage = 1 - slope(x, reconstruct(x, bits, "norm"))
-    assert shrinkage == pytest.approx(lloyd_max_codebook(128, bits).mse, rel=0.05, abs=5e-5)
+    assert shrinkage == pytest.approx(grid_codebook(128, bits).mse, rel=0.05, abs=5e-5)
 
 
 @pytest.mark.parametrize("bits", range(1, 6))

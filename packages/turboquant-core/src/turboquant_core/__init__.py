@@ -15,7 +15,7 @@ __all__ = [
     "Rotation",
     "TurboQuantConfig",
     "VectorFormat",
-    "lloyd_max_codebook",
+    "grid_codebook",
     "pack",
     "unpack",
 ]
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         Rotation,
         TurboQuantConfig,
         VectorFormat,
-        lloyd_max_codebook,
+        grid_codebook,
         pack,
         unpack,
     )

@@ -1,7 +1,7 @@
 """What the names in `turboquant_core.__all__` are, imported when the first of them is asked for."""
 
 from turboquant_core.codebook import Codebook as Codebook
-from turboquant_core.codebook import lloyd_max_codebook as lloyd_max_codebook
+from turboquant_core.codebook import grid_codebook as grid_codebook
 from turboquant_core.config import PRESETS as PRESETS
 from turboquant_core.config import TurboQuantConfig as TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform as KeyTransform

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from turboquant_core import Rotation, lloyd_max_codebook
+from turboquant_core import Rotation, grid_codebook
 from turboquant_core._seeded import random_normal
 
 NUM_VECTORS = 2
@@ -57,16 +57,24 @@ def pack(codes, bits):
     return np.concatenate(packed).astype(np.uint8)
 
 
+def nearest(y, codebook):
+    """Codes of the centroids nearest to y, and the centroids."""
+    level = np.abs(np.abs(y)[:, None] - codebook.unit * np.array(codebook.levels)).argmin(1)
+    decoded = np.where(y < 0, -1, 1) * codebook.unit * np.array(codebook.levels)[level]
+    if codebook.bits <= 4:
+        return level + np.where(y < 0, 2 ** (codebook.bits - 1), 0), decoded
+    return np.where(y < 0, -1 - level, level) % 2**codebook.bits, decoded
+
+
 def encode_mse(x, bits, rule):
     """Codes, packed bytes, stored scales and x̂."""
     head_dim, norm = len(x), np.linalg.norm(x)
-    codebook, rotation = lloyd_max_codebook(head_dim, bits), Rotation(head_dim).matrix.numpy()
+    codebook, rotation = grid_codebook(head_dim, bits), Rotation(head_dim).matrix.numpy()
     y = rotation @ (x / norm)
     distance = np.abs(y[:, None] - codebook.boundaries.numpy()).min()
     if distance * math.sqrt(head_dim) < COORDINATE_MARGIN:
         raise TooCloseError
-    codes = np.abs(y[:, None] - codebook.centroids.numpy()).argmin(1)
-    decoded = codebook.centroids.numpy()[codes]
+    codes, decoded = nearest(y, codebook)
     scale = {
         "norm": norm,
         "unbiased": norm / (decoded @ y),

@@ -3,11 +3,11 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_core import lloyd_max_codebook
+from turboquant_core import grid_codebook
 from turboquant_core.ops._padding import padded_octet
 from turboquant_core.ops.cache_update import grid_table as module
 from turboquant_core.ops.cache_update.grid_table import UNITS, grid_table
-from turboquant_core.ops.cache_update.quantize import nearest_codes
+from turboquant_core.ops.cache_update.quantize import nearest_ranks
 from turboquant_core.ops.cache_update.split_rotation import MATRIX_SCALE, split_rotation
 from turboquant_core.ops.cache_update.triton.sizes import Processor, update_launch
 from turboquant_core.rotation import Rotation
@@ -16,10 +16,10 @@ STEP = 1 / UNITS
 
 
 @triton.jit
-def _nearest_codes_kernel(y, codes, entries, cells: tl.constexpr, shift: tl.constexpr, size: tl.constexpr):
+def _nearest_ranks_kernel(y, codes, entries, cells: tl.constexpr, shift: tl.constexpr, size: tl.constexpr):
     place = tl.arange(0, size)[None, :]
     ones = tl.full([1], 1.0, tl.float32)
-    found = nearest_codes(tl.load(y + place), ones, tl.load(entries + tl.arange(0, cells)), shift)
+    found = nearest_ranks(tl.load(y + place), ones, tl.load(entries + tl.arange(0, cells)), shift)
     tl.store(codes + place, found)
 
 
@@ -29,14 +29,14 @@ def codes_of(y, head_dim, bits):
     padded = torch.zeros(size, device=y.device)
     padded[: len(y)] = y
     codes = torch.empty(size, dtype=torch.int32, device=y.device)
-    _nearest_codes_kernel[(1,)](padded, codes, table.entries, len(table.entries), table.shift, size)
+    _nearest_ranks_kernel[(1,)](padded, codes, table.entries, len(table.entries), table.shift, size)
     return codes[: len(y)].cpu()
 
 
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256, 512])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_codes_are_those_of_bucketize_up_to_a_step_from_every_boundary(device, head_dim, bits):
-    boundaries = lloyd_max_codebook(head_dim, bits).boundaries
+    boundaries = grid_codebook(head_dim, bits).boundaries
     near = torch.cat([boundaries + side * steps * STEP for side in (-1, 1) for steps in (1, 2, 3, 100)])
     cells = torch.arange(-64, 64) / 64
     y = torch.cat([near, cells, cells + STEP, torch.linspace(-1, 1, 997), torch.tensor([-1 - 2e-7, 1 + 2e-7])]).float()

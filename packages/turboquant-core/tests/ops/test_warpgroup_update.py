@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from turboquant_core import KVCacheLayout, TurboQuantConfig, lloyd_max_codebook
+from turboquant_core import KVCacheLayout, TurboQuantConfig, grid_codebook
 from turboquant_core.ops import _dispatch, _path
 from turboquant_core.ops.cache_update.paths import choose_path
 from turboquant_core.ops.cache_update.warpgroup.columns import finest_plane, product_columns
@@ -14,7 +14,7 @@ BITS = (2, 3, 4)
 
 
 def codes_of(y, head_dim, bits):
-    """What `lane_codes` computes, with fused multiply-adds in float64."""
+    """What `lane_ranks` computes, with fused multiply-adds in float64."""
     table = lane_table(head_dim, bits, CPU)
     with np.errstate(invalid="ignore"):
         fixed = np.nan_to_num(np.clip((y.double().numpy() * table.factor + 0.5).astype(np.float32), 0, 1))
@@ -26,7 +26,7 @@ def codes_of(y, head_dim, bits):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_are_those_of_bucketize_up_to_a_step_from_every_boundary(head_dim, bits):
-    boundaries = lloyd_max_codebook(head_dim, bits).boundaries
+    boundaries = grid_codebook(head_dim, bits).boundaries
     step = 1 / (lane_table(head_dim, bits, CPU).factor * UNITS)
     near = torch.cat([boundaries + side * steps * step for side in (-1, 1) for steps in (2, 3, 100)])
     cells = (torch.arange(LANES + 1) / LANES - 0.5) / lane_table(head_dim, bits, CPU).factor
@@ -54,7 +54,7 @@ def test_zero_has_the_code_below_and_nan_a_code(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_lanes_hold_the_centroids(bits):
     centroids = lane_table(128, bits, CPU).lanes[1].view(torch.float32)
-    assert torch.equal(centroids[: 2**bits].double(), lloyd_max_codebook(128, bits).centroids)
+    assert torch.equal(centroids[: 2**bits].double(), grid_codebook(128, bits).centroids)
     assert lane_table(128, bits, CPU).lanes.dtype == torch.int32
     assert torch.tensor(1.0).view(torch.int32) == FLOAT_ONE
 

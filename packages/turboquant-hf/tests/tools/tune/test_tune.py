@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from turboquant_core import lloyd_max_codebook
+from turboquant_core import grid_codebook
 from turboquant_core.commands import app
 from turboquant_core.layer_bits import read_layer_bits
 from turboquant_hf import TurboQuantCache
@@ -68,7 +68,7 @@ def test_what_was_not_measured_goes_with_the_squared_error():
     found = costs({3: 0.1, 2: 0.7}, 64)
     assert (found[2], found[3]) == (0.7, 0.1)
     for bits in (4, 5, 6, 8):
-        share = lloyd_max_codebook(64, bits).mse / lloyd_max_codebook(64, 3).mse
+        share = grid_codebook(64, bits).mse / grid_codebook(64, 3).mse
         assert found[bits] == pytest.approx(0.1 * share)
 
 

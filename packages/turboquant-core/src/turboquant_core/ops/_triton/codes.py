@@ -7,6 +7,10 @@ A tile of codes has the channels padded after every eighth (see `turboquant_core
 import triton
 import triton.language as tl
 
+from turboquant_core import codebook
+
+MAX_TABLE_BITS = tl.constexpr(codebook.MAX_TABLE_BITS)
+
 
 @triton.jit
 def channels(octet: tl.constexpr, padded_octet: tl.constexpr):
@@ -27,6 +31,20 @@ def unpadded(place, octet: tl.constexpr, padded_octet: tl.constexpr):
 def is_channel(place, octet: tl.constexpr, padded_octet: tl.constexpr):
     """Whether a place is no padding."""
     return place % padded_octet < octet
+
+
+@triton.jit
+def numbered(ranks, ones: tl.constexpr, bits: tl.constexpr):
+    """Ranks of centroids to their codes: `turboquant_core.codebook.ascending_codes` in arithmetic.
+
+    A word, int32, may hold several; `ones` has a 1 where each begins.
+    """
+    top: tl.constexpr = ones << (bits - 1)
+    if bits > MAX_TABLE_BITS:
+        return ranks ^ top
+    ranks = ranks.to(tl.uint32, bitcast=True)
+    negative = ~ranks & top
+    return (ranks ^ top ^ (negative - (negative >> (bits - 1)))).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -76,7 +94,7 @@ def plane_bytes(
 @triton.jit
 def store_plane(
     code_rows,
-    codes,
+    ranks,
     keep,
     width: tl.constexpr,
     shift: tl.constexpr,
@@ -85,9 +103,11 @@ def store_plane(
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
 ):
-    """Store one plane of codes."""
+    """Store one plane of codes; of the only one, given as ranks, bytes are numbered."""
     pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
-    packed = pack_plane(codes, width, shift, bits, rows, padded_octet)
+    packed = pack_plane(ranks, width, shift, bits, rows, padded_octet)
+    if width == bits:
+        packed = numbered(packed, 0xFF // ((1 << width) - 1), bits)
     tl.store(pointers, packed.to(tl.uint8), mask=mask)
 
 
@@ -110,17 +130,22 @@ def load_plane(
 @triton.jit
 def store_codes(
     code_rows,
-    codes,
+    ranks,
     keep,
     bits: tl.constexpr,
     rows: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
 ):
-    """Pack codes [rows, 8 * padded_octet] and store them at byte pointers code_rows [rows] where `keep` [rows]."""
+    """Pack the codes of centroids of these ranks, int32 [rows, 8 * padded_octet], and store them.
+
+    They go to byte pointers code_rows [rows] where `keep` [rows].
+    """
+    if bits & (bits - 1):
+        ranks = numbered(ranks, 1, bits)
     for step in tl.static_range(4):
         if bits & (8 >> step):
-            store_plane(code_rows, codes, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet)
+            store_plane(code_rows, ranks, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet)
 
 
 @triton.jit

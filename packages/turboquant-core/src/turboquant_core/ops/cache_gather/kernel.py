@@ -20,7 +20,7 @@ def gather_kernel(
     cu_seqlens,
     starts,
     key_mean,
-    key_centroids,
+    key_centroids,  # float32 [2^bits] in the order of codes, like the next
     value_centroids,
     batch,
     max_tokens,

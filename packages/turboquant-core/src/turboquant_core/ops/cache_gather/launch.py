@@ -36,7 +36,7 @@ def launch(
         return keys, values
     compiled = page_layout(layout)
     key_centroids, value_centroids = (
-        codebook_tables(compiled.head_dim, stored.bits, pages.device, torch.float32)[0]
+        codebook_tables(compiled.head_dim, stored.bits, pages.device, torch.float32).by_code
         for stored in (compiled.stored_keys, compiled.stored_values)
     )
     octet = padded_octet(compiled.head_dim)

@@ -1,11 +1,11 @@
-"""Codes of unit-vector coordinates by table lookup, in a number of steps that does not grow with the bits."""
+"""The centroids nearest to coordinates of unit vectors by table lookup, in as many steps whatever the bits are."""
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from turboquant_core.codebook import lloyd_max_codebook
+from turboquant_core.codebook import grid_codebook
 
 # Coordinates become fixed point by a float32 addition: in [2^23, 2^24) the mantissa counts units of one. A little less
 # than 2^22 units for 1.0 leaves room for a coordinate that rounding pushed past 1.
@@ -20,7 +20,7 @@ MAX_CELLS = 4096
 class GridTable:
     """The nearest centroid of y in [-1, 1], for all y but those within 2⁻²² of a boundary.
 
-    With F the fixed-point y as the bits of the float32 y * UNITS + CENTER + 2²³, the code is
+    With F the fixed-point y as the bits of the float32 y * UNITS + CENTER + 2²³, its rank is
     (F + entries[cell]) >> shift, where the cell is F >> shift less the shifted exponent bits. A cell holds one
     boundary at most; its entry carries the boundaries below the cell, and adding F carries past the boundary in it.
 
@@ -35,13 +35,13 @@ class GridTable:
 
 @cache
 def grid_table(head_dim: int, bits: int, device: torch.device) -> GridTable:
-    """The smallest table for the Lloyd-Max codebook of that size.
+    """The smallest table for the codebook of that size.
 
     Raises:
         ValueError: If boundaries are too close for `MAX_CELLS` cells.
     """
-    boundaries = lloyd_max_codebook(head_dim, bits).boundaries
-    # The first fixed-point number above each boundary: a coordinate on a boundary takes the lower code.
+    boundaries = grid_codebook(head_dim, bits).boundaries
+    # The first fixed-point number above each boundary: a coordinate on a boundary takes the lower centroid.
     first_above = CENTER + (boundaries * UNITS).floor().to(torch.int64) + 1
     num_cells = 1
     while num_cells <= MAX_CELLS:
@@ -58,7 +58,7 @@ def one_boundary_a_cell(first_above: torch.Tensor, shift: int) -> bool:
 
 
 def cell_entries(first_above: torch.Tensor, shift: int, num_cells: int, zero_bits: int) -> torch.Tensor:
-    """What to add to the numbers of each cell, int32 [num_cells], so that their bits from `shift` on are the code.
+    """What to add to the numbers of each cell, int32 [num_cells], so that their bits from `shift` on are the rank.
 
     Args:
         first_above: int64, ascending: the first fixed-point number above each boundary.

@@ -1,4 +1,4 @@
-"""Triton primitives from rotated vectors to codes and scales."""
+"""Triton primitives from rotated vectors to centroids and scales."""
 
 import triton
 import triton.language as tl
@@ -13,8 +13,8 @@ FLOAT_ONE_UNIT = tl.constexpr(grid_table.FLOAT_ONE_UNIT)
 
 
 @triton.jit
-def nearest_codes(rotated, per_length, entries, shift: tl.constexpr):
-    """Codes, int32, of rotated [rows, channels] times per_length [rows], unit vectors; see `GridTable`.
+def nearest_ranks(rotated, per_length, entries, shift: tl.constexpr):
+    """Ranks of the centroids nearest to rotated [rows, channels] times per_length [rows], int32; see `GridTable`.
 
     The minimum also turns NaN into a place inside the table.
     """
@@ -34,18 +34,18 @@ def inverse_root(squares):
 @triton.jit
 def decoded_sums(
     rotated,
-    codes,
+    ranks,
     centroids,
     with_inner: tl.constexpr,
     with_squares: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
 ):
-    """What corrected scales need of decoded codes c, each where asked for: the sums of c * rotated and of c * c."""
+    """What corrected scales need of centroids c, each where asked for: the sums of c * rotated and of c * c."""
     inner = tl.zeros([rotated.shape[0]], tl.float32)
     squares = inner
     if with_inner:
-        decoded = look_up(centroids, codes)
+        decoded = look_up(centroids, ranks)
         inner = tl.sum(decoded * rotated, axis=1)
         if with_squares:
             if octet != padded_octet:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turboquant_core import lloyd_max_codebook
+from turboquant_core import grid_codebook
 from turboquant_hf.support import LayerAttention
 from turboquant_hf.tools.doctor.attention import ModelAttention
 from turboquant_hf.tools.doctor.checkpoint import Checkpoint
@@ -65,7 +65,7 @@ def _found(checkpoint: Checkpoint, attention: ModelAttention) -> Iterator[KeyBia
         keys = _keys_of(tensor.load(), match[2], layer, attention.model_type, name)
         if not keys.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite: the file is damaged, or the model is")
-        distortion = lloyd_max_codebook(layer.head_dim, PLAIN_BITS).mse
+        distortion = grid_codebook(layer.head_dim, PLAIN_BITS).mse
         # The square of what a file may hold does not fit into float32.
         worst = float(keys.double().square().mean(1).max())
         yield KeyBias(layer.index, float(keys.abs().max()), (worst * distortion) ** 0.5)

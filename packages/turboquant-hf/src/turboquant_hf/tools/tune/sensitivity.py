@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from turboquant_core import lloyd_max_codebook
+from turboquant_core import grid_codebook
 from turboquant_hf._compat import DynamicCache, with_cache
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.scoring import score_caches
@@ -57,7 +57,7 @@ def costs(measured: Mapping[int, float], head_dim: int) -> dict[int, float]:
     found = {}
     for bits in WIDTHS:
         nearest = min(measured, key=lambda other: abs(other - bits))
-        share = lloyd_max_codebook(head_dim, bits).mse / lloyd_max_codebook(head_dim, nearest).mse
+        share = grid_codebook(head_dim, bits).mse / grid_codebook(head_dim, nearest).mse
         found[bits] = max(measured[nearest], 0) * share
     return found
 

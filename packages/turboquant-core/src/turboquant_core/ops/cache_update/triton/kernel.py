@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turboquant_core.ops._triton.codes import store_codes, store_scales
-from turboquant_core.ops.cache_update.quantize import corrected_scale, decoded_sums, inverse_root, nearest_codes
+from turboquant_core.ops.cache_update.quantize import corrected_scale, decoded_sums, inverse_root, nearest_ranks
 from turboquant_core.ops.cache_update.rotate import (
     load_centred,
     load_slices,
@@ -29,7 +29,7 @@ def update_kernel(
     parts,
     key_grid,
     value_grid,
-    key_centroids,
+    key_centroids,  # float32 [2^bits], ascending, like the next
     value_centroids,
     layout: tl.constexpr,
     padded_octet: tl.constexpr,
@@ -164,17 +164,17 @@ def _store_tile(
     value_rule: tl.constexpr,
 ):
     """Store codes and scales of rotated [rows, 8 * padded_octet]."""
-    codes = nearest_codes(rotated, per_length, entries, shift)
+    ranks = nearest_ranks(rotated, per_length, entries, shift)
     inner, squares = decoded_sums(
         rotated,
-        codes,
+        ranks,
         centroids,
         key_rule != "norm" or value_rule != "norm",
         key_rule == "least_squares" or value_rule == "least_squares",
         octet,
         padded_octet,
     )
-    store_codes(code_rows, codes, keep, bits, rotated.shape[0], octet, padded_octet)
+    store_codes(code_rows, ranks, keep, bits, rotated.shape[0], octet, padded_octet)
     inner *= per_length
     scale = corrected_scale(norm, inner, squares, key_rule)
     if key_rule != value_rule:

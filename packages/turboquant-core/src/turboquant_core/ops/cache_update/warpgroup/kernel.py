@@ -16,7 +16,7 @@ from turboquant_core.ops.cache_update.warpgroup.primitives import (
     copy_matrix,
     copy_tile,
     lane_centroids,
-    lane_codes,
+    lane_ranks,
     load_mean,
     load_slots,
     natural_order,
@@ -143,11 +143,11 @@ def _store_half(
     # Rotating keeps the length.
     squares = sum_rows(rotated * rotated, finest)
     per_length = inverse_root(squares)
-    codes = lane_codes(rotated, (per_length * factor)[:, None], entries)
+    ranks = lane_ranks(rotated, (per_length * factor)[:, None], entries)
     norm = gl.sqrt(squares) * MATRIX_UNSCALE
     scale = norm
     if rule != "norm":
-        decoded = lane_centroids(codes, centroids)
+        decoded = lane_centroids(ranks, centroids)
         inner = sum_rows(decoded * rotated, finest) * per_length
         decoded_squares = inner
         if rule == "least_squares":
@@ -156,5 +156,5 @@ def _store_half(
 
     slot = gl.convert_layout(slots, squares.type.layout, assert_trivial=True)
     page, position, keep = slot_place(slot, num_pages, page_stride, block_size)
-    store_codes(codes_at + page + position * stored.code_stride, codes, keep, stored.bits, channels)
+    store_codes(codes_at + page + position * stored.code_stride, ranks, keep, stored.bits, channels)
     store_scales(scales_at + page + position * stored.scale_stride, scale, keep)

@@ -1,11 +1,11 @@
-"""Codes by a lookup in the 32 lanes of a warp: a table that needs neither shared memory nor a barrier."""
+"""The nearest centroids by lookup in the 32 lanes of a warp, which needs neither shared memory nor a barrier."""
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from turboquant_core.codebook import lloyd_max_codebook
+from turboquant_core.codebook import grid_codebook
 from turboquant_core.ops.cache_update.grid_table import cell_entries, one_boundary_a_cell
 
 LANES = 32
@@ -15,7 +15,7 @@ SHIFT = FIXED_BITS - 5
 # A little less than 2^23, so that 1 stays below 2, and even, so that the middle is no tie.
 UNITS = 2**FIXED_BITS - 2
 FLOAT_ONE = 0x3F800000
-# Past the outermost boundary all coordinates have one code: the range ends just behind it.
+# Past the outermost boundary all coordinates have one centroid: the range ends just behind it.
 MARGIN = 1.001
 MAX_BITS = 4
 
@@ -24,7 +24,7 @@ MAX_BITS = 4
 class LaneTable:
     """The nearest centroid of a coordinate y, for all y but those within a rounding of a boundary.
 
-    With F the bits of the float32 1 + saturate(y * factor + 0.5) * UNITS / 2^23, the code is
+    With F the bits of the float32 1 + saturate(y * factor + 0.5) * UNITS / 2^23, its rank is
     (F + lanes[0][cell]) >> SHIFT, where the cell is F >> SHIFT modulo LANES. As in
     `grid_table`, a cell holds one boundary at most; here they cover just the range in which
     boundaries lie.
@@ -40,14 +40,14 @@ class LaneTable:
 
 @cache
 def lane_table(head_dim: int, bits: int, device: torch.device) -> LaneTable:
-    """The table for the Lloyd-Max codebook of that size.
+    """The table for the codebook of that size.
 
     Raises:
         ValueError: If boundaries are too close for LANES cells.
     """
-    codebook = lloyd_max_codebook(head_dim, bits)
+    codebook = grid_codebook(head_dim, bits)
     factor = 0.5 / (MARGIN * float(codebook.boundaries[-1]))
-    # The first fixed-point number above each boundary: a coordinate on a boundary takes the lower code.
+    # The first fixed-point number above each boundary: a coordinate on a boundary takes the lower centroid.
     first_above = ((codebook.boundaries * factor + 0.5) * UNITS).floor().to(torch.int64) + 1
     if bits > MAX_BITS or not one_boundary_a_cell(first_above, SHIFT):
         raise ValueError(f"{bits} bits at head_dim {head_dim} need more than {LANES} cells. Use at most {MAX_BITS}.")

@@ -8,7 +8,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from turboquant_core._compat import async_load
-from turboquant_core.ops._triton.codes import scale_pointers
+from turboquant_core.ops._triton.codes import numbered, scale_pointers
 from turboquant_core.ops.cache_update.rotate import OFFSET_UNIT
 from turboquant_core.ops.cache_update.warpgroup import lane_table
 
@@ -19,7 +19,7 @@ OFFSET_ROWS = gl.constexpr(16)
 
 _UNITS = struct.pack(">f", lane_table.UNITS / 2**lane_table.FIXED_BITS).hex().upper()
 # $1 coordinates, $2 the factor, $3 a lane's entry.
-CODES_ASM = gl.constexpr(
+RANKS_ASM = gl.constexpr(
     "{ .reg .f32 y; .reg .b32 fixed, cell; fma.rn.sat.f32 y, $1, $2, 0f3F000000; "
     f"fma.rn.f32 y, y, 0f{_UNITS}, 0f{lane_table.FLOAT_ONE:08X}; mov.b32 fixed, y; "
     f"shr.u32 cell, fixed, {lane_table.SHIFT}; shfl.sync.idx.b32 cell, $3, cell, 31, 0xffffffff; "
@@ -164,22 +164,22 @@ def sum_rows(x, finest: gl.constexpr):
 
 
 @gluon.jit
-def lane_codes(x, factor, entries):
-    """Codes, int32, of coordinates x times factor; see `LaneTable`. `entries` differ from lane to lane."""
-    return gl.inline_asm_elementwise(CODES_ASM, "=r,r,r,r", [x, factor, entries], dtype=gl.int32, is_pure=True, pack=1)
+def lane_ranks(x, factor, entries):
+    """Ranks of the centroids nearest to x times factor, int32; see `LaneTable`. `entries` differ from lane to lane."""
+    return gl.inline_asm_elementwise(RANKS_ASM, "=r,r,r,r", [x, factor, entries], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def lane_centroids(codes, centroids):
-    """The centroid of each code, float32."""
-    found = gl.inline_asm_elementwise(CENTROIDS_ASM, "=r,r,r", [centroids, codes], dtype=gl.int32, is_pure=True, pack=1)
+def lane_centroids(ranks, centroids):
+    """The centroid of each rank, float32."""
+    found = gl.inline_asm_elementwise(CENTROIDS_ASM, "=r,r,r", [centroids, ranks], dtype=gl.int32, is_pure=True, pack=1)
     return found.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _join_bytes(codes, word_bytes: gl.constexpr, channels: gl.constexpr):
-    """Codes [HALF, channels] as the bytes of words, int32 [HALF, channels / word_bytes]."""
-    low, high = gl.split(gl.reshape(codes, [HALF, channels // 2, 2]))
+def _join_bytes(ranks, word_bytes: gl.constexpr, channels: gl.constexpr):
+    """Numbers [HALF, channels] as the bytes of words, int32 [HALF, channels / word_bytes]."""
+    low, high = gl.split(gl.reshape(ranks, [HALF, channels // 2, 2]))
     words = low + high * 256
     if word_bytes == 4:
         low, high = gl.split(gl.reshape(words, [HALF, channels // 4, 2]))
@@ -211,8 +211,10 @@ def store_plane(
     word_bytes: gl.constexpr,
     channels: gl.constexpr,
 ):
-    """Store one plane of the codes in words."""
+    """Store one plane of the codes in words; of the only one, given as ranks, words are numbered."""
     packed = pack_plane(words, width, shift, bits, channels // word_bytes)
+    if width == bits:
+        packed = numbered(packed, 0xFFFFFFFF // ((1 << width) - 1), bits)
     layout: gl.constexpr = packed.type.layout
     word = gl.arange(0, width * channels // (8 * word_bytes), gl.SliceLayout(0, layout))
     # Wider planes come first; together they hold the `shift` lower bits.
@@ -224,11 +226,16 @@ def store_plane(
 
 
 @gluon.jit
-def store_codes(code_rows, codes, keep, bits: gl.constexpr, channels: gl.constexpr):
-    """Pack codes [HALF, channels] and store them at byte pointers code_rows [HALF] where `keep` [HALF]."""
+def store_codes(code_rows, ranks, keep, bits: gl.constexpr, channels: gl.constexpr):
+    """Pack the codes of centroids of these ranks, int32 [HALF, channels], and store them.
+
+    They go to byte pointers code_rows [HALF] where `keep` [HALF].
+    """
     # As many neighbouring bytes as a thread has of every plane.
     word_bytes: gl.constexpr = min(4, (bits & -bits) * channels // 32)
-    words = _join_bytes(codes, word_bytes, channels)
+    words = _join_bytes(ranks, word_bytes, channels)
+    if bits & (bits - 1):
+        words = numbered(words, 0x01010101, bits)
     for step in gl.static_range(4):
         if bits & (8 >> step):
             store_plane(code_rows, words, keep, 8 >> step, bits & (-16 >> step), bits, word_bytes, channels)
