@@ -35,31 +35,38 @@ def is_channel(place, octet: tl.constexpr, padded_octet: tl.constexpr):
 
 @triton.jit
 def numbered(ranks, ones: tl.constexpr, bits: tl.constexpr):
-    """Ranks of centroids to their codes: `turboquant_core.codebook.ascending_codes` in arithmetic.
+    """Ranks of centroids to their codes of up to four bits: `turboquant_core.codebook.ascending_codes` in arithmetic.
 
-    A word, int32, may hold several; `ones` has a 1 where each begins.
+    A word, int32, holds several; `ones` has a 1 where each begins.
     """
-    top: tl.constexpr = ones << (bits - 1)
-    if bits > MAX_TABLE_BITS:
-        return ranks ^ top
     ranks = ranks.to(tl.uint32, bitcast=True)
-    negative = ~ranks & top
-    return (ranks ^ top ^ (negative - (negative >> (bits - 1)))).to(tl.int32, bitcast=True)
+    top: tl.constexpr = ones << (bits - 1)
+    # From the top bit of each negative one, all bits below it: a multiplication does what a shift and a subtraction do.
+    lower = tl.umulhi(~ranks & top, (1 << 32) - (1 << (33 - bits)))
+    return (ranks ^ top ^ lower).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def pack_plane(
-    codes, width: tl.constexpr, shift: tl.constexpr, bits: tl.constexpr, rows: tl.constexpr, padded_octet: tl.constexpr
-):
-    """Bits [shift, shift + width) of codes [rows, 8 * padded_octet] as bytes, int32 [rows, width * padded_octet]."""
-    field = codes >> shift
-    if shift + width < bits:
-        field = field & ((1 << width) - 1)
-    if width == 8:
-        return field
-    fields = tl.reshape(field, [rows, 8 // width, width * padded_octet])
-    position = tl.arange(0, 8 // width) * width
-    return tl.sum(fields << position[None, :, None], axis=1)
+def join_halves(words, distance: tl.constexpr):
+    """Words of the higher half of the channels, `distance` bits up, with those of the lower: [rows, half as many]."""
+    halves = tl.reshape(words, [words.shape[0], 2, words.shape[1] // 2])
+    return tl.sum(halves << (tl.arange(0, 2) * distance)[None, :, None], axis=1)
+
+
+@triton.jit
+def pack_plane(words, spacing: tl.constexpr, width: tl.constexpr, shift: tl.constexpr, bits: tl.constexpr):
+    """Bits [shift, shift + width) of codes that lie `spacing` bits apart, 8 or 4, in words [rows, n], as bytes.
+
+    int32 [rows, width * n / spacing].
+    """
+    words = words >> shift
+    if shift + width < bits or spacing < 8:
+        if width < bits:
+            words = words & (0xFF // ((1 << spacing) - 1) * ((1 << width) - 1))
+    for step in tl.static_range(3):
+        if width <= spacing >> (step + 1):
+            words = join_halves(words, spacing >> (step + 1))
+    return words
 
 
 @triton.jit
@@ -94,20 +101,21 @@ def plane_bytes(
 @triton.jit
 def store_plane(
     code_rows,
-    ranks,
+    words,
     keep,
+    spacing: tl.constexpr,
     width: tl.constexpr,
     shift: tl.constexpr,
     bits: tl.constexpr,
-    rows: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
 ):
-    """Store one plane of codes; of the only one, given as ranks, bytes are numbered."""
+    """Store one plane of the codes in words; see `pack_plane`."""
     pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
-    packed = pack_plane(ranks, width, shift, bits, rows, padded_octet)
-    if width == bits:
-        packed = numbered(packed, 0xFF // ((1 << width) - 1), bits)
+    packed = pack_plane(words, spacing, width, shift, bits)
+    if bits > MAX_TABLE_BITS and shift + width == bits:
+        # Two's complement and ranks differ in the top bit alone.
+        packed ^= 0xFF // ((1 << width) - 1) << (width - 1)
     tl.store(pointers, packed.to(tl.uint8), mask=mask)
 
 
@@ -133,7 +141,6 @@ def store_codes(
     ranks,
     keep,
     bits: tl.constexpr,
-    rows: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
 ):
@@ -141,11 +148,15 @@ def store_codes(
 
     They go to byte pointers code_rows [rows] where `keep` [rows].
     """
-    if bits & (bits - 1):
-        ranks = numbered(ranks, 1, bits)
-    for step in tl.static_range(4):
-        if bits & (8 >> step):
-            store_plane(code_rows, ranks, keep, 8 >> step, bits & (-16 >> step), bits, rows, octet, padded_octet)
+    if bits > MAX_TABLE_BITS:
+        for step in tl.static_range(4):
+            if bits & (8 >> step):
+                store_plane(code_rows, ranks, keep, 8, 8 >> step, bits & (-16 >> step), bits, octet, padded_octet)
+    else:
+        codes = numbered(join_halves(ranks, 4), 0x11, bits)
+        for step in tl.static_range(1, 4):
+            if bits & (8 >> step):
+                store_plane(code_rows, codes, keep, 4, 8 >> step, bits & (-16 >> step), bits, octet, padded_octet)
 
 
 @triton.jit

@@ -174,7 +174,7 @@ def _store_tile(
         octet,
         padded_octet,
     )
-    store_codes(code_rows, ranks, keep, bits, rotated.shape[0], octet, padded_octet)
+    store_codes(code_rows, ranks, keep, bits, octet, padded_octet)
     inner *= per_length
     scale = corrected_scale(norm, inner, squares, key_rule)
     if key_rule != value_rule:

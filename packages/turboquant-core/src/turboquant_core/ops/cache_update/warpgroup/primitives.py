@@ -188,15 +188,21 @@ def _join_bytes(ranks, word_bytes: gl.constexpr, channels: gl.constexpr):
 
 
 @gluon.jit
-def pack_plane(words, width: gl.constexpr, shift: gl.constexpr, bits: gl.constexpr, num_words: gl.constexpr):
-    """Bits [shift, shift + width) of the codes in words [HALF, num_words], packed, [HALF, width * num_words / 8]."""
-    if shift + width < bits or shift > 0:
-        words = (words >> shift) & (((1 << width) - 1) * 0x01010101)
-    for i in gl.static_range(3):
-        if width << i < 8:
-            # The higher half of the channels goes to the higher bits.
-            low, high = gl.split(gl.permute(gl.reshape(words, [HALF, 2, num_words >> (i + 1)]), [0, 2, 1]))
-            words = low + high * (1 << (4 >> i))
+def _join_halves(words, distance: gl.constexpr):
+    """The words of the higher half of the channels, `distance` bits up, with those of the lower half."""
+    low, high = gl.split(gl.permute(gl.reshape(words, [HALF, 2, words.shape[1] // 2]), [0, 2, 1]))
+    return low + high * (1 << distance)
+
+
+@gluon.jit
+def pack_plane(words, width: gl.constexpr, shift: gl.constexpr, bits: gl.constexpr):
+    """Bits [shift, shift + width) of the codes in the nibbles of words [HALF, n], packed, [HALF, width * n / 4]."""
+    if width < bits:
+        words = (words >> shift) & (((1 << width) - 1) * 0x11111111)
+    if width <= 2:
+        words = _join_halves(words, 2)
+    if width == 1:
+        words = _join_halves(words, 1)
     return words
 
 
@@ -211,12 +217,13 @@ def store_plane(
     word_bytes: gl.constexpr,
     channels: gl.constexpr,
 ):
-    """Store one plane of the codes in words; of the only one, given as ranks, words are numbered."""
-    packed = pack_plane(words, width, shift, bits, channels // word_bytes)
+    """Store one plane of the codes in the nibbles of words; of ranks there, where it is the only plane."""
+    packed = pack_plane(words, width, shift, bits)
     if width == bits:
+        # The fewer words, the less there is to do.
         packed = numbered(packed, 0xFFFFFFFF // ((1 << width) - 1), bits)
     layout: gl.constexpr = packed.type.layout
-    word = gl.arange(0, width * channels // (8 * word_bytes), gl.SliceLayout(0, layout))
+    word = gl.arange(0, packed.shape[1], gl.SliceLayout(0, layout))
     # Wider planes come first; together they hold the `shift` lower bits.
     rows = gl.convert_layout(code_rows + shift * channels // 8, gl.SliceLayout(1, layout), assert_trivial=True)
     mask = gl.convert_layout(keep, gl.SliceLayout(1, layout), assert_trivial=True)
@@ -233,10 +240,10 @@ def store_codes(code_rows, ranks, keep, bits: gl.constexpr, channels: gl.constex
     """
     # As many neighbouring bytes as a thread has of every plane.
     word_bytes: gl.constexpr = min(4, (bits & -bits) * channels // 32)
-    words = _join_bytes(ranks, word_bytes, channels)
+    words = _join_halves(_join_bytes(ranks, word_bytes, channels), 4)
     if bits & (bits - 1):
-        words = numbered(words, 0x01010101, bits)
-    for step in gl.static_range(4):
+        words = numbered(words, 0x11111111, bits)
+    for step in gl.static_range(1, 4):
         if bits & (8 >> step):
             store_plane(code_rows, words, keep, 8 >> step, bits & (-16 >> step), bits, word_bytes, channels)
 
