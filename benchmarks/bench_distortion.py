@@ -1,4 +1,4 @@
-"""Mean square error of the codec on easy and hard inputs, beside its codebooks' and the paper's bounds; makes the plot."""
+"""Mean square error of the codec on easy and hard inputs, beside the codebooks' and the bounds; makes the plot."""
 
 import argparse
 import math

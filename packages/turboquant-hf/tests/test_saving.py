@@ -182,8 +182,11 @@ def with_more(tensors):
     ("changes", "message"),
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
-        ({"change_header": lambda header: header.update(version=3)}, "format version is 3, and .* reads 8"),
-        ({"change_header": lambda header: header.update(core="9.9")}, "codes of turboquant-core 9.9"),
+        (
+            {"change_header": lambda header: header.update(version=7)},
+            "format version is 7, and .* reads 8.* save it again",
+        ),
+        ({"change_header": lambda header: header.update(storage_format=1)}, "of storage format 1, and .* reads 2"),
         ({"change_header": lambda header: header["model"].clear()}, "the fields of the model must be"),
         ({"change_header": lambda header: header["heads"].clear()}, r"a model with \{\}, and this model has"),
         ({"change_header": lambda header: header["layers"].pop()}, "1 layers, and this model has 2"),
@@ -364,7 +367,7 @@ def test_a_truncated_file_is_refused(tiny_model, saved):
         TurboQuantCache.load(saved, tiny_model.config)
 
 
-@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 7}', '{"version": 3}'])
+@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 8}', '{"version": 3}'])
 def test_a_damaged_header_is_refused_by_name(tiny_model, tmp_path, header):
     path = tmp_path / "cache.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={HEADER: header})

@@ -7,6 +7,9 @@ from turboquant_core._checks import check_bits, check_head_dim
 from turboquant_core.packing import packed_bytes
 from turboquant_core.scale import SCALE_BYTES
 
+STORAGE_FORMAT = 2
+"""What stored bytes mean (docs/format.md): another process, or a later one, reads them if its format is the same."""
+
 # The paper's fractional widths (Section 4.3): a quarter of the channels, the outliers, get two bits more than the rest.
 OUTLIER_BITS = {2.5: (4, 2), 3.5: (5, 3)}
 OUTLIER_SHARE = 4

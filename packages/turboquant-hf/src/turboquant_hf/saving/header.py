@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from types import NoneType
 from typing import Any, Self, TypeVar
 from zlib import crc32
@@ -15,7 +14,7 @@ from turboquant_core.files import parse_json
 from turboquant_core.key_transform import tensor_shapes
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.scale import SCALE_DTYPE, ScaleRule
-from turboquant_core.vector_format import OUTLIER_BITS
+from turboquant_core.vector_format import OUTLIER_BITS, STORAGE_FORMAT
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.tables import FullPrecisionSizes
@@ -199,7 +198,7 @@ class SavedCache:
         """Metadata of the file, of a model of this configuration."""
         header = {
             "version": FORMAT_VERSION,
-            "core": _core_version(),
+            "storage_format": STORAGE_FORMAT,
             "model": _identity(text_config).to_dict(),
             "heads": _heads(text_config),
             **asdict(self),
@@ -228,8 +227,10 @@ class SavedCache:
         if header.pop("checksum", None) != checksum_of(header):
             raise ValueError("its header is damaged: its checksum is another")
         del header["version"]
-        if (core := header.pop("core", None)) != _core_version():
-            raise ValueError(f"it has codes of turboquant-core {core}, which {_core_version()} may read differently")
+        if (stored := header.pop("storage_format", None)) != STORAGE_FORMAT:
+            raise ValueError(
+                f"its codes are of storage format {stored}, and this version of turboquant-core reads {STORAGE_FORMAT}"
+            )
         _check_model(header.pop("model", None), header.pop("heads", None), text_config)
         for index, layer in enumerate(layers):
             if type(layer) is not TurboQuantLayer:
@@ -320,8 +321,3 @@ def _identity(text_config: PreTrainedConfig) -> ModelIdentity:
 
 def _heads(text_config: PreTrainedConfig) -> dict[str, Any]:
     return {field: getattr(text_config, field, None) for field in HEAD_FIELDS}
-
-
-def _core_version() -> str:
-    """The part of core's version that the meaning of codes depends on."""
-    return ".".join(version("turboquant-core").split(".")[:2])

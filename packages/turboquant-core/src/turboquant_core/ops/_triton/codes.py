@@ -60,9 +60,8 @@ def pack_plane(words, spacing: tl.constexpr, width: tl.constexpr, shift: tl.cons
     int32 [rows, width * n / spacing].
     """
     words = words >> shift
-    if shift + width < bits or spacing < 8:
-        if width < bits:
-            words = words & (0xFF // ((1 << spacing) - 1) * ((1 << width) - 1))
+    if width < bits and (shift + width < bits or spacing < 8):
+        words = words & (0xFF // ((1 << spacing) - 1) * ((1 << width) - 1))
     for step in tl.static_range(3):
         if width <= spacing >> (step + 1):
             words = join_halves(words, spacing >> (step + 1))
