@@ -99,9 +99,9 @@ def ascending_codes(bits: int) -> torch.Tensor:
     is q in two's complement, -2**(bits - 1) <= q < 2**(bits - 1), for the centroid (2 q + 1) * unit.
     """
     index, half = torch.arange(2**bits), 2 ** (bits - 1)
-    if bits > MAX_TABLE_BITS:
-        return index ^ half
-    return torch.where(index < half, index ^ (2 * half - 1), index ^ half)
+    turned = (index < half) & (bits <= MAX_TABLE_BITS)
+    codes: torch.Tensor = index ^ torch.where(turned, 2 * half - 1, half)
+    return codes
 
 
 class SphereCoordinate:
