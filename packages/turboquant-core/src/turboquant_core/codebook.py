@@ -20,7 +20,7 @@ from scipy.special import betainc, gammaln
 from turboquant_core._checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_bits
 
 MAX_TABLE_BITS = 4
-"""Up to here a code is a sign and the index of a level; from here on it is the level itself."""
+"""Up to here a code is a sign and the index of a level; above, an integer that needs no table."""
 
 # Lloyd-Max centroids at head_dim 128, in the unit that loses least by rounding to odd integers of a byte.
 _TABLE_LEVELS = {1: (1,), 2: (67, 223), 3: (27, 83, 147, 235), 4: (11, 33, 55, 79, 105, 135, 173, 227)}
