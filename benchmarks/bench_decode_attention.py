@@ -1,11 +1,12 @@
-"""Decode attention on codes against FlashAttention 3, on a GPU; refuses to time what is not correct.
+"""Decode attention on codes against FlashAttention 3 and XQA, on a GPU; refuses to time what is not correct.
 
-Without vLLM's packages the peers are missing and only our own times are printed.
+A peer whose package is missing is left out: vllm for FlashAttention 3, flashinfer-python's sources for XQA.
 """
 
 import argparse
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops.decode_attention.reference import decode_attention as reference
 from turboquant_core.ops.decode_attention.reference import stored_row
+from xqa import default_sources, xqa_fp8
 
 HEADS, KV_HEADS, HEAD_DIM = MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim
 SHAPES = (
@@ -129,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/decode_attention.json")
     parser.add_argument("--quick", action="store_true", help="only the shapes that the goals name")
+    parser.add_argument("--xqa", type=Path, default=default_sources(), help="the folder csrc/xqa of flashinfer-python")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: this benchmark times kernels on one")
@@ -137,7 +140,7 @@ def main() -> None:
     shapes = [
         shape
         for shape in SHAPES
-        if not arguments.quick or shape in {(1, 32768), (1, 131072), PRESET_SHAPE, (128, 8192)}
+        if not arguments.quick or shape in {(1, 8192), (1, 32768), (32, 1024), (32, 4096), PRESET_SHAPE, (128, 8192)}
     ]
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
@@ -150,6 +153,9 @@ def main() -> None:
             row["fa3_bf16_ms"] = flash_attention_3(batch, context, *model, fp8=False)
             row["fa3_fp8_ms"] = flash_attention_3(batch, context, *model, fp8=True)
             row["vllm_turboquant_4bit_nc_ms"] = vllm_turboquant(batch, context, *model)
+        if arguments.xqa is not None:
+            measured = xqa_fp8(arguments.xqa.resolve(), batch, context, *model)
+            row["xqa_fp8_ms"], row["xqa_fp8_relative_error"] = measured["ms"], measured["relative_error"]
         contexts.append(row)
         print(describe(f"tq4 {batch} x {context}", row["tq4"], row, bandwidth), flush=True)
     peer = next(row for row in contexts if (row["batch"], row["context"]) == PRESET_SHAPE)
@@ -182,13 +188,20 @@ def main() -> None:
 
 def times() -> str:
     """Times of every shape beside the peers'."""
-    peers = ("fa3_bf16", "fa3_fp8", "vllm_turboquant_4bit_nc")
+    peers = ("fa3_bf16", "fa3_fp8", "xqa_fp8", "vllm_turboquant_4bit_nc")
     rows = []
     for row in sorted(read_result("decode_attention")["contexts"], key=lambda row: (row["batch"], row["context"])):
         ours = row["tq4"]["ms"]
         of_peers = [f"{1000 * row[f'{peer}_ms']:,.0f} µs ({row[f'{peer}_ms'] / ours:.2f}x)" for peer in peers]
         rows.append([shape(row["batch"], row["context"]), f"**{1000 * ours:,.0f} µs**", *of_peers])
-    columns = ("rows × tokens", "tq4", "FlashAttention 3, bf16", "FlashAttention 3, fp8", "vLLM's own 4-bit kernel")
+    columns = (
+        "rows × tokens",
+        "tq4",
+        "FlashAttention 3, bf16",
+        "FlashAttention 3, fp8",
+        "XQA, fp8",
+        "vLLM's own 4-bit kernel",
+    )
     return table(columns, rows)
 
 
@@ -209,17 +222,18 @@ def ratio(batch: int, context: int, peer: str, kernel: str = "tq4") -> Callable[
 FIGURES = {
     "decode-attention": times,
     "kernel-bf16": ratio(32, 32_768, "fa3_bf16"),
-    "kernel-fp8": ratio(32, 32_768, "fa3_fp8"),
+    "kernel-xqa": ratio(32, 32_768, "xqa_fp8"),
     "kernel-alone-bf16": ratio(1, 32_768, "fa3_bf16"),
-    "fp8-kernel-bf16": ratio(32, 32_768, "fa3_bf16", "fa3_fp8"),
-    "fp8-kernel-alone-bf16": ratio(1, 32_768, "fa3_bf16", "fa3_fp8"),
+    "fp8-kernel-bf16": ratio(32, 32_768, "fa3_bf16", "xqa_fp8"),
+    "fp8-kernel-alone-bf16": ratio(1, 32_768, "fa3_bf16", "xqa_fp8"),
 }
 
 
 def describe(name: str, measured: dict[str, Any], peer: dict[str, Any], bandwidth: float) -> str:
     """One line of the table."""
     line = f"{name}: {measured['ms']:.4f} ms, {measured['bytes'] / measured['ms'] / 1e-3 / bandwidth:.0%} of copy"
-    for key in ("fa3_bf16_ms", "fa3_fp8_ms", "vllm_turboquant_4bit_nc_ms"):
+    line += f", error {measured['relative_error']:.2%} (bf16 {measured['bf16_relative_error']:.2%})"
+    for key in ("fa3_bf16_ms", "fa3_fp8_ms", "xqa_fp8_ms", "vllm_turboquant_4bit_nc_ms"):
         if key in peer:
             line += f", {peer[key] / measured['ms']:.2f}x {key.removesuffix('_ms')}"
     return line

@@ -39,9 +39,9 @@ def copies_beyond_l2(bytes_each: int) -> int:
     return max(1, -(-6 * l2_bytes // bytes_each))
 
 
-def shuffled_table(batch: int, context: int) -> torch.Tensor:
-    """int32 [batch, context / BLOCK_SIZE], every page once."""
-    blocks = batch * context // BLOCK_SIZE
+def shuffled_table(batch: int, context: int, block_size: int = BLOCK_SIZE) -> torch.Tensor:
+    """int32 [batch, context / block_size], every page once."""
+    blocks = batch * context // block_size
     return torch.randperm(blocks, device="cuda").to(torch.int32).view(batch, -1)
 
 

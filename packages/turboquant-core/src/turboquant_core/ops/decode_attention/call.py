@@ -15,7 +15,9 @@ class AttendTensors(NamedTuple):
     """The cache, a prepared query, and where partial results go, as one argument of a kernel.
 
     Attributes:
-        operand: float16 [batch, num_kv_heads, num_columns, num_positions], rotated queries over their length.
+        operand: float16 [batch, num_kv_heads, num_columns, num_positions], rotated queries over their length; or int8
+            [batch, num_kv_heads, num_columns, 2, num_positions], multiples of 128 and what is left.
+        offset: int32 [batch, num_kv_heads, num_columns], what the products of int8 lack; None of float16.
         factor: float32 [batch, num_kv_heads, num_columns], what scores are multiplied with, log2 units.
         bias: Like `factor`, the score of the key mean; None without one.
         pages: uint8 [num_blocks, num_kv_heads, head_bytes].
@@ -29,6 +31,7 @@ class AttendTensors(NamedTuple):
     """
 
     operand: torch.Tensor
+    offset: torch.Tensor | None
     factor: torch.Tensor
     bias: torch.Tensor | None
     pages: torch.Tensor

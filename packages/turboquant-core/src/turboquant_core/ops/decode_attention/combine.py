@@ -32,11 +32,11 @@ def combine_kernel(
     num_heads: tl.constexpr = num_kv_heads * sizes.group
     head_dim: tl.constexpr = layout.head_dim
     position = tl.arange(0, sizes.num_positions)
-    if block_heads == 1:
-        # Few heads are latency: what no kernel before this one writes comes while it waits for them.
-        matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
+    # What no kernel before this one writes comes while it waits for them.
+    matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
     if sizes.overlap:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row, head, column, token, used = query_heads(
         tl.program_id(0) * block_heads + tl.arange(0, block_heads),
         tensors.query_start_loc, batch, num_heads, num_tokens, query_len, sizes.group,
@@ -77,7 +77,7 @@ def combine_kernel(
     for base in tl.static_range(0, block_dim, block_channels):
         channel = base + tl.arange(0, block_channels)
         real = channel < head_dim
-        if block_heads > 1 or base > 0:
+        if base > 0:
             matrix = _load_rotation(rotation, position, base, head_dim, block_channels)
         # [heads, positions] x [positions, channels]
         if block_heads == 1:

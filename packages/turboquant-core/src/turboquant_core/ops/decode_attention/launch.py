@@ -11,12 +11,14 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._padding import padded_octet
 from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
 from turboquant_core.ops.decode_attention.combine import combine_kernel
-from turboquant_core.ops.decode_attention.path import Attend, DecodePath
+from turboquant_core.ops.decode_attention.path import Attend, DecodePath, Operand
 from turboquant_core.ops.decode_attention.prepare import prepare_kernel
 from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape, overlapped
 from turboquant_core.rotation import Rotation
 
 LOG2_E = 1.4426950408889634
+# They hold a rotation of 128 channels while they wait.
+MERGE_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Attention:
         prepare: Rotates the query, and lays the tiles of all rows in one line.
         attend: Writes partial results.
         combine: Merges them.
+        steps: See `Operand`.
     """
 
     call: AttendCall
     prepare: "partial[None]"
     attend: Attend
     combine: "partial[None]"
+    steps: int
 
     def __call__(
         self,
@@ -53,10 +57,17 @@ class Attention:
         sizes, device, batch = self.call.sizes, self.call.device, self.call.counts.batch
         num_columns, num_kv_heads = sizes.num_columns, self.call.layout.num_kv_heads
         slots = self.call.launch.num_workers + batch
-        operand = torch.empty(batch, num_kv_heads, num_columns, sizes.num_positions, dtype=torch.float16, device=device)
-        factor = torch.empty(batch, num_kv_heads, num_columns, dtype=torch.float32, device=device)
+        columns = (batch, num_kv_heads, num_columns)
+        if self.steps:
+            operand = torch.empty(*columns, 2, sizes.num_positions, dtype=torch.int8, device=device)
+            offset = torch.empty(columns, dtype=torch.int32, device=device)
+        else:
+            operand = torch.empty(*columns, sizes.num_positions, dtype=torch.float16, device=device)
+            offset = None
+        factor = torch.empty(columns, dtype=torch.float32, device=device)
         tensors = AttendTensors(
             operand,
+            offset,
             factor,
             None if key_mean is None else torch.empty_like(factor),
             pages,
@@ -90,7 +101,8 @@ def plan(
 ) -> Attention:
     """What calls with tensors like these launch; nothing of the tensors is kept."""
     head_dim, bits = layout.config.head_dim, (int(layout.config.key_bits), int(layout.config.value_bits))
-    query_rotation, output_rotation = _rotations(path.positions, head_dim, *bits, query.device)
+    operand = path.operand(head_dim, *bits)
+    query_rotation, query_sums, output_rotation = _rotations(path.operand, head_dim, *bits, query.device)
     num_positions = query_rotation.shape[0]
     call = AttendCall.of(
         query,
@@ -120,13 +132,16 @@ def plan(
         prepare_kernel[(-(-heads // launch.prepare_heads), num_positions // block_positions)],
         rotation=query_rotation,
         row_capacity=call.counts.row_capacity,
+        rotation_sums=query_sums,
         scale=scale,
-        score_scale=scale / head_dim**0.5,
+        score_scale=scale * operand.key_unit / max(operand.steps, 1),
+        steps=operand.steps,
         block_heads=launch.prepare_heads,
         block_channels=min(launch.prepare_channels, block_dim),
         block_positions=block_positions,
         num_warps=4,
         **common,
+        **overlapped(launch),
     )
     combine = partial(
         combine_kernel[(-(-heads // launch.merge_heads),)],
@@ -135,11 +150,11 @@ def plan(
         block_heads=launch.merge_heads,
         block_slots=launch.merge_slots,
         block_channels=min(launch.merge_channels, block_dim),
-        num_warps=launch.merge_warps,
+        num_warps=MERGE_WARPS,
         **common,
         **overlapped(launch),
     )
-    return Attention(call, prepare, path.plan(call), combine)
+    return Attention(call, prepare, path.plan(call), combine, operand.steps)
 
 
 def choose_launch(
@@ -178,17 +193,19 @@ def card_of(device: torch.device) -> Card:
 
 @cache
 def _rotations(
-    positions: Callable[[int, int, int], tuple[list[int], list[int]]],
+    operand_of: Callable[[int, int, int], Operand],
     head_dim: int,
     key_bits: int,
     value_bits: int,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Π for queries and Π / sqrt(head_dim) for outputs, float32 [num_positions, head_dim], rows in operand order.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Π for queries, its rows' sum times the offset of keys, and Π times the unit of values for outputs.
 
-    Kernels look up centroids of unit variance, which are sqrt(head_dim) times those of a unit vector.
+    float32 [num_positions, head_dim], [head_dim] and [num_positions, head_dim], rows in operand order.
     """
-    matrix = torch.nn.functional.pad(Rotation(head_dim).matrix, (0, 0, 0, 1))
+    operand = operand_of(head_dim, key_bits, value_bits)
     # The last row is that of padding.
-    queries, outputs = (matrix[channels] for channels in positions(head_dim, key_bits, value_bits))
-    return queries.float().to(device), (outputs / head_dim**0.5).float().to(device)
+    matrix = torch.nn.functional.pad(Rotation(head_dim).matrix, (0, 0, 0, 1))
+    queries, outputs = matrix[operand.query_channels], matrix[operand.output_channels] * operand.value_unit
+    sums = queries.sum(0) * (operand.key_offset * operand.steps)
+    return queries.float().to(device), sums.float().to(device), outputs.float().to(device)

@@ -1,6 +1,7 @@
 """The ways to attend on codes, and which one is taken.
 
-- fragment: Gluon; float16 centroids looked up in the tensor cores' own registers. NVIDIA from sm_80 on.
+- fragment: Gluon; keys as int8, the query in two int8 parts, looked up in the tensor cores' own registers. NVIDIA from
+  sm_80 on.
 - fp16: Triton; float16 centroids by byte permute. NVIDIA from sm_75 on.
 - int8: Triton; keys as int8 centroids, the query in two int8 parts. NVIDIA from sm_75 on.
 - fp8: Triton; keys as e4m3 centroids, the query in two e4m3 parts. NVIDIA from sm_89 on.

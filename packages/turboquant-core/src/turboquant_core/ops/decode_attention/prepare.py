@@ -11,7 +11,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["batch", "num_tokens", "query_len", "row_capacity"])
 def prepare_kernel(
-    tensors,  # see `AttendTensors`: operand, factor, bias and cu_tiles are written
+    tensors,  # see `AttendTensors`: operand, offset, factor, bias and cu_tiles are written
     query,  # [num_tokens, num_heads, head_dim]
     key_mean,  # float32 [num_kv_heads, head_dim], or one of each row, or None
     query_token_stride,
@@ -19,10 +19,12 @@ def prepare_kernel(
     mean_row_stride,  # 0 where all rows share the mean
     batch, num_tokens, query_len, row_capacity,  # see `AttendCounts`
     rotation,  # float32 [num_positions, head_dim]; row i makes operand position i
+    rotation_sums,  # float32 [head_dim]: what of a query products lack, per channel
     scale,  # of a logit
-    score_scale,  # scale over sqrt(head_dim): centroids are looked up at unit variance
+    score_scale,  # the same, times the unit of products
     layout: tl.constexpr,
     sizes: tl.constexpr,  # see `AttendSizes`
+    steps: tl.constexpr,  # see `Operand`
     block_heads: tl.constexpr,
     block_dim: tl.constexpr,
     block_channels: tl.constexpr,
@@ -32,7 +34,11 @@ def prepare_kernel(
     """One program for `block_heads` query heads, counted through all tokens of all rows, and some of the positions."""
     head_dim: tl.constexpr = layout.head_dim
     num_heads: tl.constexpr = layout.num_kv_heads * sizes.group
+    position = tl.program_id(1) * block_positions + tl.arange(0, block_positions)
+    # What no kernel before this one writes comes while it waits for them.
+    matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
     if sizes.overlap:
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if first_program:
@@ -46,11 +52,11 @@ def prepare_kernel(
     )  # fmt: skip
     kv_head = head // sizes.group
     place = (row.to(tl.int64) * layout.num_kv_heads + kv_head) * sizes.num_columns + column
-    position = tl.program_id(1) * block_positions + tl.arange(0, block_positions)
     squares = tl.zeros([block_heads], tl.float32)
     mean_score = tl.zeros([block_heads], tl.float32)
+    lacking = tl.zeros([block_heads], tl.float32)
     rotated = tl.zeros([block_heads, block_positions], tl.float32)
-    for base in range(0, block_dim, block_channels):
+    for base in tl.static_range(0, block_dim, block_channels):
         channel = base + tl.arange(0, block_channels)
         real = channel < head_dim
         source = query + token * query_token_stride + head * query_head_stride
@@ -61,18 +67,38 @@ def prepare_kernel(
                 means = key_mean + row.to(tl.int64) * mean_row_stride + kv_head * head_dim
                 mean = tl.load(means[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0)
                 mean_score += tl.sum(q * mean, axis=1)
-        matrix = tl.load(rotation + channel[:, None] + position[None, :] * head_dim, mask=real[:, None], other=0.0)
+        if steps > 0:
+            lacking += tl.sum(q * tl.load(rotation_sums + channel, mask=real, other=0.0)[None, :], axis=1)
+        if base > 0:
+            matrix = _load_rotation(rotation, position, base, head_dim, block_channels)
         # [heads, channels] x [channels, positions]
         rotated = tl.dot(q, matrix, rotated, input_precision=precision)
-    # A rotation keeps lengths: over the query's length every coordinate is at most one, and float16 holds it.
+    # A rotation keeps lengths: over the query's length every coordinate is at most one.
     size = tl.sqrt(squares)
     size = tl.where(size > 0, size, 1.0)
-    rotated = (rotated / size[:, None]).to(tl.float16)
-    tl.store(tensors.operand + place[:, None] * sizes.num_positions + position[None, :], rotated, mask=used[:, None])
+    rotated = rotated / size[:, None]
+    if steps > 0:
+        whole = tl.floor(rotated * steps + 0.5).to(tl.int32)
+        high = (whole + 64) >> 7
+        target = tensors.operand + place[:, None] * (2 * sizes.num_positions) + position[None, :]
+        tl.store(target, high.to(tl.int8), mask=used[:, None])
+        tl.store(target + sizes.num_positions, (whole - (high << 7)).to(tl.int8), mask=used[:, None])
+    else:
+        target = tensors.operand + place[:, None] * sizes.num_positions + position[None, :]
+        tl.store(target, rotated.to(tl.float16), mask=used[:, None])
     if tl.program_id(1) == 0:
+        if steps > 0:
+            tl.store(tensors.offset + place, tl.floor(lacking / size + 0.5).to(tl.int32), mask=used)
         tl.store(tensors.factor + place, size * (score_scale * LOG2_E), mask=used)
         if key_mean is not None:
             tl.store(tensors.bias + place, mean_score * (scale * LOG2_E), mask=used)
+
+
+@triton.jit
+def _load_rotation(rotation, position, base, head_dim: tl.constexpr, block_channels: tl.constexpr):
+    """Channels base to base + block_channels - 1 of the positions, [channels, positions], with zeros past head_dim."""
+    channel = base + tl.arange(0, block_channels)[:, None]
+    return tl.load(rotation + channel + position[None, :] * head_dim, mask=channel < head_dim, other=0.0)
 
 
 @triton.jit

@@ -59,7 +59,6 @@ class DecodeLaunch:
         merge_heads: Query heads of a program that merges.
         merge_slots: Partial results that it reads at a time.
         merge_channels: Output channels that it un-rotates to at a time.
-        merge_warps: Its warps.
         overlap: Launch each kernel while the one before it runs.
     """
 
@@ -75,7 +74,6 @@ class DecodeLaunch:
     merge_heads: int
     merge_slots: int
     merge_channels: int
-    merge_warps: int
     overlap: bool
 
 
@@ -135,9 +133,8 @@ def launch_of_tiles(
         prepare_positions=32 if small else 64,
         prepare_channels=256 if shape.head_dim <= 256 else 64,
         merge_heads=1 if many_slots else 16,
-        merge_slots=(128 if many_slots else 4) // narrow,
-        merge_channels=128 // narrow if many_slots else 64,
-        merge_warps=8 if many_slots else 4,
+        merge_slots=(128 if many_slots else 8) // narrow,
+        merge_channels=128 // narrow,
         # Programmatic dependent launch came with Hopper.
         overlap=card.capability >= (9, 0),
     )

@@ -1,9 +1,9 @@
-"""Decode attention in Gluon: float16 centroids looked up in the tensor cores' own registers."""
+"""Decode attention in Gluon: INT8 keys and float16 values, looked up in the tensor cores' own registers."""
 
 from turboquant_core.ops.decode_attention.call import AttendCall
 from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
-from turboquant_core.ops.decode_attention.fragment.widths import SUBTILE, WIDTHS
-from turboquant_core.ops.decode_attention.path import Attend, DecodePath
+from turboquant_core.ops.decode_attention.fragment.widths import STREAMS, SUBTILE
+from turboquant_core.ops.decode_attention.path import Attend, DecodePath, Operand
 
 # Strides in words, and in scales, that Triton sees to be multiples of sixteen.
 ALIGNMENT = 64
@@ -15,21 +15,20 @@ def _plan(call: AttendCall) -> Attend:
     return plan(call)
 
 
-def _positions(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int], list[int]]:
-    from turboquant_core.ops.decode_attention.fragment.operands import operand_channels
+def _operand(head_dim: int, key_bits: int, value_bits: int) -> Operand:
+    from turboquant_core.ops.decode_attention.fragment.operands import operand
 
-    return operand_channels(head_dim, key_bits, value_bits)
+    return operand(head_dim, key_bits, value_bits)
 
 
 FRAGMENT = DecodePath(
     name="fragment",
     plan=_plan,
     launch_of=fragment_launch,
-    positions=_positions,
+    operand=_operand,
     head_dims=(64, 128, 256),
-    key_bits=tuple(WIDTHS),
-    # Its polynomial misses the outermost centroids of 8 bits by more than a short row of values averages out.
-    value_bits=tuple(bits for bits in WIDTHS if bits < 8),
+    key_bits=tuple(STREAMS),
+    value_bits=tuple(STREAMS),
     block_size_multiple=SUBTILE,
     capability=(8, 0),
     gluon="ampere",

@@ -7,11 +7,17 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from turboquant_core.ops._triton.lanes import lane_constant
 from turboquant_core.ops.decode_attention.call import AttendCounts
 from turboquant_core.ops.decode_attention.fragment.operands import (
+    column_of_heads,
+    columns_of_heads,
+    head_layout,
+    head_of_column,
     key_operand,
     key_word_layout,
     let_next_kernel_start,
     mma_layout,
+    parts_of_heads,
     right_layout,
+    value_columns,
     value_operand,
     value_word_layout,
     wait_for_previous_kernel,
@@ -50,8 +56,9 @@ def fragment_kernel(
 ):  # fmt: skip
     """Grid (num_workers, num_kv_heads * num_columns / columns), one warp each."""
     mma: gl.constexpr = mma_layout()
-    right: gl.constexpr = right_layout()
+    right: gl.constexpr = right_layout(4)
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    by_head: gl.constexpr = gl.SliceLayout(0, head_layout(sizes.columns))
     tile_tokens: gl.constexpr = sizes.tile
     subtiles: gl.constexpr = tile_tokens // 16
     head_dim: gl.constexpr = layout.head_dim
@@ -91,10 +98,14 @@ def fragment_kernel(
         allocate_roots(stages, subtiles),
         allocate_roots(stages, subtiles),
     )
-    column = first_column + gl.arange(0, columns, by_column)
-    operand_column = first_column + gl.arange(0, columns, gl.SliceLayout(0, right))[None, :]
+    # A query takes two columns of the products with keys: the high and the low part of its coordinates.
+    part = 2 * first_column + gl.arange(0, 2 * columns, by_column)
+    operand_part = 2 * first_column + gl.arange(0, 2 * columns, gl.SliceLayout(0, right))[None, :]
     operand_channel = gl.arange(0, head_dim, gl.SliceLayout(1, right))[:, None]
+    column = first_column + gl.arange(0, columns, by_head)
     channel = gl.arange(0, head_dim, gl.SliceLayout(1, mma))[:, None]
+    output_column = gl.arange(0, value_columns(columns), by_column)
+    output_head = first_column + head_of_column(output_column, columns)
 
     while tile < share_end:
         row_begin = gl.load(tensors.cu_tiles + row)
@@ -108,23 +119,26 @@ def fragment_kernel(
             end = begin + gl.minimum(share_end, row_end) - tile
 
             place = (row.to(gl.int64) * layout.num_kv_heads + head) * num_columns
-            used = operand_column < row_len * sizes.group
+            used = row_len * sizes.group
             query = gl.load(
-                tensors.operand + (place + operand_column) * head_dim + operand_channel, mask=used, other=0.0
+                tensors.operand + (2 * place + operand_part) * head_dim + operand_channel,
+                mask=operand_part < 2 * used,
+                other=0,
             )
-            scale = gl.load(tensors.factor + place + column, mask=column < row_len * sizes.group, other=0.0)
-            shift = gl.zeros([columns], gl.float32, by_column)
+            lacking = gl.load(tensors.offset + place + part // 2, mask=(part % 2 == 1) & (part < 2 * used), other=0)
+            scale = gl.load(tensors.factor + place + column, mask=column < used, other=0.0)
+            shift = gl.zeros([columns], gl.float32, by_head)
             if sizes.has_softcap and tensors.bias is not None:
-                shift = gl.load(tensors.bias + place + column, mask=column < row_len * sizes.group, other=0.0)
+                shift = gl.load(tensors.bias + place + column, mask=column < used, other=0.0)
             position = length - row_len + column // sizes.group
             if block_size == 0:
                 blocks = row
             else:
                 blocks = tensors.block_table + row.to(gl.int64) * block_table_stride
 
-            top = gl.full([columns], LOWEST, gl.float32, by_column)
-            total = gl.zeros([16, columns], gl.float32, mma)
-            result = gl.zeros([head_dim, columns], gl.float32, mma)
+            top = gl.full([columns], LOWEST, gl.float32, by_head)
+            total = gl.zeros([16, columns], gl.float32, head_layout(columns))
+            result = gl.zeros([head_dim, value_columns(columns)], gl.float32, mma)
             # Tiles that every query token sees in full need no mask. The order of tiles does not matter.
             if window > 0:
                 first = gl.maximum(start, length - window)
@@ -158,9 +172,9 @@ def fragment_kernel(
                         gl.minimum(full + stages, last), False, length, blocks, last_block, block_size, subtiles
                     )
                     top, total, result = _attend_tile(
-                        full, turn % stages, buffers, False, length, start, position, query, scale, shift, softcap,
-                        top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
-                        window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                        full, turn % stages, buffers, False, length, start, position, query, lacking, scale, shift,
+                        softcap, top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns,
+                        subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                     )  # fmt: skip
                 async_copy.wait_group(0)
             for n in range(0, end - begin - (full_end - full_begin)):
@@ -173,13 +187,17 @@ def fragment_kernel(
                 )  # fmt: skip
                 async_copy.wait_group(0)
                 top, total, result = _attend_tile(
-                    edge, 0, buffers, True, length, start, position, query, scale, shift, softcap,
-                    top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns, subtiles,
-                    window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                    edge, 0, buffers, True, length, start, position, query, lacking, scale, shift,
+                    softcap, top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns,
+                    subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                 )  # fmt: skip
 
             slot = ((worker + row).to(gl.int64) * layout.num_kv_heads + head) * num_columns
-            gl.store(tensors.partial + (slot + column[None, :]) * head_dim + channel, result)
+            partial = tensors.partial + (slot + output_head[None, :]) * head_dim + channel
+            if columns == 4:
+                gl.store(partial, result, mask=output_column[None, :] % 2 == 0)
+            else:
+                gl.store(partial, result)
             gl.store(tensors.stats + 2 * slot + column, top)
             gl.store(tensors.stats + 2 * slot + num_columns + column, gl.sum(total, axis=0))
             tile += end - begin
@@ -188,7 +206,7 @@ def fragment_kernel(
 
 @gluon.jit
 def _attend_tile(
-    index, stage, buffers, masked: gl.constexpr, length, start, position, query, scale, shift, softcap,
+    index, stage, buffers, masked: gl.constexpr, length, start, position, query, lacking, scale, shift, softcap,
     top, total, result, key_table, value_table,
     head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr, columns: gl.constexpr,
     subtiles: gl.constexpr, window: gl.constexpr, has_softcap: gl.constexpr, key_asm: gl.constexpr,
@@ -199,20 +217,21 @@ def _attend_tile(
     `top` is the reference exponent of each column: the largest log2 of weight times value scale so far, so that the
     weights that multiply value codes are at most about one and fit float16, whatever the scales are.
     """
-    mma: gl.constexpr = mma_layout()
-    token = gl.arange(0, 16, gl.SliceLayout(1, mma))
-    zeros = gl.zeros([16, columns], gl.float32, mma)
+    by_head: gl.constexpr = head_layout(columns)
+    token = gl.arange(0, 16, gl.SliceLayout(1, by_head))
+    zeros = gl.zeros([16, columns], gl.float32, by_head)
     words: gl.constexpr = head_dim // 8
-    row_layout: gl.constexpr = gl.SliceLayout(1, mma)
+    row_layout: gl.constexpr = gl.SliceLayout(1, by_head)
     scores = ()
     value_scale = ()
-    highest = top
     scale_tile = scale[None, :] + zeros
+    lacking_tile = lacking[None, :] + gl.zeros([16, 2 * columns], gl.int32, mma_layout())
     for j in gl.static_range(subtiles):
         at = stage * subtiles + j
         key_words = read_words(buffers[0], at, key_word_layout(words), head_dim, key_bits)
         keys = key_operand(key_words, key_table, head_dim, key_asm, key_constraints, key_bits > 4)
-        score = mma_v2(keys, query, zeros)
+        high, low = parts_of_heads(mma_v2(keys, query, lacking_tile), columns)
+        score = (high * 128 + low).to(gl.float32)
         token_at = (index * subtiles + j) * 16 + token
         root = buffers[2].index(at).load(row_layout).to(gl.float32)
         if masked:
@@ -243,7 +262,7 @@ def _attend_tile(
 
     highest = gl.maximum(top, gl.max(reached, axis=0))
     rescale = gl.exp2(top - highest)
-    result = result * rescale[None, :]
+    result = result * column_of_heads(rescale, columns)[None, :]
     total = total * rescale[None, :]
     floor = zeros - highest[None, :]
     for j in gl.static_range(subtiles):
@@ -252,7 +271,8 @@ def _attend_tile(
         else:
             weight = gl.exp2(gl.fma(scores[j], scale_tile, floor))
         total += weight
-        right = weight_operand(weight * value_scale[j][:, None], columns)
+        weights = columns_of_heads(weight * value_scale[j][:, None], columns)
+        right = weight_operand(weights, value_columns(columns))
         value_words = read_words(buffers[1], stage * subtiles + j, value_word_layout(words), head_dim, value_bits)
         values = value_operand(value_words, value_table, head_dim, value_asm, value_constraints, value_bits > 4)
         result = mma_v2(values, right, result)

@@ -2,14 +2,18 @@
 
 A warp reads the codes of sixteen tokens straight into the registers in which the tensor cores want their operand, looks
 the centroids up there and multiplies. Which lane holds which channel is free as long as the query (for keys) and the
-un-rotation (for values) list channels in the same order: `operand_channels` is that order, and the `convert_layout`s to
+un-rotation (for values) list channels in the same order: `operand` has that order, and the `convert_layout`s to
 operands are asserted to be no instruction.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from turboquant_core.ops.decode_attention.fragment.lookup import lookup
+from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, value_lookup
+from turboquant_core.ops.decode_attention.path import Operand
+
+# High parts of a query's coordinate are at most 127, low parts at most 64.
+QUERY_STEPS = 127 * 128
 
 
 @gluon.constexpr_function
@@ -19,15 +23,23 @@ def mma_layout():
 
 
 @gluon.constexpr_function
-def left_layout():
-    """Operand A."""
-    return gl.DotOperandLayout(0, mma_layout(), 2)
+def left_layout(each):
+    """Operand A of float16, two in a register (`each`), or of int8, four."""
+    return gl.DotOperandLayout(0, mma_layout(), each)
 
 
 @gluon.constexpr_function
-def right_layout():
+def right_layout(each):
     """Operand B."""
-    return gl.DotOperandLayout(1, mma_layout(), 2)
+    return gl.DotOperandLayout(1, mma_layout(), each)
+
+
+@gluon.constexpr_function
+def head_layout(heads):
+    """[16 tokens, heads]: the accumulator's of twice as many columns, where a head has two neighbours, in one lane."""
+    tiles = [[0, 4 << i] for i in range((heads // 4).bit_length() - 1)]
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[8, 0], *tiles], lanes, [], [], [16, heads])
 
 
 @gluon.constexpr_function
@@ -56,18 +68,17 @@ def value_pair_layout(words):
 
 @gluon.jit
 def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr):
-    """Words of 16 tokens to operand A, float16 [16 tokens, head_dim]; `pair` says whether codes come in two words."""
+    """Words of 16 tokens to operand A, int8 [16 tokens, head_dim]; `pair` says whether codes come in two words."""
     count: gl.constexpr = head_dim // 8
     if pair:
-        args = (_twice(words[0]), _twice(words[1])) + table
+        args = (_twice(_twice(words[0])), _twice(_twice(words[1]))) + table
     else:
-        args = (_twice(words[0]),) + table
-    a, b, c, d = gl.inline_asm_elementwise(
-        asm, constraints, args, dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2
-    )
-    x = gl.reshape(_join4(a, b, c, d), [16, 4, count // 4, 2, 4])  # token, word over lanes, word in a lane, half, pair
+        args = (_twice(_twice(words[0])),) + table
+    a, b = gl.inline_asm_elementwise(asm, constraints, args, dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
+    # token, word over lanes, word in a lane, code, half of the word
+    x = gl.reshape(gl.join(a, b), [16, 4, count // 4, 4, 2])
     x = gl.reshape(gl.permute(x, [0, 2, 4, 1, 3]), [16, head_dim])
-    return gl.convert_layout(x, left_layout(), assert_trivial=True)
+    return gl.convert_layout(x, left_layout(4), assert_trivial=True)
 
 
 @gluon.jit
@@ -94,7 +105,7 @@ def value_operand(
     # token pair, word over lanes, word in a lane, token of the pair, place in the half, half of the word
     x = gl.reshape(x, [8, 8, count // 8, 2, 4, 2])
     x = gl.reshape(gl.permute(x, [2, 5, 4, 1, 0, 3]), [head_dim, 16])
-    return gl.convert_layout(x, left_layout(), assert_trivial=True)
+    return gl.convert_layout(x, left_layout(2), assert_trivial=True)
 
 
 @gluon.jit
@@ -113,7 +124,53 @@ def weight_operand(weights, columns: gl.constexpr):
         pack=2,
     )
     x = gl.permute(gl.reshape(x, [2, 8, columns // 8, 8]), [0, 3, 2, 1])
-    return gl.convert_layout(gl.reshape(x, [16, columns]), right_layout(), assert_trivial=True)
+    return gl.convert_layout(gl.reshape(x, [16, columns]), right_layout(2), assert_trivial=True)
+
+
+@gluon.jit
+def parts_of_heads(columns, heads: gl.constexpr):
+    """Columns [16 tokens, 2 * heads], two neighbours a head, as two tensors [16 tokens, heads]."""
+    high, low = gl.split(gl.reshape(columns, [16, heads, 2]))
+    layout: gl.constexpr = head_layout(heads)
+    return gl.convert_layout(high, layout, assert_trivial=True), gl.convert_layout(low, layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def value_columns(heads):
+    """Columns of the products with values: four heads fill every other one of eight."""
+    return max(8, heads)
+
+
+@gluon.jit
+def head_of_column(column, heads: gl.constexpr):
+    """The head of a column of the products with values: see `columns_of_heads`."""
+    if heads == 4:
+        return column // 2
+    else:
+        return column // 8 * 8 + column % 2 * 4 + column % 8 // 2
+
+
+@gluon.jit
+def columns_of_heads(x, heads: gl.constexpr):
+    """[16 tokens, heads] to columns of the products with values, without leaving a lane: [16 tokens, columns].
+
+    A lane has heads q, q + 4, …, and in the accumulator columns 2q and 2q + 1 of every eight.
+    """
+    if heads == 4:
+        wide = gl.reshape(gl.join(x, gl.zeros_like(x)), [16, 8])
+    else:
+        wide = gl.reshape(gl.permute(gl.reshape(x, [16, heads // 8, 2, 4]), [0, 1, 3, 2]), [16, heads])
+    return gl.convert_layout(wide, mma_layout(), assert_trivial=heads == 4)
+
+
+@gluon.jit
+def column_of_heads(x, heads: gl.constexpr):
+    """The same of one row [heads]."""
+    if heads == 4:
+        wide = gl.reshape(gl.join(x, x), [8])
+    else:
+        wide = gl.reshape(gl.permute(gl.reshape(x, [heads // 8, 2, 4]), [0, 2, 1]), [heads])
+    return gl.convert_layout(wide, gl.SliceLayout(0, mma_layout()), assert_trivial=False)
 
 
 @gluon.jit
@@ -151,25 +208,25 @@ def _join4(a, b, c, d):
     return gl.reshape(x, shape + [4])
 
 
-def operand_channels(head_dim: int, key_bits: int, value_bits: int) -> tuple[list[int], list[int]]:
-    """Which channel every operand position is: for keys (the query's order), and for values (the output's)."""
+def operand(head_dim: int, key_bits: int, value_bits: int) -> Operand:
+    """How the kernel takes a query, and what its results are in."""
     words = head_dim // 8
-    key_order, value_order = lookup(head_dim, key_bits).key_order, lookup(head_dim, value_bits).value_order
+    key, value = key_lookup(head_dim, key_bits), value_lookup(head_dim, value_bits)
 
     def channel(word: int, code: int) -> int:
         return 4 * word + code // 2 + code % 2 * (head_dim // 2)
 
-    keys = [
-        channel(lane * (words // 4) + inner, key_order[2 * pair + half])
+    queries = [
+        channel(lane * (words // 4) + inner, key.order[4 * half + code])
         for inner in range(words // 4)
-        for pair in range(4)
-        for lane in range(4)
         for half in range(2)
+        for lane in range(4)
+        for code in range(4)
     ]
-    values = [
-        channel(lane * (words // 8) + inner, value_order[place])
+    outputs = [
+        channel(lane * (words // 8) + inner, value.order[place])
         for inner in range(words // 8)
         for place in range(8)
         for lane in range(8)
     ]
-    return keys, values
+    return Operand(queries, outputs, key.unit, value.unit, QUERY_STEPS, key.offset)

@@ -13,19 +13,19 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from turboquant_core._compat import async_load
 from turboquant_core.ops._triton.bounds import existing_block
 from turboquant_core.ops._triton.codes import scale_pointers
-from turboquant_core.ops.decode_attention.fragment.widths import WIDTHS
+from turboquant_core.ops.decode_attention.fragment.widths import STREAMS
 
 
 @gluon.constexpr_function
 def streams(bits):
     """How many streams codes of `bits` bits have."""
-    return len(WIDTHS[bits].streams)
+    return len(STREAMS[bits])
 
 
 @gluon.constexpr_function
 def stream_words(head_dim, bits, index):
     """The different words of a stream in one row of codes; narrow planes serve several words of eight codes each."""
-    return head_dim * WIDTHS[bits].streams[index] // 32
+    return head_dim * STREAMS[bits][index] // 32
 
 
 @gluon.constexpr_function
