@@ -14,7 +14,7 @@ from turboquant_hf.attention.handover import Stored, hand_over
 from turboquant_hf.storage.growing.store import growing_store
 
 EXACT = {"key_bits": 8, "value_bits": 8}
-# What 8 bits cost here is 0.002 to 0.01 of the logits' norm; a token too many or too few costs 0.1 and more.
+# What 8 bits cost here is 0.003 to 0.02 of the logits' norm; a token too many or too few costs 0.1 and more.
 NOISE = 0.03
 PROMPT = 30
 

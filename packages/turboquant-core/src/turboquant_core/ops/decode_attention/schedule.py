@@ -46,6 +46,19 @@ def row_reach(
 
 
 @triton.jit
+def row_share(
+    tensors, row, at, share_end, query_len, num_tokens, row_capacity, tile: tl.constexpr, window: tl.constexpr
+):  # fmt: skip
+    """`row_reach`, and of the row's own tiles the first and the one past the last in a share that has come to `at`."""
+    length, start, row_len, first = row_reach(
+        row, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens, row_capacity, window
+    )
+    begin = first // tile + at - tl.load(tensors.cu_tiles + row)
+    end = begin + tl.minimum(share_end, tl.load(tensors.cu_tiles + row + 1)) - at
+    return length, start, row_len, first, begin, end
+
+
+@triton.jit
 def owner(tile, num_workers, num_tiles):
     """The worker whose share holds a tile."""
     small = num_tiles // num_workers

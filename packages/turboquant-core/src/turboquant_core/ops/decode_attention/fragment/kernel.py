@@ -30,7 +30,7 @@ from turboquant_core.ops.decode_attention.fragment.tiles import (
     read_words,
     tile_pages,
 )
-from turboquant_core.ops.decode_attention.schedule import row_reach, share_start
+from turboquant_core.ops.decode_attention.schedule import row_share, share_start
 from turboquant_core.ops.decode_attention.scores import scale_exponents, softcapped
 
 LOWEST = gl.constexpr(-1e30)
@@ -108,16 +108,10 @@ def fragment_kernel(
     output_head = first_column + head_of_column(output_column, columns)
 
     while tile < share_end:
-        row_begin = gl.load(tensors.cu_tiles + row)
-        row_end = gl.load(tensors.cu_tiles + row + 1)
-        if row_end > tile:
-            length, start, row_len, first = row_reach(
-                row, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
-                row_capacity, window,
-            )  # fmt: skip
-            begin = first // tile_tokens + tile - row_begin
-            end = begin + gl.minimum(share_end, row_end) - tile
-
+        if gl.load(tensors.cu_tiles + row + 1) > tile:
+            length, start, row_len, first, begin, end = row_share(
+                tensors, row, tile, share_end, query_len, num_tokens, row_capacity, tile_tokens, window
+            )
             place = (row.to(gl.int64) * layout.num_kv_heads + head) * num_columns
             used = row_len * sizes.group
             query = gl.load(

@@ -12,7 +12,7 @@ from turboquant_core.ops.decode_attention.portable.lookup import (
     permute_halves,
     permute_int8,
 )
-from turboquant_core.ops.decode_attention.schedule import row_reach, share_start
+from turboquant_core.ops.decode_attention.schedule import row_share, share_start
 from turboquant_core.ops.decode_attention.scores import scale_exponents, softcapped
 
 LOWEST = tl.constexpr(-1e30)
@@ -72,16 +72,10 @@ def portable_kernel(
     pages = tensors.pages + head.to(tl.int64) * page_head_stride
 
     while at < share_end:
-        row_begin = tl.load(tensors.cu_tiles + row)
-        row_end = tl.load(tensors.cu_tiles + row + 1)
-        if row_end > at:
-            length, start, row_len, first = row_reach(
-                row, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
-                row_capacity, window,
-            )  # fmt: skip
-            begin = first // tile + at - row_begin
-            end = begin + tl.minimum(share_end, row_end) - at
-
+        if tl.load(tensors.cu_tiles + row + 1) > at:
+            length, start, row_len, _, begin, end = row_share(
+                tensors, row, at, share_end, query_len, num_tokens, row_capacity, tile, window
+            )
             used = column < row_len * sizes.group
             place = (row.to(tl.int64) * layout.num_kv_heads + head) * num_columns + column
             query = tl.load(
