@@ -232,7 +232,8 @@ class TurboQuantLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop got {tokens_to_remove}; pass the number of tokens to remove as a negative number")
         if tokens_to_remove and self.is_initialized:
-            self.store.crop(max(0, self.store.num_tokens + tokens_to_remove))
+            # Older versions of transformers pass a tensor, which lengths would then be, and be changed in place.
+            self.store.crop(max(0, self.store.num_tokens + int(tokens_to_remove)))
 
     def reset(self) -> None:
         """Forget every token, and free its memory."""
