@@ -87,15 +87,25 @@ def prompt():
 
 
 class Along(LogitsProcessor):
-    """Leaves one token each time: that of a given text int64 [batch_size, length]."""
+    """Leaves one token each time: that of a given text int64 [batch_size, num_tokens] after a prompt."""
 
-    def __init__(self, text):
-        self._text = text
+    def __init__(self, text, prompt_tokens):
+        self._text, self._prompt_tokens = text, prompt_tokens
 
     def __call__(self, input_ids, scores):
-        # Drafts look beyond the last token.
-        at = min(input_ids.shape[1], self._text.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, self._text[: len(scores), at, None], 0.0)
+        token = self._text[:, input_ids.shape[1] - self._prompt_tokens, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+def assert_near(found, expected, tolerance=0.02):
+    """Every token's logits float [..., vocab_size] differ by less than this share of their norm."""
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < tolerance
+
+
+@pytest.fixture(scope="session", name="assert_near")
+def assert_near_fixture():
+    return assert_near
 
 
 @pytest.fixture(scope="session")
@@ -103,11 +113,13 @@ def assert_says_the_same():
     """Along the text that a model writes from one cache, it says from another what the noise of codes explains.
 
     Two texts that a model writes freely part where tokens are equally likely, or a coordinate lies on a boundary
-    between two codes, by the rounding of a processor.
+    between two codes, by the rounding of a processor. So the text is written once, from `found`: the other cache is
+    given it token by token, one row for each answer, however its tokens were chosen. Returns the prompts and the text.
     """
 
-    def check(model, prompt, found, expected, *, tolerance=0.05, found_options=None, **options):
+    def check(model, prompt, found, expected, *, tolerance=0.02, found_options=None, **options):
         common = {
+            "inputs": prompt,
             "attention_mask": torch.ones_like(prompt),
             "max_new_tokens": 12,
             "do_sample": False,
@@ -116,13 +128,20 @@ def assert_says_the_same():
             "return_dict_in_generate": True,
             **options,
         }
-        before = model.generate(prompt, past_key_values=expected, **common)
-        along = LogitsProcessorList([Along(before.sequences)])
-        now = model.generate(prompt, past_key_values=found, logits_processor=along, **common | (found_options or {}))
-        assert torch.equal(now.sequences, before.sequences)
-        expected_logits, found_logits = (torch.stack(answer.logits) for answer in (before, now))
-        errors = (found_logits - expected_logits).norm(dim=-1) / expected_logits.norm(dim=-1)
-        assert errors.max() < tolerance
+        written = model.generate(past_key_values=found, **common | (found_options or {}))
+        num_tokens, answers = len(written.logits), len(written.sequences) // len(prompt)
+        text = written.sequences[:, -num_tokens:]
+        along = LogitsProcessorList([Along(text, prompt.shape[1])])
+        # Several answers to a prompt are given where tokens are sampled, be there one to choose from.
+        forced = {"num_beams": 1, "num_return_sequences": answers, "do_sample": answers > 1, "logits_processor": along}
+        given = model.generate(past_key_values=expected, **common | forced)
+        assert torch.equal(given.sequences[:, -num_tokens:], text)
+        logits = torch.stack(written.logits)
+        if "num_beams" in options:
+            # The beam that each token was chosen from.
+            logits = logits[torch.arange(num_tokens)[:, None], written.beam_indices.T]
+        assert_near(logits, torch.stack(given.logits), tolerance)
+        return written.sequences
 
     return check
 

@@ -149,7 +149,7 @@ def test_prefix_tuning_of_peft_is_told_what_it_does(tiny_model):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "turboquant"])
-def test_a_cache_is_filled_from_a_prefix(tiny_model, attention):
+def test_a_cache_is_filled_from_a_prefix(tiny_model, attention, assert_says_the_same):
     """What docs/quickstart-hf.md says of PEFT's prefixes."""
     tiny_model.set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(1)
@@ -157,9 +157,7 @@ def test_a_cache_is_filled_from_a_prefix(tiny_model, attention):
     cache, tokens = TurboQuantCache(tiny_model.config, **EXACT), torch.nn.functional.pad(ids(6), (10, 0))
     for index, (keys, values, *_) in enumerate(prefix):
         cache.update(keys, values, index)
-    arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
-    expected = tiny_model.generate(tokens, past_key_values=prefix, **arguments)
-    assert torch.equal(tiny_model.generate(tokens, past_key_values=cache, **arguments), expected)
+    assert_says_the_same(tiny_model, tokens, cache, prefix)
     tiny_model.set_attn_implementation("sdpa")
 
 

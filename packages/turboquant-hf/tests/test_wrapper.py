@@ -9,6 +9,7 @@ from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 def generate(model, prompt, cache, **kwargs):
     arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **kwargs}
+    arguments.setdefault("attention_mask", torch.ones_like(prompt))
     return model.generate(prompt, past_key_values=cache, **arguments)
 
 

@@ -232,7 +232,7 @@ def test_drafts_that_are_taken_back(model, name, assert_says_the_same):
         pytest.skip("generate takes no drafts for models with linear attention")
     prompt = ids(1, 10).repeat(1, 16)
     caches = [TurboQuantCache(model.config) for _ in range(2)]
-    assert_says_the_same(model, prompt, *caches, found_options={"prompt_lookup_num_tokens": 5})
+    assert_says_the_same(model, prompt, *caches, tolerance=0.03, found_options={"prompt_lookup_num_tokens": 5})
 
 
 def test_layers_and_memory(model, name):
@@ -260,15 +260,12 @@ def test_without_recording_what_left_the_window_cannot_be_taken_back():
 
 
 @pytest.mark.parametrize("build", [gemma3, falcon_h1])
-def test_beams_over_a_window_or_a_state(build, attention):
+def test_beams_over_a_window_or_a_state(build, attention, assert_says_the_same):
     torch.manual_seed(3)
     model = build(attention).eval()
-    prompt = ids(2, 2 * WINDOW)
-    scores = [
-        generate(model, prompt, cache, num_beams=3, output_scores=True, return_dict_in_generate=True).sequences_scores
-        for cache in (TurboQuantCache(model.config, **EXACT), DynamicCache(config=model.config))
-    ]
-    torch.testing.assert_close(*scores, rtol=0.01, atol=0)
+    cache = TurboQuantCache(model.config, **EXACT)
+    expected = DynamicCache(config=model.config)
+    assert_says_the_same(model, ids(2, 2 * WINDOW), cache, expected, tolerance=0.03, num_beams=3)
 
 
 @pytest.mark.parametrize("build", [gemma3n, gemma4])

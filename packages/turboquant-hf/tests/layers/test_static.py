@@ -48,35 +48,27 @@ def addresses(cache):
 
 
 def steps(forward, model, cache, prompt, mask=None, num_steps=4):
-    """Logits of greedy decoding, the prompt without compiling."""
+    """Logits of a prompt, without compiling, and of each token after it."""
     with torch.no_grad():
         given = None if mask is None else mask[:, : prompt.shape[1]]
         logits = [model(prompt, attention_mask=given, past_key_values=cache).logits[:, -1]]
-        for step in range(num_steps):
+        for step, token in enumerate(ids(len(prompt), num_steps, seed=12).split(1, dim=1)):
             length = prompt.shape[1] + step
             given = None if mask is None else mask[:, : length + 1]
-            token = logits[-1].argmax(-1, keepdim=True)
             position = torch.full((1, 1), length)
             output = forward(token, attention_mask=given, position_ids=position, past_key_values=cache)
             logits.append(output.logits[:, -1])
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"prefill_chunk_size": 7}])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=str)
 @pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
 def test_says_what_the_growing_cache_says(model, preset, options, assert_says_the_same):
+    # At fractional bits the tokens of a chunk see each other as they are where storage is static, fused too.
+    kept = {"recent_tokens": 0} if preset == "tq2.5" and "prefill_chunk_size" in options else {}
+    caches = new_cache(model, preset=preset, **kept), TurboQuantCache(model.config, preset, **kept)
     torch.manual_seed(0)
-    caches = new_cache(model, preset=preset), TurboQuantCache(model.config, preset)
     assert_says_the_same(model, ids(), *caches, **options)
-
-
-@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
-def test_beams_are_as_likely_as_those_of_the_growing_cache(model, preset):
-    scores = [
-        generate(model, ids(), cache, num_beams=3, output_scores=True, return_dict_in_generate=True).sequences_scores
-        for cache in (new_cache(model, preset=preset), TurboQuantCache(model.config, preset))
-    ]
-    torch.testing.assert_close(*scores, rtol=0.01, atol=0)
 
 
 def test_left_padding(model, assert_says_the_same):

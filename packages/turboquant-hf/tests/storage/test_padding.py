@@ -140,18 +140,12 @@ def test_a_layer_that_is_offloaded_before_attention(model, ids, offloaded_cache)
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
-def test_beams_and_answers_of_a_padded_batch(model, ids, max_length):
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}])
+def test_beams_and_answers_of_a_padded_batch(model, ids, max_length, options, assert_says_the_same):
     ids, mask = ids[:, : PADDED + PROMPT], padding_mask()[:, : PADDED + PROMPT]
-    for kwargs in ({"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}):
-        texts = []
-        for cache in (
-            DynamicCache(config=model.config),
-            TurboQuantCache(model.config, key_bits=8, value_bits=8, max_length=max_length),
-        ):
-            torch.manual_seed(1)
-            arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **kwargs}
-            texts.append(model.generate(ids, attention_mask=mask, past_key_values=cache, **arguments))
-        assert torch.equal(*texts)
+    cache = TurboQuantCache(model.config, key_bits=8, value_bits=8, max_length=max_length)
+    torch.manual_seed(1)
+    assert_says_the_same(model, ids, cache, DynamicCache(config=model.config), attention_mask=mask, **options)
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
