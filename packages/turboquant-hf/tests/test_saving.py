@@ -392,9 +392,9 @@ def test_another_model_is_refused(tiny_config, saved):
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+LINEAR["original_max_position_embeddings"] = 8192
 YARN = {**LINEAR, "rope_type": "yarn"}
 LLAMA3 = {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3["original_max_position_embeddings"] = 8192
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from turboquant_hf.storage.store import Store
 class TurboQuantStaticLayer(TurboQuantLayer):
     """A layer for `torch.compile` and CUDA graphs: preallocated, written in place, at fixed addresses.
 
-    Without `attn_implementation="turboquant"` every step dequantises the whole of it.
+    Without `attn_implementation="turboquant"` every step dequantises the whole of it. At fractional bits, which that
+    attention has no kernel for, recent tokens of one call see each other as they are.
 
     Args:
         max_length: The most tokens of a sequence.
