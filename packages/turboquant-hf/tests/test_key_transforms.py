@@ -225,3 +225,16 @@ def test_keys_of_fewer_heads_are_refused():
     layer = TurboQuantLayer(key_transform=MEAN)
     with pytest.raises(ValueError, match=r"key_mean is torch.float32 \[2, 64\]; these keys need float32 \[1, 64\]"):
         layer.update(*torch.randn(2, 1, 1, 5, 64))
+
+
+def test_layers_own_what_they_are_given(tiny_model, prompt, tmp_path):
+    """One transform for all layers can be saved, and a later change of its tensors reaches neither cache nor file."""
+    transform = KeyTransform(TRANSFORMS[0].mean.clone())
+    layers = range(tiny_model.config.num_hidden_layers)
+    cache = filled(
+        tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms=dict.fromkeys(layers, transform))
+    )
+    transform.mean.add_(5)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = TurboQuantCache.load(tmp_path / "cache.safetensors", tiny_model.config)
+    assert torch.equal(*(next_logits(tiny_model, prompt, each) for each in (cache, loaded)))

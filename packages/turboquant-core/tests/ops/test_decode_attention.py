@@ -49,6 +49,8 @@ CASES = {
     "window, contiguous": DecodeCase(seq_lens=(30, 150), window=20, query_lens=2, paged=False),
     "softcap": DecodeCase(seq_lens=(70, 5), softcap=0.5),
     "scale": DecodeCase(seq_lens=(70, 5), scale=0.5),
+    "negative scale": DecodeCase(seq_lens=(70, 5), scale=-0.2),
+    "scale 0": DecodeCase(seq_lens=(70, 5), scale=0.0),
     "sinks": DecodeCase(seq_lens=(70, 0, 3), sinks=True, query_lens=2, num_heads=8, num_kv_heads=2),
     "mean": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, num_heads=8, num_kv_heads=2),
     "mean and sinks": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, sinks=True, query_lens=(2, 1, 3)),
@@ -608,6 +610,36 @@ def test_the_output_is_written_beside_the_query_and_not_on_it(device):
         with pytest.raises(ValueError, match=r"out, at .*, shares memory with query, at .* Give a tensor of its own"):
             attend_into(out)
     assert torch.equal(query, inputs.query)
+
+
+@pytest.mark.parametrize("path", ["reference", *kernels(DecodeCase())])
+def test_a_query_with_nan_gives_none_to_its_head_alone(device, path):
+    inputs = build(DecodeCase(seq_lens=(20, 40)), device)
+    expected, _ = attend(inputs, path)
+    inputs.query[0, 1, 5] = math.nan
+    out, lse = attend(inputs, path)
+    assert out[0, 1].isnan().all()
+    assert not lse[0, 1].isfinite()
+    out[0, 1] = expected[0, 1]
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("path", ["reference", *kernels(DecodeCase())])
+def test_a_key_too_long_for_its_scale_is_no_key_of_weight_zero(device, path, softcap):
+    inputs = build(DecodeCase(seq_lens=(20,), softcap=softcap), device)
+    inputs.case.layout.views(inputs.pages).key_scales[inputs.block_table[0, 0], :, 3] = math.inf
+    assert attend(inputs, path)[0].isnan().all()
+
+
+@pytest.mark.parametrize("path", ["reference", *kernels(DecodeCase())])
+def test_minus_infinity_is_no_sink(device, path):
+    inputs = build(DecodeCase(seq_lens=(0, 20), sinks=True), device)
+    inputs.options["sinks"][:2] = -math.inf
+    out, lse = attend(inputs, path)
+    assert not out[0, :2].any()
+    assert lse[0, :2].isneginf().all()
+    assert out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("sink", [math.nan, math.inf])

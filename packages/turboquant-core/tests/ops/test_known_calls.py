@@ -1,5 +1,7 @@
 """Arguments are checked once for each shape of a call, and no call that differs slips through."""
 
+from importlib import import_module
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops._dispatch import MAX_KNOWN_CALLS, KnownCalls
 
+update_api = import_module("turboquant_core.ops.cache_update.api")
 LAYOUT = KVCacheLayout(TurboQuantConfig(64), num_kv_heads=2, block_size=16)
 
 
@@ -105,3 +108,18 @@ def test_the_next_call_of_a_shape_reads_its_own_data():
     pages.zero_()
     update(pages=pages, slot_mapping=torch.full((3,), -1))
     assert not pages.any()
+
+
+def test_an_address_of_keys_is_not_taken_for_one_of_pages(monkeypatch):
+    """Three addresses of a call: a plan for pages off by four bytes is none for keys off by four."""
+    planned = []
+    monkeypatch.setattr(update_api, "_plan", lambda key, value, pages, *rest: planned.append(key.data_ptr()))
+
+    def shifted(tensor):
+        return torch.empty(tensor.nbytes + 4, dtype=torch.uint8)[4:].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    pages, keys = LAYOUT.allocate(4), torch.ones(3, 2, 64)
+    monkeypatch.setattr(update_api, "_launches", KnownCalls())
+    update(pages=shifted(pages), key=keys)
+    update(pages=pages, key=shifted(keys))
+    assert len(planned) == 2

@@ -5,6 +5,8 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
+import torch
+
 from turboquant_core import TurboQuantConfig
 from turboquant_core._checks import check_int
 from turboquant_core.calibration import read_calibration
@@ -100,7 +102,8 @@ def build_layers(
         layer_config = TurboQuantConfig.preset(preset, attention[index].head_dim, **options)
         if index in transforms:
             _check_transform(transforms[index], attention[index], layer_config, codes["center_keys"])
-            options["key_transform"] = transforms[index]
+            # The layer's own: neither a change of the caller's tensors nor a layer that shares them reaches it.
+            options["key_transform"] = transforms[index].map(torch.clone)
         built.append(
             layer
             if index in skipped

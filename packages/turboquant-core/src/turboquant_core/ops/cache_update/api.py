@@ -62,9 +62,9 @@ def cache_update(
     """
     check_is_key_transform(key_transform)
     tensors = (key, value, pages, slot_mapping, *key_transform.parts)
-    misaligned = (key.data_ptr() | value.data_ptr() | pages.data_ptr()) % VECTOR_ALIGNMENT
+    misaligned = tuple(x.data_ptr() % VECTOR_ALIGNMENT for x in (key, value, pages))
     launch = _launches.look_up(
-        (layout, path, misaligned),
+        (layout, path, *misaligned),
         tensors,
         lambda: _plan(key, value, pages, slot_mapping, layout, key_transform, path),
     )

@@ -137,19 +137,21 @@ def decode_attention(
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if return_lse else None
     if plan.path is None:
-        result, result_lse = reference_decode_attention(
-            query,
-            pages,
-            block_table,
-            seq_lens,
-            layout,
-            query_len=plan.query_len,
-            query_start_loc=query_start_loc,
-            seq_starts=seq_starts,
-            sinks=sinks,
-            key_transform=key_transform,
-            **numbers,
-        )
+        # No kernel has a gradient.
+        with torch.no_grad():
+            result, result_lse = reference_decode_attention(
+                query,
+                pages,
+                block_table,
+                seq_lens,
+                layout,
+                query_len=plan.query_len,
+                query_start_loc=query_start_loc,
+                seq_starts=seq_starts,
+                sinks=sinks,
+                key_transform=key_transform,
+                **numbers,
+            )
         out.copy_(result)
         if lse is not None:
             lse.copy_(result_lse)

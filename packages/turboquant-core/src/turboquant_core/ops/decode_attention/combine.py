@@ -67,8 +67,10 @@ def combine_kernel(
     if sinks is not None:
         sink = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) / LN_2 - offset
         highest = tl.maximum(top, sink)
-        rescale = tl.exp2(top - highest)
-        total = total * rescale + tl.exp2(sink - highest)
+        # A row of no tokens and no sink stays at minus infinity.
+        shift = tl.where(highest > float("-inf"), highest, 0.0)
+        rescale = tl.exp2(top - shift)
+        total = total * rescale + tl.exp2(sink - shift)
         merged = merged * rescale[:, None]
         top = highest
     # No key and no sink: the output is zero and the log-sum-exp minus infinity.

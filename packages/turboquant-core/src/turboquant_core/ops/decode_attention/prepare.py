@@ -75,7 +75,8 @@ def prepare_kernel(
         rotated = tl.dot(q, matrix, rotated, input_precision=precision)
     # A rotation keeps lengths: over the query's length every coordinate is at most one.
     size = tl.sqrt(squares)
-    size = tl.where(size > 0, size, 1.0)
+    # A query with NaN in it has no length, and its scores are NaN by their factor.
+    size = tl.where(size == 0, 1.0, size)
     rotated = rotated / size[:, None]
     if steps > 0:
         whole = tl.floor(rotated * steps + 0.5).to(tl.int32)

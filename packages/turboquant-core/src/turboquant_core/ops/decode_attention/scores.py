@@ -14,6 +14,12 @@ def softcapped(score, cap):
 
 
 @triton.jit
+def score_scale(scale):
+    """The scale of keys for scores: NaN where it is infinite, for a score of minus infinity would be no weight."""
+    return scale + scale * 0.0
+
+
+@triton.jit
 def scale_exponents(scale):
     """log2 of scales from the bits of their float32, low by less than 0.09.
 

@@ -31,7 +31,7 @@ from turboquant_core.ops.decode_attention.fragment.tiles import (
     tile_pages,
 )
 from turboquant_core.ops.decode_attention.schedule import row_share, share_start
-from turboquant_core.ops.decode_attention.scores import scale_exponents, softcapped
+from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale, softcapped
 
 LOWEST = gl.constexpr(-1e30)
 
@@ -230,9 +230,12 @@ def _attend_tile(
         root = buffers[2].index(at).load(row_layout).to(gl.float32)
         if masked:
             root = gl.where(token_at < length, root, 0.0)
-        score = score * (root * root)[:, None]
+        score = score * score_scale(root * root)[:, None]
         if has_softcap:
             score = softcapped(score * scale_tile + shift[None, :], softcap)
+        elif masked:
+            # Of any sign: a mask comes after it.
+            score = score * scale_tile
         if masked:
             seen = (token_at[:, None] <= position[None, :]) & (token_at[:, None] >= start)
             if window > 0:
@@ -243,7 +246,7 @@ def _attend_tile(
             root = gl.where(token_at < length, root, 0.0)
         weight_scale = root * root
         exponent = scale_exponents(weight_scale)
-        if has_softcap:
+        if has_softcap or masked:
             reach = score + exponent[:, None]
         else:
             reach = gl.fma(score, scale_tile, exponent[:, None] + zeros)
@@ -260,7 +263,7 @@ def _attend_tile(
     total = total * rescale[None, :]
     floor = zeros - highest[None, :]
     for j in gl.static_range(subtiles):
-        if has_softcap:
+        if has_softcap or masked:
             weight = gl.exp2(scores[j] + floor)
         else:
             weight = gl.exp2(gl.fma(scores[j], scale_tile, floor))

@@ -13,7 +13,7 @@ from turboquant_core.ops.decode_attention.portable.lookup import (
     permute_int8,
 )
 from turboquant_core.ops.decode_attention.schedule import row_share, share_start
-from turboquant_core.ops.decode_attention.scores import scale_exponents, softcapped
+from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale, softcapped
 
 LOWEST = tl.constexpr(-1e30)
 INT8_FULL = tl.constexpr(PARTS["int8"].full)
@@ -106,7 +106,7 @@ def portable_kernel(
                 codes = _load_codes(head_rows, slot, valid, keys, octet, padded_octet)
                 scales = load_scales(head_rows + keys.scales + slot * keys.scale_stride, valid)
                 score = _key_product(high, low, codes, key_entries, keys.bits, key_product, key_permute, widen)
-                score = score * scale[:, None] * scales[None, :]
+                score = score * scale[:, None] * score_scale(scales)[None, :]
                 if sizes.has_softcap:
                     score = softcapped(score + shift[:, None], softcap)
                 seen = (token[None, :] <= last[:, None]) & (token >= start)[None, :] & used[:, None]
