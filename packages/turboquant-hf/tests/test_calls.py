@@ -143,7 +143,7 @@ def test_a_longer_call_that_stopped_is_taken_back(model, options):
     interrupt(model, ids(20, seed=2), cache)
     cache.crop(-20)
     actual, wanted = (forward(model, ids(4, seed=3), which) for which in (cache, expected))
-    assert (actual - wanted).norm() < 0.02 * wanted.norm()
+    assert (actual - wanted).norm() < 0.03 * wanted.norm()
 
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 128}], ids=["growing", "static"])
@@ -313,7 +313,7 @@ def test_a_call_that_stopped_inside_a_layer(model, options, num_tokens, layer, w
     if num_tokens <= 8:
         torch.testing.assert_close(actual, wanted)
     else:
-        assert (actual - wanted).norm() < 0.02 * wanted.norm()
+        assert (actual - wanted).norm() < 0.03 * wanted.norm()
 
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 128}], ids=["growing", "static"])

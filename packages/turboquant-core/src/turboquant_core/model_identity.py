@@ -156,6 +156,13 @@ class ModelIdentity:
             )
 
 
+def architecture_of(config: object) -> str:
+    """The first architecture that a configuration names, whatever a file gave it for one."""
+    named = getattr(config, "architectures", None)
+    first = named[0] if isinstance(named, list | tuple) and named else None
+    return first if isinstance(first, str) else "this model"
+
+
 def _required(config: object, name: str) -> Any:
     value = getattr(config, name, None)
     if value is None:

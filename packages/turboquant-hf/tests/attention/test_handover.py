@@ -136,7 +136,7 @@ def test_the_attention_that_is_named_serves_them(tiny_config, make):
         with torch.no_grad():
             model(ids(1, 20), past_key_values=cache)
             steps.append(model(ids(1, 3), past_key_values=cache).logits)
-    assert (steps[1] - steps[0]).norm() < 0.02 * steps[0].norm()
+    assert (steps[1] - steps[0]).norm() < 0.03 * steps[0].norm()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -193,8 +193,8 @@ def test_a_window_is_all_there_at_every_length(window):
         states = random_states(1, num_new, seed=num_new + exact.get_seq_length())
         (keys, values), (expected_keys, expected_values) = layer.update(*states), exact.update(*states)
         assert keys.shape == expected_keys.shape
-        assert (keys[:, :, -1] - expected_keys[:, :, -1]).norm() < 0.02 * expected_keys[:, :, -1].norm()
-        assert (values[:, :, 0] - expected_values[:, :, 0]).norm() < 0.02 * expected_values[:, :, 0].norm()
+        assert (keys[:, :, -1] - expected_keys[:, :, -1]).norm() < 0.03 * expected_keys[:, :, -1].norm()
+        assert (values[:, :, 0] - expected_values[:, :, 0]).norm() < 0.03 * expected_values[:, :, 0].norm()
         assert layer.store.num_tokens < window - 1 + 1 + 64
 
 

@@ -297,7 +297,7 @@ def test_a_prompt_of_sinks_alone_leaves_nothing_unwritten_to_be_read(tiny_model,
     with torch.no_grad():
         for start in range(15):
             actual, expected = (model(tokens[:, start : start + 1], past_key_values=cache).logits for cache in caches)
-            assert (actual - expected).norm() < 0.02 * expected.norm()
+            assert (actual - expected).norm() < 0.03 * expected.norm()
 
 
 def test_a_call_of_no_tokens_changes_nothing_that_is_read():

@@ -12,7 +12,7 @@ from turboquant_core._checks import check_int
 from turboquant_core.calibration import read_calibration
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layer_bits import read_layer_bits
-from turboquant_core.model_identity import ModelIdentity
+from turboquant_core.model_identity import ModelIdentity, architecture_of
 from turboquant_core.vector_format import OUTLIER_BITS
 from turboquant_hf._compat import (
     DynamicLayer,
@@ -77,7 +77,7 @@ def build_layers(
     skipped = {layer_index(index, len(layers), "skip_layers") for index in skip_layers}
     compressed = {index for index, layer in enumerate(layers) if type(layer) in COMPRESSED_KINDS}
     text_config, attention = config.get_text_config(decoder=True), layer_attention(config)
-    architecture = (config.architectures or ["this model"])[0]
+    architecture = architecture_of(config)
 
     def bits_of(path: str | PathLike[str]) -> Callable[[int], tuple[float, float]]:
         return read_layer_bits(path, ModelIdentity.of(text_config, architecture)).of_layer

@@ -12,7 +12,7 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.files import parse_json
 from turboquant_core.key_transform import tensor_shapes
-from turboquant_core.model_identity import ModelIdentity
+from turboquant_core.model_identity import ModelIdentity, architecture_of
 from turboquant_core.scale import SCALE_DTYPE, ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS, STORAGE_FORMAT
 from turboquant_hf._compat import PreTrainedConfig
@@ -316,7 +316,7 @@ def _check_model(identity: object, heads: object, text_config: PreTrainedConfig)
 
 
 def _identity(text_config: PreTrainedConfig) -> ModelIdentity:
-    return ModelIdentity.of(text_config, (text_config.architectures or ["this model"])[0])
+    return ModelIdentity.of(text_config, architecture_of(text_config))
 
 
 def _heads(text_config: PreTrainedConfig) -> dict[str, Any]:
