@@ -66,13 +66,9 @@ def combine_kernel(
         offset = tl.load(tensors.bias + place, mask=used, other=0.0)
     if sinks is not None:
         sink = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) / LN_2 - offset
-        highest = tl.maximum(top, sink)
-        # A row of no tokens and no sink stays at minus infinity.
-        shift = tl.where(highest > float("-inf"), highest, 0.0)
-        rescale = tl.exp2(top - shift)
-        total = total * rescale + tl.exp2(sink - shift)
+        top, rescale, weight = _weights(top, sink)
+        total = total * rescale + weight
         merged = merged * rescale[:, None]
-        top = highest
     # No key and no sink: the output is zero and the log-sum-exp minus infinity.
     merged = tl.where(total[:, None] == 0, 0.0, merged / tl.where(total == 0, 1.0, total)[:, None])
     target = out + token * out_token_stride + head * out_head_stride
@@ -91,6 +87,15 @@ def combine_kernel(
         )
     if lse is not None:
         tl.store(lse + token * num_heads + head, (top + tl.log2(total) + offset) * LN_2, mask=used)
+
+
+@triton.jit
+def _weights(first, second):
+    """The larger of two exponents, and what either weighs beside it."""
+    highest = tl.maximum(first, second)
+    # A head without tiles, and without a sink, stays at minus infinity.
+    shift = tl.where(highest > float("-inf"), highest, 0.0)
+    return highest, tl.exp2(first - shift), tl.exp2(second - shift)
 
 
 @triton.jit
@@ -152,12 +157,7 @@ def _merge_heads(
                 mask=mask[:, None],
                 other=0.0,
             )
-            highest = tl.maximum(top, exponent)
-            # Heads of rows without tiles stay at minus infinity.
-            shift = tl.where(highest > float("-inf"), highest, 0.0)
-            rescale = tl.exp2(top - shift)
-            weight = tl.exp2(exponent - shift)
+            top, rescale, weight = _weights(top, exponent)
             total = total * rescale + weight * amount
             merged = merged * rescale[:, None] + weight[:, None] * part
-            top = highest
     return top, total, merged

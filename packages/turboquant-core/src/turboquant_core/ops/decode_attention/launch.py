@@ -1,6 +1,5 @@
 """Launch decode attention: prepare, attend, combine."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -102,7 +101,7 @@ def plan(
     """What calls with tensors like these launch; nothing of the tensors is kept."""
     head_dim, bits = layout.config.head_dim, (int(layout.config.key_bits), int(layout.config.value_bits))
     operand = path.operand(head_dim, *bits)
-    query_rotation, query_sums, output_rotation = _rotations(path.operand, head_dim, *bits, query.device)
+    query_rotation, query_sums, output_rotation = _rotations(operand, head_dim, query.device)
     num_positions = query_rotation.shape[0]
     call = AttendCall.of(
         query,
@@ -193,19 +192,14 @@ def card_of(device: torch.device) -> Card:
 
 @cache
 def _rotations(
-    operand_of: Callable[[int, int, int], Operand],
-    head_dim: int,
-    key_bits: int,
-    value_bits: int,
-    device: torch.device,
+    operand: Operand, head_dim: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Π for queries, its rows' sum times the offset of keys, and Π times the unit of values for outputs.
 
     float32 [num_positions, head_dim], [head_dim] and [num_positions, head_dim], rows in operand order.
     """
-    operand = operand_of(head_dim, key_bits, value_bits)
     # The last row is that of padding.
     matrix = torch.nn.functional.pad(Rotation(head_dim).matrix, (0, 0, 0, 1))
-    queries, outputs = matrix[operand.query_channels], matrix[operand.output_channels] * operand.value_unit
+    queries, outputs = matrix[list(operand.query_channels)], matrix[list(operand.output_channels)] * operand.value_unit
     sums = queries.sum(0) * (operand.key_offset * operand.steps)
     return queries.float().to(device), sums.float().to(device), outputs.float().to(device)

@@ -26,8 +26,8 @@ class Operand:
         key_offset: What is added to a looked-up key.
     """
 
-    query_channels: list[int]
-    output_channels: list[int]
+    query_channels: tuple[int, ...]
+    output_channels: tuple[int, ...]
     key_unit: float
     value_unit: float
     steps: int = 0

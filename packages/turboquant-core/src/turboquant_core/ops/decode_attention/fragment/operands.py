@@ -216,17 +216,17 @@ def operand(head_dim: int, key_bits: int, value_bits: int) -> Operand:
     def channel(word: int, code: int) -> int:
         return 4 * word + code // 2 + code % 2 * (head_dim // 2)
 
-    queries = [
+    queries = tuple(
         channel(lane * (words // 4) + inner, key.order[4 * half + code])
         for inner in range(words // 4)
         for half in range(2)
         for lane in range(4)
         for code in range(4)
-    ]
-    outputs = [
+    )
+    outputs = tuple(
         channel(lane * (words // 8) + inner, value.order[place])
         for inner in range(words // 8)
         for place in range(8)
         for lane in range(8)
-    ]
+    )
     return Operand(queries, outputs, key.unit, value.unit, QUERY_STEPS, key.offset)

@@ -18,7 +18,7 @@ def _operand(head_dim: int, key_bits: int, value_bits: int) -> Operand:
     """Channels in order, padded after every eighth; entries are those of unit variance."""
     octet = head_dim // 8
     padded = range(padded_octet(head_dim))
-    channels = [first + place if place < octet else -1 for first in range(0, head_dim, octet) for place in padded]
+    channels = tuple(first + place if place < octet else -1 for first in range(0, head_dim, octet) for place in padded)
     return Operand(channels, channels, head_dim**-0.5, head_dim**-0.5)
 
 
