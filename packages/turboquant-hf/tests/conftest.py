@@ -147,6 +147,17 @@ def assert_says_the_same():
 
 
 @pytest.fixture(scope="session")
+def next_logits():
+    """What a model says after the last token of a prompt, fed once more, with a cache."""
+
+    def logits(model, prompt, cache):
+        with torch.no_grad():
+            return model(prompt[:, -1:], past_key_values=cache).logits[:, -1]
+
+    return logits
+
+
+@pytest.fixture(scope="session")
 def offloaded_cache():
     """What `offloading=True` does around every update, for which it needs the streams of a GPU."""
 

@@ -40,12 +40,7 @@ def prefilled(model, prompt):
     return cache
 
 
-def next_logits(model, prompt, cache):
-    with torch.no_grad():
-        return model(prompt[:, -1:], past_key_values=cache).logits[:, -1]
-
-
-def test_attention_sees_keys_as_they_were(model, prompt, with_matrix):
+def test_attention_sees_keys_as_they_were(model, prompt, with_matrix, next_logits):
     expected = next_logits(model, prompt, prefilled(model, prompt))
     with_matrix()
     cache = prefilled(model, prompt)
@@ -55,7 +50,7 @@ def test_attention_sees_keys_as_they_were(model, prompt, with_matrix):
     assert (found - expected).norm() < 0.1 * expected.norm()
 
 
-def test_a_file_keeps_the_matrix(model, prompt, with_matrix, tmp_path):
+def test_a_file_keeps_the_matrix(model, prompt, with_matrix, tmp_path, next_logits):
     with_matrix()
     cache = prefilled(model, prompt)
     cache.save(tmp_path / "prefix.safetensors")

@@ -37,11 +37,6 @@ def filled(model, prompt, cache):
     return cache
 
 
-def next_logits(model, prompt, cache):
-    with torch.no_grad():
-        return model(prompt[:, -1:], past_key_values=cache).logits[:, -1]
-
-
 def transform_in_use(cache, index=0):
     return cache.layers[index].store.pages.codec.key_transform
 
@@ -61,7 +56,9 @@ def assert_goes_through(cache, transform, index=0):
     [{}, {"sink_tokens": 0, "recent_tokens": 0}, {"max_length": 64}, {"sink_tokens": 50}],
     ids=["kept", "codes", "static", "sinks"],
 )
-def test_keys_of_all_rows_go_through_the_given_transform_and_come_back(tiny_model, sharpened, model, prompt, options):
+def test_keys_of_all_rows_go_through_the_given_transform_and_come_back(
+    tiny_model, sharpened, model, prompt, options, next_logits
+):
     sharp = sharpened(tiny_model)
     expected = next_logits(sharp, prompt, filled(sharp, prompt, DynamicCache()))
     cache = TurboQuantCache(model.config, key_transforms={0: TRANSFORMS[0], -1: TRANSFORMS[1]}, **EIGHT_BITS, **options)
@@ -109,7 +106,7 @@ def test_left_padding(model, prompt):
     assert_goes_through(cache, TRANSFORMS[0])
 
 
-def test_windows(tiny_config, sharpened):
+def test_windows(tiny_config, sharpened, next_logits):
     torch.manual_seed(3)
     model = sharpened(MistralForCausalLM(tiny_config(MistralConfig, sliding_window=16)).eval())
     prompt = torch.randint(1500, (2, 40), generator=torch.Generator().manual_seed(6))
@@ -120,7 +117,7 @@ def test_windows(tiny_config, sharpened):
     assert_goes_through(cache, TRANSFORMS[1], 1)
 
 
-def test_a_graph_takes_it(tiny_config, prompt):
+def test_a_graph_takes_it(tiny_config, prompt, next_logits):
     """One of a prompt that is not the first: Dynamo cannot trace how storage is made."""
     torch.manual_seed(4)
     model = LlamaForCausalLM(tiny_config(num_hidden_layers=1)).eval()
@@ -137,7 +134,7 @@ def test_a_graph_takes_it(tiny_config, prompt):
 
 @pytest.mark.parametrize("num_tokens", [1, 40], ids=["sinks alone", "codes"])
 @pytest.mark.parametrize("transform", [TRANSFORMS[1], MEAN, MATRIX, IDENTITY], ids=["both", "mean", "matrix", "none"])
-def test_a_saved_cache_keeps_it_for_good(model, prompt, tmp_path, num_tokens, transform):
+def test_a_saved_cache_keeps_it_for_good(model, prompt, tmp_path, num_tokens, transform, next_logits):
     path = tmp_path / "prefix.safetensors"
     # What a prompt gives one layer is beside what another was given.
     cache = TurboQuantCache(model.config, key_transforms={1: transform}, **EIGHT_BITS)
@@ -227,7 +224,7 @@ def test_keys_of_fewer_heads_are_refused():
         layer.update(*torch.randn(2, 1, 1, 5, 64))
 
 
-def test_layers_own_what_they_are_given(tiny_model, prompt, tmp_path):
+def test_layers_own_what_they_are_given(tiny_model, prompt, tmp_path, next_logits):
     """One transform for all layers can be saved, and a later change of its tensors reaches neither cache nor file."""
     transform = KeyTransform(TRANSFORMS[0].mean.clone())
     layers = range(tiny_model.config.num_hidden_layers)
