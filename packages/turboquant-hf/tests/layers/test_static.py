@@ -12,7 +12,8 @@ from transformers import (
     StaticCache,
 )
 
-from turboquant_core import TurboQuantConfig
+from turboquant_core import TurboQuantConfig, rotation
+from turboquant_core.mse import codebook_tables
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
 from turboquant_hf.storage.static.store import static_store
@@ -233,6 +234,20 @@ def test_warming_up_changes_nothing(tiny_model):
         layer.store.warm_up()
     assert all(map(torch.equal, before, (tensor for layer in cache.layers for tensor in layer.tensors())))
     assert cache.get_seq_length() == 31
+
+
+@pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
+def test_warming_up_makes_what_reading_keeps(tiny_model, preset):
+    cache = TurboQuantCache(tiny_model.config, preset, max_length=70)
+    steps(tiny_model, tiny_model, cache, ids(), num_steps=1)
+    kept = (codebook_tables, rotation._matrix)
+    for function in kept:
+        function.cache_clear()
+    cache.layers[0].store.warm_up()
+    made = [function.cache_info().misses for function in kept]
+    assert all(made)
+    steps(tiny_model, tiny_model, cache, ids(num_tokens=1), num_steps=1)
+    assert [function.cache_info().misses for function in kept] == made
 
 
 def test_memory_is_that_of_max_length(tiny_model):

@@ -68,8 +68,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         return static_store(self.config, *heads, self.dtype, self.device, self._max_length, self._sizes)
 
     def _before_decoding(self) -> None:
-        pages = self.store.pages
-        if pages.device.type == "cuda" and not torch.compiler.is_compiling() and pages.has_kernel:
+        if self.store.pages.device.type == "cuda" and not torch.compiler.is_compiling():
             self.store.warm_up()
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

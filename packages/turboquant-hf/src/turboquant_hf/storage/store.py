@@ -223,9 +223,11 @@ class Store:
         return output if seen.overflow is None else output + seen.overflow.to(output.dtype)
 
     def warm_up(self) -> None:
-        """Attend once, so that what kernels keep from call to call is not made while a CUDA graph is recorded."""
-        shape = (self.batch_size, self.num_kv_heads, 1, self.config.head_dim)
-        self.attend(torch.zeros(shape, dtype=torch.float16, device=self.pages.device), scale=None)
+        """Read and attend once, so that what is kept from call to call is not made while a CUDA graph is recorded."""
+        self.pages.read(0, 1, torch.float16)
+        if self.pages.has_kernel:
+            shape = (self.batch_size, self.num_kv_heads, 1, self.config.head_dim)
+            self.attend(torch.zeros(shape, dtype=torch.float16, device=self.pages.device), scale=None)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
