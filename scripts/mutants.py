@@ -6,10 +6,10 @@ next. What was found is kept in mutants/, and not tried again.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
-import random
 import resource
 import signal
 import sys
@@ -161,6 +161,18 @@ def add_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def check_paths() -> None:
+    """Exit where the configuration names sources or tests that are not there."""
+    for path in [*config().only_mutate, *config().pytest_add_cli_args_test_selection]:
+        if not any(Path().glob(path.partition("::")[0])):
+            sys.exit(f"[tool.mutmut] of {Path('pyproject.toml').resolve()} names {path}, and there is no such file")
+
+
+def draw(names: list[str], seed: int, sample: int | None) -> list[str]:
+    """As many mutants as were asked for, in an order that a seed gives; others that come or go leave it as it is."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())[:sample]
+
+
 def make_mutants() -> list[str]:
     """Write the changed sources to mutants/, and give the mutants' names."""
     os.environ["MUTANT_UNDER_TEST"] = "mutant_generation"
@@ -185,16 +197,15 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="try those again that no test noticed, and no others")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of tests for one mutant")
     arguments = parser.parse_args()
+    check_paths()
     names = make_mutants()
     folder = Path("mutants").resolve()
-    mutants = sorted(names)
-    random.Random(arguments.seed).shuffle(mutants)
-    mutants = mutants[: arguments.sample]
+    drawn = draw(names, arguments.seed, arguments.sample)
     found = {line["mutant"]: line["caught_by"] for line in read_lines(folder / RESULTS)}
     if arguments.survivors:
-        mutants = [name for name in mutants if name in found and found[name] is None]
+        mutants = [name for name in drawn if name in found and found[name] is None]
     else:
-        mutants = [name for name in mutants if name not in found]
+        mutants = [name for name in drawn if name not in found]
     print(f"{len(names)} mutants, {len(mutants)} to try")
     os.environ["MUTANT_UNDER_TEST"] = ""
     sources = str(folder / "src")
@@ -210,8 +221,10 @@ def main() -> None:
     status = pytest.main(options, plugins=[Trials(folder, mutants, arguments.budget)])
     os.chdir(folder.parent)
     found = {line["mutant"]: line["caught_by"] for line in read_lines(folder / RESULTS)}
-    survived = {name: change(name) for name in sorted(found) if found[name] is None}
-    summary = {"mutants": len(names), "tried": len(found), "survived": survived}
+    tried = sorted(name for name in drawn if name in found)
+    survived = {name: change(name) for name in tried if found[name] is None}
+    given = [argument for argument in sys.argv[1:] if argument != "--survivors"]
+    summary = {"arguments": given, "mutants": len(names), "tried": len(tried), "survived": survived}
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     sys.exit(status)
 

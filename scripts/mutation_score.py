@@ -17,9 +17,9 @@ def summary(package: Path, equivalent: set[str]) -> dict[str, Any]:
     found = json.loads((package / "mutants" / "summary.json").read_text(encoding="utf-8"))
     survived = {name: text for name, text in found["survived"].items() if text not in equivalent}
     caught = found["tried"] - len(found["survived"])
-    sample = "" if found["tried"] == found["mutants"] else f" -- --sample {found['tried']}"
+    arguments = "".join(f" {argument}" for argument in found["arguments"] and ["--", *found["arguments"]])
     return {
-        "command": f"nox -s 'mutants({package.name.removeprefix('turboquant-')})'{sample}",
+        "command": f"nox -s 'mutants({package.name.removeprefix('turboquant-')})'{arguments}",
         "mutmut": version("mutmut"),
         "mutants": found["mutants"],
         "tried": found["tried"],
