@@ -269,6 +269,14 @@ def test_lengths_are_numbers(model):
         assert all(type(length) is int for length in attention_lengths(filled(model, **options).layers).values())
 
 
+@pytest.mark.parametrize("is_compiling", [False, True])
+def test_a_layer_is_handed_what_a_model_says_beside_its_states(llama, is_compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    cache, (keys, values) = TurboQuantCache(llama.config), torch.randn(2, 1, 2, 3, 64)
+    monkeypatch.setattr(cache.layers[1], "update", lambda *given, **named: (given, named))
+    assert cache.update(keys, values, 1, {"sin": 0}, name=1) == ((keys, values, {"sin": 0}), {"name": 1})
+
+
 @pytest.mark.parametrize(
     "name", ["get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"]
 )
@@ -388,7 +396,7 @@ def test_an_error_in_the_block_leaves_the_wrapped_cache_compressed(model):
 
 
 @pytest.mark.parametrize("new", [filled, lambda model: wrapped(model, with_config=False)[0]], ids=["own", "wrapped"])
-@pytest.mark.parametrize("place", ["inside a layer", "between layers"])
+@pytest.mark.parametrize("place", ["inside the first layer", "inside a later layer", "between layers"])
 def test_two_threads_at_once_are_refused(model, new, place, monkeypatch):
     cache = new(model)
     errors, other_is_done = [], []
@@ -409,14 +417,15 @@ def test_two_threads_at_once_are_refused(model, new, place, monkeypatch):
     if place == "between layers":
         hook = model.model.layers[2].register_forward_pre_hook(meanwhile)
     else:
-        layer, update = cache.layers[2], cache.layers[2].update
+        layer = cache.layers[0 if place == "inside the first layer" else 2]
+        update = layer.update
         monkeypatch.setattr(layer, "update", lambda *args, **kwargs: (meanwhile(), update(*args, **kwargs))[1])
     actual = forward(model, ids(1, seed=2), cache)
     if place == "between layers":
         hook.remove()
     monkeypatch.undo()
     assert len(errors) == 1
-    assert "another thread" in errors[0]
+    assert ("in the middle of one" if place == "between layers" else "another thread is inside") in errors[0]
     # The one that came first is served, and one after another they may.
     assert torch.equal(actual, forward(model, ids(1, seed=2), filled(model)))
     threads = [threading.Thread(target=other) for _ in range(2)]

@@ -188,7 +188,7 @@ def test_values_of_another_size_are_refused():
 @pytest.mark.parametrize("window", [2, 64, 65, 80])
 def test_a_window_is_all_there_at_every_length(window):
     """Blocks are dropped as soon as no later token sees them, and not a token earlier."""
-    layer, exact = TurboQuantSlidingLayer(window, key_bits=8, value_bits=8), DynamicSlidingWindowLayer(window)
+    layer, exact = TurboQuantSlidingLayer(window, "k8v4", value_bits=8), DynamicSlidingWindowLayer(window)
     for num_new in (10, *[1] * 200):
         states = random_states(1, num_new, seed=num_new + exact.get_seq_length())
         (keys, values), (expected_keys, expected_values) = layer.update(*states), exact.update(*states)

@@ -22,12 +22,14 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    ZayaConfig,
+    ZayaForCausalLM,
 )
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.layers.cross import CrossAttentionLayer
 from turboquant_hf.layers.growing import TurboQuantLayer
-from turboquant_hf.layers.hybrid import TurboQuantHybridLayer
+from turboquant_hf.layers.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
 from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 
 EXACT = {"key_bits": 8, "value_bits": 8}
@@ -147,18 +149,34 @@ def falcon_h1(attention):
     return FalconH1ForCausalLM(config)
 
 
+def zaya(attention):
+    config = ZayaConfig(
+        **COMMON,
+        num_hidden_layers=2,
+        num_experts=2,
+        moe_intermediate_size=32,
+        router_hidden_size=16,
+        sliding_window=WINDOW,
+        layer_types=["hybrid", "hybrid_sliding"],
+        attn_implementation=attention,
+    )
+    return ZayaForCausalLM(config)
+
+
 BUILDERS = {
     "falcon-h1": falcon_h1,
     "gemma3": gemma3,
     "mistral": mistral,
     "gpt-oss": gpt_oss,
     "qwen3-next": qwen3_next,
+    "zaya": zaya,
 }
 KINDS = {
     "falcon-h1": [TurboQuantHybridLayer] * 2,
     "gemma3": [TurboQuantSlidingLayer, TurboQuantSlidingLayer, TurboQuantLayer, TurboQuantSlidingLayer],
     "mistral": [TurboQuantSlidingLayer] * 2,
     "gpt-oss": [TurboQuantSlidingLayer, TurboQuantLayer],
+    "zaya": [TurboQuantHybridLayer, TurboQuantHybridSlidingLayer],
 }
 
 
@@ -228,7 +246,7 @@ def test_left_padding(model):
 
 
 def test_drafts_that_are_taken_back(model, name, assert_says_the_same):
-    if name in ("falcon-h1", "qwen3-next"):
+    if name in ("falcon-h1", "qwen3-next", "zaya"):
         pytest.skip("generate takes no drafts for models with linear attention")
     prompt = ids(1, 10).repeat(1, 16)
     caches = [TurboQuantCache(model.config) for _ in range(2)]

@@ -4,6 +4,8 @@ import torch
 from turboquant_core import MSEQuantizer, TurboQuantConfig
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.pages import BLOCK_SIZE, attend_pages, block_table, tokens_first, write_pages
+from turboquant_hf.storage.static.store import static_store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 
 def random_states(*shape, seed=0, offset=0.0):
@@ -40,6 +42,31 @@ def test_what_has_no_slot_changes_nothing_stored(bits, kept):
 
 def read_keys(stored):
     return stored.dequantize(torch.float32)[0]
+
+
+def new_store(max_length, device, dtype=torch.float32):
+    arguments = (TurboQuantConfig(64), 2, 2, dtype, torch.device(device))
+    sizes = FullPrecisionSizes(2, 3)
+    return growing_store(*arguments, sizes) if max_length is None else static_store(*arguments, max_length, sizes)
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_everything_is_on_the_device_that_was_asked_for(max_length):
+    stored = new_store(max_length, "meta", torch.float16)
+    assert {tensor.device.type for tensor in stored.tensors()} == {"meta"}
+    assert stored.pages.device.type == "meta"
+    assert stored.full_precision.keys.dtype == stored.full_precision.values.dtype == torch.float16
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_a_move_takes_everything_along_and_leaves_what_was_there(max_length):
+    stored = new_store(max_length, "cpu")
+    stored.append(*random_states(2, 2, 2, 10, 64), torch.tensor([0, 3], dtype=torch.int32))
+    before = [tensor.clone() for tensor in stored.tensors()]
+    moved = stored.to("meta")
+    assert [tensor.shape for tensor in moved.tensors()] == [tensor.shape for tensor in before]
+    assert {tensor.device.type for tensor in moved.tensors()} == {"meta"}
+    assert all(map(torch.equal, stored.tensors(), before))
 
 
 def test_reading_gives_what_the_quantiser_gives():

@@ -23,12 +23,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
 
     is_sliding = True
 
-    def __init__(
-        self,
-        sliding_window: int,
-        preset: str = "tq4",
-        **options: Any,
-    ) -> None:
+    def __init__(self, sliding_window: int, preset: str, **options: Any) -> None:
         super().__init__(preset, **options)
         self.sliding_window = sliding_window
         self.record_past = False

@@ -25,12 +25,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     is_compileable = True
 
-    def __init__(
-        self,
-        max_length: int,
-        preset: str = "tq4",
-        **options: Any,
-    ) -> None:
+    def __init__(self, max_length: int, preset: str, **options: Any) -> None:
         super().__init__(preset, **options)
         self._max_length = max_length
 
@@ -106,6 +101,6 @@ class TurboQuantStaticSlidingLayer(TurboQuantStaticLayer):
 
     is_sliding = True
 
-    def __init__(self, max_length: int, sliding_window: int, preset: str = "tq4", **options: Any) -> None:
+    def __init__(self, max_length: int, sliding_window: int, preset: str, **options: Any) -> None:
         super().__init__(max_length, preset, **options)
         self.sliding_window = sliding_window

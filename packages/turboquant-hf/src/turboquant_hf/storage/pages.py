@@ -180,6 +180,7 @@ class Pages(ABC):
         """The same with `function`, a move, applied to every tensor."""
         mapped = copy(self)
         mapped.tensor = function(self.tensor)
+        mapped._table = None if self._table is None else function(self._table)
         mapped.codec = None if self.codec is None else self.codec.map(function)
         mapped._key_transform = None if self._key_transform is None else self._key_transform.map(function)
         return mapped
