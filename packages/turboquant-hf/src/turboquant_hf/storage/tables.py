@@ -186,7 +186,10 @@ def seen(
 
 def overflow(length: int | torch.Tensor, room: int | None) -> torch.Tensor | None:
     """What is added to what is read: NaN where a length on the device is more than the room, else 0."""
-    return torch.where(length > room, torch.nan, 0.0) if isinstance(length, torch.Tensor) else None
+    if not isinstance(length, torch.Tensor):
+        return None
+    assert room is not None
+    return torch.where(length > room, torch.nan, 0.0)
 
 
 def num_uncoded(sizes: FullPrecisionSizes, row_starts: torch.Tensor | None) -> int:
