@@ -286,6 +286,75 @@ def test_beams_over_a_window_or_a_state(build, attention, assert_says_the_same):
     assert_says_the_same(model, ids(2, 2 * WINDOW), cache, expected, tolerance=0.03, num_beams=3)
 
 
+def forward(model, tokens, cache):
+    with torch.no_grad():
+        return model(tokens, past_key_values=cache).logits
+
+
+def offload_and_prefetch(cache):
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+
+
+@pytest.mark.parametrize("build", [falcon_h1, zaya])
+@pytest.mark.parametrize(
+    ("operation", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (offload_and_prefetch, [0, 1]),
+    ],
+    ids=["reorder", "repeat", "select", "offload"],
+)
+def test_rows_of_a_state_go_with_those_of_codes(build, attention, operation, rows):
+    torch.manual_seed(3)
+    model = build(attention).eval()
+    prompt, step = ids(2, 2 * WINDOW), ids(len(rows), 3, seed=5)
+    cache, fresh = TurboQuantCache(model.config), TurboQuantCache(model.config)
+    forward(model, prompt, cache)
+    forward(model, prompt[rows], fresh)
+    operation(cache)
+    assert cache.nbytes == fresh.nbytes
+    torch.testing.assert_close(forward(model, step, cache), forward(model, step, fresh), rtol=1e-4, atol=1e-4)
+
+
+def test_reset_forgets_everything(model):
+    cache, fresh = TurboQuantCache(model.config), TurboQuantCache(model.config)
+    forward(model, ids(3, 2 * WINDOW, seed=1), cache)
+    cache.reset()
+    prompt = ids(3, 20)
+    for each in (cache, fresh):
+        forward(model, prompt, each)
+    assert torch.equal(*(forward(model, prompt[:, :3], each) for each in (cache, fresh)))
+
+
+def test_a_convolution_that_was_recorded_is_taken_back_with_its_codes():
+    layers = TurboQuantHybridLayer("tq4"), TurboQuantHybridLayer("tq4")
+    cropped, fresh = layers
+    states, inputs = torch.randn(2, 2, 2, 23, 64), torch.randn(2, 8, 23)
+    for layer, ends in ((cropped, (20, 23)), (fresh, (20,))):
+        layer.activate_past_recording()
+        for start, end in zip((0, 20), ends, strict=False):
+            layer.update(*states[..., start:end, :])
+            layer.update_conv_state(inputs[..., start:end], conv_kernel_size=4)
+        assert layer.is_croppable
+    cropped.crop(-3)
+    fresh.crop(0)
+    assert cropped.get_seq_length() == 20
+    assert torch.equal(cropped.keys, fresh.keys)
+    assert torch.equal(cropped.conv_states[0], fresh.conv_states[0])
+
+
+def test_a_recurrent_state_is_not_taken_back(attention):
+    torch.manual_seed(3)
+    model = falcon_h1(attention).eval()
+    cache = TurboQuantCache(model.config)
+    forward(model, ids(2, 20), cache)
+    assert not any(layer.is_croppable for layer in cache.layers)
+
+
 @pytest.mark.parametrize("build", [gemma3n, gemma4])
 def test_layers_that_read_the_cache_of_another(build, attention):
     torch.manual_seed(3)

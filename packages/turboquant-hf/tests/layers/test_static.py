@@ -268,8 +268,9 @@ def test_memory_is_that_of_max_length(tiny_model):
             "batch_select_indices does not go with max_length",
         ),
         (lambda cache: cache.reorder_cache(torch.tensor([0])), "1 rows of a static cache of 2"),
+        (lambda cache: cache.layers[0].offload(), "offloading does not go with max_length"),
     ],
-    ids=["repeat", "select", "reorder"],
+    ids=["repeat", "select", "reorder", "offload"],
 )
 def test_what_would_move_it_is_refused(tiny_model, operation, message):
     cache = new_cache(tiny_model)

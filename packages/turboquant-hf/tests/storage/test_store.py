@@ -2,8 +2,17 @@ import pytest
 import torch
 
 from turboquant_core import MSEQuantizer, TurboQuantConfig
+from turboquant_hf.storage import tables
 from turboquant_hf.storage.growing.store import growing_store
-from turboquant_hf.storage.pages import BLOCK_SIZE, attend_pages, block_table, tokens_first, write_pages
+from turboquant_hf.storage.pages import (
+    BLOCK_SIZE,
+    _traced_attend,
+    _traced_read,
+    attend_pages,
+    block_table,
+    tokens_first,
+    write_pages,
+)
 from turboquant_hf.storage.static.store import static_store
 from turboquant_hf.storage.tables import FullPrecisionSizes
 
@@ -67,6 +76,55 @@ def test_a_move_takes_everything_along_and_leaves_what_was_there(max_length):
     assert [tensor.shape for tensor in moved.tensors()] == [tensor.shape for tensor in before]
     assert {tensor.device.type for tensor in moved.tensors()} == {"meta"}
     assert all(map(torch.equal, stored.tensors(), before))
+
+
+@pytest.mark.parametrize("bits", [4, 2.5])
+@pytest.mark.parametrize("max_length", [None, 128])
+def test_a_graph_writes_and_reads_what_a_call_does(max_length, bits, monkeypatch):
+    """Of a graph the operations alone."""
+    arguments = (TurboQuantConfig(64, bits, bits), 2, 2, torch.float32, torch.device("cpu"))
+    sizes, read = FullPrecisionSizes(2, 3), []
+    for is_compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=is_compiling: value)
+        stored = growing_store(*arguments, sizes) if max_length is None else static_store(*arguments, max_length, sizes)
+        stored.append(*random_states(2, 2, 2, 70, 64))
+        states = stored.extend(*random_states(2, 2, 2, 3, 64, seed=1), torch.float32)
+        found = [x[:, :, : stored.num_tokens] for x in states]
+        if stored.pages.has_kernel:
+            found.append(stored.attend(random_states(2, 4, 3, 64, seed=2), scale=None))
+        read.append(found)
+    assert all(map(torch.equal, *read))
+
+
+@pytest.mark.parametrize(("max_length", "is_compiling"), [(None, False), (None, True), (64, False)])
+def test_layers_share_the_tables_of_a_step(max_length, is_compiling, monkeypatch):
+    """Not where the length is on the device, nor in a graph: torch.compile warns of what is remembered."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    shared = max_length is None and not is_compiling
+    of_step = [tables.written, tables.seen] if max_length else [tables.written, tables.seen, block_table]
+    for table in of_step:
+        table.cache_clear()
+    for _ in range(2):
+        stored = new_store(max_length, "cpu")
+        stored.append(*random_states(2, 2, 2, 10, 64))
+        stored.attend(random_states(2, 4, 1, 64), scale=None)
+    for table in of_step:
+        found = table.cache_info()
+        assert (found.misses, found.hits) == ((1, 1) if shared else (0, 0))
+
+
+def test_a_graph_learns_shapes_and_types():
+    stored = stored_states(random_states(2, 3, 10, 64))
+    query, dtype = random_states(2, 6, 2, 64).half(), torch.bfloat16
+    for return_lse in (False, True):
+        results = []
+        for each in (stored, stored.to("meta")):
+            tensor, codec, device = each.pages.tensor, each.pages.codec, each.pages.device
+            where = block_table(1, 2, device), torch.full((2,), 10, dtype=torch.int32, device=device)
+            result = _traced_attend(query.to(device), tensor, *where, *[None] * 5, return_lse, codec)
+            results.append([*_traced_read(tensor, 1, dtype, codec), *result])
+        (of_call, of_graph) = ([(x.shape, x.dtype, x.stride()) for x in result] for result in results)
+        assert of_graph == of_call
 
 
 def test_reading_gives_what_the_quantiser_gives():
