@@ -23,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Of several pytests side by side each has a core for its engines: their threads would wait for one another.
 if worker := os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw"):
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(worker) % (os.cpu_count() or 1)))
+    # The search for drafts would raise the number of PyTorch's threads to that of the machine's cores.
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):

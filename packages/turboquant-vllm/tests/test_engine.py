@@ -14,6 +14,16 @@ PROMPTS = [
     CHAT.format(LONG + "What is this about?"),
 ]
 
+PROSE = "In the winter the river froze, and the town built a fair upon the ice."
+CODE = "def mean(numbers):\n    return sum(numbers) / len(numbers)\n"
+REPETITIVE = [
+    "Mercury has no moon. Venus has no moon. Earth has one moon. Mars has two moons. Mercury has",
+    "red = 1\ngreen = 2\nblue = 3\nprint(red)\nprint(green)\nprint(",
+    "up down left right left up down left right left up down left",
+]
+# They come after another prompt.
+REPETITIONS = slice(1, 4)
+
 
 def turboquant(**settings):
     return {"attention_backend": "CUSTOM", "additional_config": {"turboquant": settings}}
@@ -26,6 +36,8 @@ EIGHT_BITS = turboquant(key_bits=8, value_bits=8)
 CACHE = {"kv_cache_memory_bytes": 2**30}
 # In chunks of 32 almost all that a token sees are codes.
 CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 4}
+# One request after the other: the first prompt is alone.
+IN_TURN = {"max_num_seqs": 1}
 SCORED = {"prompt_logprobs": 50, "max_logprobs": 50}
 
 
@@ -61,6 +73,22 @@ def in_chunks(generate, beginnings):
 
 
 @pytest.fixture(scope="module")
+def drafting(generate):
+    """Texts at four bits with drafts, which are found in what was said before."""
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 5, "prompt_lookup_min": 3}
+    return generate(
+        [PROSE, *REPETITIVE], max_tokens=32, speculative_config=draft, **IN_TURN, **turboquant(preset="tq4")
+    )
+
+
+@pytest.fixture(scope="module")
+def not_drafting(generate, drafting):
+    """The same texts from an engine without drafts, whose first prompt was another."""
+    texts = [None, *drafting["tokens"][0][REPETITIONS]]
+    return generate([CODE, *REPETITIVE], forced=texts, max_tokens=1, **IN_TURN, **turboquant(preset="tq4"))
+
+
+@pytest.fixture(scope="module")
 def four_bits(generate, story):
     return generate([story], max_tokens=1, **SCORED, **CHUNKS, **CACHE, **turboquant(preset="tq4"))
 
@@ -82,6 +110,11 @@ def test_the_prefix_cache_gives_codes_to_the_next_request(in_chunks, beginnings,
 def test_speculation_says_what_decoding_token_by_token_says(speculating, eight_bits, texts_of, assert_near):
     assert speculating["accepted"] > 0
     assert_near(speculating, texts_of(eight_bits, slice(3, 6)))
+
+
+def test_neither_drafts_nor_the_first_prompt_change_a_text_at_four_bits(drafting, not_drafting, texts_of, assert_near):
+    assert drafting["accepted"] > 10
+    assert_near(texts_of(drafting, REPETITIONS), texts_of(not_drafting, REPETITIONS))
 
 
 @pytest.mark.parametrize(("engine", "slot_bytes"), [("four_bits", 68), ("eight_bits", 132)])
