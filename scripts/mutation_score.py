@@ -1,6 +1,7 @@
 """Sum up what scripts/mutants.py found in the packages into benchmarks/results/mutants.json, and print the score."""
 
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +13,18 @@ EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.json"
 LEAST_SCORE = 0.95
 
 
-def summary(package: Path, equivalent: set[str]) -> dict[str, Any]:
+def is_equivalent(change: str) -> bool:
+    """Whether a change is listed, or a pattern that is the whole of it."""
+    return any(
+        change == entry["change"] if "change" in entry else re.fullmatch(entry["pattern"], change)
+        for entry in json.loads(EQUIVALENT.read_text(encoding="utf-8"))
+    )
+
+
+def summary(package: Path) -> dict[str, Any]:
     """What was found in a package. Mutants whose change is listed as equivalent do not count."""
     found = json.loads((package / "mutants" / "summary.json").read_text(encoding="utf-8"))
-    survived = {name: text for name, text in found["survived"].items() if text not in equivalent}
+    survived = {name: text for name, text in found["survived"].items() if not is_equivalent(text)}
     caught = found["tried"] - len(found["survived"])
     arguments = "".join(f" {argument}" for argument in found["arguments"] and ["--", *found["arguments"]])
     return {
@@ -32,11 +41,10 @@ def summary(package: Path, equivalent: set[str]) -> dict[str, Any]:
 
 def main() -> None:
     """Replace the results of packages whose mutants were tried here, and hold all to the least score."""
-    equivalent = {entry["change"] for entry in json.loads(EQUIVALENT.read_text(encoding="utf-8"))}
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for path in sorted((ROOT / "packages").glob("*/mutants/summary.json")):
         package = path.parent.parent
-        results[package.name] = summary(package, equivalent)
+        results[package.name] = summary(package)
     RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
     for name, result in results.items():
         print(f"{name}: {result['caught']} of {result['caught'] + len(result['survived'])} mutants were caught")

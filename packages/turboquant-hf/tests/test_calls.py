@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     DynamicCache,
+    Gemma3TextConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -229,6 +230,17 @@ def test_a_window_that_cannot_be_taken_back_leaves_nothing_half_done(mistral):
         cache.crop(-90)
     assert lengths(cache) == [LENGTH + 80] * 3
     forward(mistral, ids(1), cache)
+
+
+def test_a_window_after_another_layer_is_asked_first(tiny_config):
+    config = tiny_config(Gemma3TextConfig, sliding_window=16, layer_types=["full_attention", "sliding_attention"])
+    cache = TurboQuantCache(config)
+    for num_tokens in (90, 1):
+        for index in range(2):
+            cache.update(*torch.randn(2, 1, 2, num_tokens, 64), index)
+    with pytest.raises(RuntimeError, match="have left the window"):
+        cache.crop(-60)
+    assert lengths(cache) == [91] * 2
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3])

@@ -83,3 +83,11 @@ def test_a_cache_begins_anew_without_gradients(model):
     frozen(model)
     loss(model, cache, 20)
     assert not loss(model, cache, 4).requires_grad
+
+
+def test_a_loaded_cache_has_none(model, tmp_path):
+    frozen(model)
+    cache = TurboQuantCache(model.config)
+    loss(model, cache, 20)
+    cache.save(tmp_path / "cache.safetensors")
+    assert not loss(model, TurboQuantCache.load(tmp_path / "cache.safetensors", model.config), 4).requires_grad

@@ -227,7 +227,7 @@ class Store:
         self.pages.read(0, 1, torch.float16)
         if self.pages.has_kernel:
             shape = (self.batch_size, self.num_kv_heads, 1, self.config.head_dim)
-            self.attend(torch.zeros(shape, dtype=torch.float16, device=self.pages.device), scale=None)
+            self.attend(self.pages.tensor.new_zeros(shape, dtype=torch.float16), scale=None)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
