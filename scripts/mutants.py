@@ -1,8 +1,8 @@
 """Try the mutants that mutmut makes of the package in the working directory.
 
 Each runs in a fork of one process, which has collected the tests: those that reach the changed function, first the ones
-that caught another of its mutants, then its module's own, of all the quickest, and of every test one variant before the
-next. What was found is kept in mutants/, and not tried again.
+that caught another of its mutants, then its module's own, and of all the quickest, a test's later variants as if they
+took as often its time. What was found is kept in mutants/, and not tried again.
 """
 
 import argparse
@@ -58,12 +58,12 @@ class Trials:
         tests = {test["test"]: test for test in self._measured(session.items) if test["passed"]}
         reaching: dict[str, list[str]] = {}
         variants: Counter[str] = Counter()
-        rank = {}
+        cost = {}
         for name in sorted(tests.keys() & items.keys(), key=lambda name: tests[name]["seconds"]):
             for function in tests[name]["functions"]:
                 reaching.setdefault(function, []).append(name)
-            rank[name] = variants[name.partition("[")[0]]
             variants[name.partition("[")[0]] += 1
+            cost[name] = tests[name]["seconds"] * variants[name.partition("[")[0]]
         catching: dict[str, set[str | None]] = {}
         for result in read_lines(self._folder / RESULTS):
             catching.setdefault(mangled_name_from_mutant_name(result["mutant"]), set()).add(result["caught_by"])
@@ -74,7 +74,7 @@ class Trials:
             chosen: list[str] = []
             seconds = 0.0
             for name in sorted(
-                reaching.get(function, []), key=lambda name: (name not in caught, own_file not in name, rank[name])
+                reaching.get(function, []), key=lambda name: (name not in caught, own_file not in name, cost[name])
             ):
                 seconds += tests[name]["seconds"]
                 if chosen and seconds > self._budget:

@@ -239,6 +239,13 @@ def test_bits_of_a_layer_that_is_not_compressed_are_refused():
         TurboQuantCache(config, layer_bits={0: (8, 4)})
 
 
+def test_a_model_without_attention_is_refused():
+    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2)
+    message = r"qwen3_next model has no attention layer to compress \(its layers: LinearAttentionLayer\)\. Use Dynamic"
+    with pytest.raises(ValueError, match=message):
+        TurboQuantCache(config)
+
+
 def test_fractional_bits_refuse_a_head_dim_they_cannot_split(tiny_config):
     with pytest.raises(ValueError, match=r"head_dim is 80; 2.5 bits .* multiple of 32"):
         TurboQuantCache(tiny_config(head_dim=80), "tq2.5")

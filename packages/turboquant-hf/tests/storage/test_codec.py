@@ -32,5 +32,16 @@ def test_a_vector_that_cannot_be_stored_harms_no_other(bits, counted, bad):
     assert codec.value_order is None or torch.equal(codec.value_order, clean.value_order)
 
 
+@pytest.mark.parametrize("row_counts", [[False, False], [False, True]], ids=["of both heads", "of one"])
+def test_vectors_that_do_not_count_say_nothing(row_counts):
+    states = [gaussian(NUM_TOKENS * HEADS, HEAD_DIM, s).view(NUM_TOKENS, HEADS, HEAD_DIM) for s in (1, 2)]
+    counts = torch.ones(NUM_TOKENS, HEADS, dtype=torch.bool)
+    counts[:10] = torch.tensor(row_counts)
+    others = [torch.where(counts[..., None], x, 100 * x.flip(-1)) for x in states]
+    expected, found = (LayerCodec.calibrate(TurboQuantConfig(HEAD_DIM, 2.5, 3.5), *x, counts) for x in (states, others))
+    assert all(map(torch.equal, found.tensors(), expected.tensors()))
+    assert len(found.tensors()) == 3
+
+
 def heads_first(stored):
     return stored.map(lambda x: x.transpose(0, 1))

@@ -119,6 +119,31 @@ def test_a_dequantised_call_reads_its_own_tokens_and_the_window_before_them_as_t
         assert is_raw.tolist() == [position < SINKS or position >= first for position in range(20 + num_new)]
 
 
+@pytest.mark.parametrize("num_new", [3, 12])
+@pytest.mark.parametrize("prompt", [1, 4, 20])
+@pytest.mark.parametrize("sinks", [0, SINKS])
+def test_every_token_of_a_call_reads_parts_of_its_own(sinks, prompt, num_new):
+    keys, values = random_states(prompt + num_new)
+    states, plain = new_states(sinks), new_states(sinks, 0)
+    for store in (states, plain):
+        store.append(keys[:, :, :prompt], values[:, :, :prompt])
+    recent = states.append_parts(keys[:, :, prompt:], values[:, :, prompt:])
+    plain.append(keys[:, :, prompt:], values[:, :, prompt:])
+    codes = Store(plain.pages, plain.length).dequantize(torch.float32)
+    *read, parts = states.dequantize_parts(torch.float32, recent)
+    assert parts.shape == (1, num_new, read[0].shape[2])
+    length, num_recent = prompt + num_new, read[0].shape[2] - prompt - num_new
+    for i, token in enumerate(range(prompt, length)):
+        # Where each position is read: among the codes, or after them as it is.
+        at = torch.arange(length, device=DEVICE)
+        at = torch.where(parts[0, i, :length], at, at + num_recent)
+        assert parts[0, i].sum() == length
+        assert parts[0, i, at].all()
+        for raw, coded, given in zip((keys, values), codes, read, strict=True):
+            expected = as_seen(token, raw, coded, sinks, RECENT)
+            torch.testing.assert_close(given[:, :, at[: token + 1]], expected)
+
+
 @pytest.mark.parametrize("bits", [2, 2.5])
 @pytest.mark.parametrize("mask_kind", ["none", "padding", "holes"])
 def test_fused_calls_equal_one_token_after_another(tiny_model, bits, mask_kind):

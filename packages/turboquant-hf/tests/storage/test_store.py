@@ -34,13 +34,14 @@ def stored_states(keys, values=None, **overrides):
 
 @pytest.mark.parametrize("bits", [3.5, 4])
 @pytest.mark.parametrize("kept", [3, 0])
-def test_what_has_no_slot_changes_nothing_stored(bits, kept):
+@pytest.mark.parametrize("none", [-1, BLOCK_SIZE, 10**9])
+def test_what_has_no_slot_changes_nothing_stored(bits, kept, none):
     keys = random_states(1, 2, BLOCK_SIZE, 64)
     stored = stored_states(keys, key_bits=bits, value_bits=bits)
     before = read_keys(stored)
     new = tokens_first(random_states(1, 2, 5, 64, seed=1))
     # The last slots of the block, and then none.
-    slots = torch.tensor([*range(BLOCK_SIZE - kept, BLOCK_SIZE), *[-1] * (5 - kept)])
+    slots = torch.tensor([*range(BLOCK_SIZE - kept, BLOCK_SIZE), *[none] * (5 - kept)])
     write_pages(stored.pages.tensor, new, new, slots, stored.pages.codec)
     after = read_keys(stored)
     assert torch.equal(after[:, :, : BLOCK_SIZE - kept], before[:, :, : BLOCK_SIZE - kept])

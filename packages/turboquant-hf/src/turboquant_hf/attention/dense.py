@@ -87,6 +87,6 @@ def _attend(
         unseen = torch.finfo(logits.dtype).min
         logits = logits.masked_fill(~mask, unseen) if mask.dtype == torch.bool else logits + mask
     if sinks is not None:
-        logits = torch.cat([logits, sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], dim=-1)
+        logits = torch.cat([logits, sinks.float().view(-1, 1, 1).expand(*logits.shape[:3], 1)], dim=-1)
     weights = logits.softmax(-1)[..., : key.shape[2]]
     return torch.dropout(weights, dropout, dropout > 0).to(value.dtype) @ value
