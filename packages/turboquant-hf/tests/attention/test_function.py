@@ -208,6 +208,16 @@ def test_sinks_and_softcap_stay_on_codes(build, no_dequantizing):
     step_logits(build("turboquant"), tokens(2, 30), [tokens(2, n) for n in (1, 4, 1)])
 
 
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"s_aux": torch.zeros(4, device=DEVICE)}, {}], ids=str)
+def test_dense_attention_keeps_to_the_type_of_its_keys(tiny_model, options):
+    query, keys, values = (torch.randn(1, heads, 20, 64, device=DEVICE).bfloat16() for heads in (4, 2, 2))
+    module = tiny_model.model.layers[0].self_attn
+    found, _ = turboquant_attention(module, query, keys, values, None, **options)
+    expected, _ = turboquant_attention(module, query.float(), keys.float(), values.float(), None, **options)
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 def test_a_position_bias_with_softcap_is_refused(tiny_model):
     states = torch.randn(1, 2, 5, 64, device=DEVICE)
     module, bias = tiny_model.model.layers[0].self_attn, torch.zeros(1, 2, 5, 5, device=DEVICE)

@@ -8,7 +8,8 @@ from transformers.masking_utils import create_causal_mask
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import CompressedDynamicCache, TurboQuantCache
-from turboquant_hf.attention import masks
+from turboquant_hf.attention import function, masks
+from turboquant_hf.attention.dense import dense_attention
 from turboquant_hf.attention.function import turboquant_attention
 from turboquant_hf.attention.handover import Stored, hand_over
 from turboquant_hf.storage.growing.store import growing_store
@@ -281,6 +282,23 @@ def test_a_mask_of_a_prompt_over_all_that_a_static_cache_has_room_for(fused_mode
             logits.append(fused_model(tokens(2, PROMPT), attention_mask=given, past_key_values=cache).logits)
     assert error(logits[1], logits[0]) < 1e-4
     assert error(logits[2], logits[0]) < 1e-4
+
+
+def test_a_prompt_needs_no_mask_over_all_that_a_static_cache_has_room_for(fused_model, monkeypatch):
+    """SDPA has faster kernels without."""
+    given = []
+
+    def spy(module, query, key, value, mask, *args, **kwargs):
+        given.append((key.shape[2], value.shape[2], mask))
+        return dense_attention(module, query, key, value, mask, *args, **kwargs)
+
+    monkeypatch.setattr(function, "dense_attention", spy)
+    # More tokens than channels.
+    prompt, cache = tokens(2, 70), TurboQuantCache(fused_model.config, max_length=128, skip_layers=[0])
+    with torch.no_grad():
+        logits = fused_model(prompt, past_key_values=cache).logits
+        assert error(logits, fused_model(prompt).logits) < 1e-4
+    assert given == [(70, 70, None)] * 4
 
 
 @pytest.mark.parametrize("hole", [False, True])
