@@ -22,6 +22,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+from mutation_score import is_equivalent
 from mutmut.__main__ import collect_source_file_mutation_data, create_mutants
 from mutmut.configuration import config
 from mutmut.mutation.diff_apply import find_mutant, get_diff_for_mutant
@@ -194,7 +195,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sample", type=int, help="try so many mutants, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--survivors", action="store_true", help="try those again that no test noticed, and no others")
+    parser.add_argument(
+        "--survivors", action="store_true", help="try those again that nobody noticed, but equivalent ones"
+    )
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of tests for one mutant")
     arguments = parser.parse_args()
     check_paths()
@@ -203,7 +206,8 @@ def main() -> None:
     drawn = draw(names, arguments.seed, arguments.sample)
     found = {line["mutant"]: line["caught_by"] for line in read_lines(folder / RESULTS)}
     if arguments.survivors:
-        mutants = [name for name in drawn if name in found and found[name] is None]
+        survivors = (name for name in drawn if name in found and found[name] is None)
+        mutants = [name for name in survivors if not is_equivalent(change(name))]
     else:
         mutants = [name for name in drawn if name not in found]
     print(f"{len(names)} mutants, {len(mutants)} to try")

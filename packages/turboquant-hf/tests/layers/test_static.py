@@ -16,6 +16,7 @@ from turboquant_core import TurboQuantConfig, rotation
 from turboquant_core.mse import codebook_tables
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
+from turboquant_hf.storage.pages import Pages
 from turboquant_hf.storage.static.store import static_store
 from turboquant_hf.storage.store import Store
 from turboquant_hf.storage.tables import FullPrecisionSizes
@@ -392,6 +393,20 @@ def test_nothing_is_warmed_up_without_a_gpu(model, monkeypatch):
     monkeypatch.delattr(Store, "warm_up")
     with torch.no_grad():
         model(ids(), past_key_values=new_cache(model))
+
+
+@pytest.mark.parametrize("is_compiling", [False, True])
+def test_what_is_on_a_gpu_is_warmed_up_by_a_prompt_once(tiny_model, is_compiling, monkeypatch):
+    model, warmed_up = copy.deepcopy(tiny_model), []
+    model.set_attn_implementation("turboquant")
+    layer = new_cache(model).layers[0]
+    monkeypatch.setattr(Store, "warm_up", lambda store: warmed_up.append(store))
+    # There is no GPU here: storage is told that it is on one.
+    monkeypatch.setattr(Pages, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
+    for num_tokens in (10, 1):
+        layer.update(*torch.randn(2, 2, 2, num_tokens, 64))
+    assert warmed_up == ([] if is_compiling else [layer.store])
 
 
 def test_a_long_call_that_does_not_fit_is_nan_and_breaks_nothing():
