@@ -243,6 +243,22 @@ def test_no_mask_hides_nothing_where_attention_is_not_causal(sharp_model, query_
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0}, {"s_aux": torch.zeros(4)}], ids=["plain", "softcap", "sinks"]
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("query_len", [5, 12])
+def test_a_call_says_what_no_mask_means(sharp_model, query_len, is_causal, options):
+    module, query = copy.deepcopy(sharp_model.model.layers[0].self_attn), torch.randn(1, 4, query_len, 64)
+    module.is_causal = not is_causal
+    states, dense = stored()
+    mask = torch.ones(query_len, 50, dtype=torch.bool).tril(50 - query_len if is_causal else 50)[None, None]
+    expected, _ = turboquant_attention(module, query, *dense, mask, **options)
+    for pair in (dense, placeholders(states)):
+        actual, _ = turboquant_attention(module, query, *pair, None, is_causal=is_causal, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_masks_that_no_attention_reads_are_refused(fused_model):
     cache = TurboQuantCache(fused_model.config)
     block_mask = create_block_mask(lambda b, h, q, kv: q >= kv, 1, 1, 1, PROMPT + 1, device="cpu")

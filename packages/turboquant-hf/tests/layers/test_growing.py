@@ -185,6 +185,12 @@ def test_values_of_another_size_are_refused():
         TurboQuantLayer("tq4").update(keys, values[..., :32])
 
 
+def test_keys_of_another_head_dim_than_the_layer_was_made_for_are_refused():
+    with pytest.raises(ValueError, match="keys have 64 channels and the cache was made for head_dim 128"):
+        TurboQuantLayer(head_dim=128).update(*random_states())
+    TurboQuantLayer(head_dim=64).update(*random_states())
+
+
 @pytest.mark.parametrize("window", [2, 64, 65, 80])
 def test_a_window_is_all_there_at_every_length(window):
     """Blocks are dropped as soon as no later token sees them, and not a token earlier."""

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from turboquant_core import TurboQuantConfig
+from turboquant_core import MSEQuantizer, OutlierQuantizer, TurboQuantConfig
 from turboquant_core.testing import gaussian
 from turboquant_hf.storage.codec import LayerCodec
 
@@ -41,6 +41,18 @@ def test_vectors_that_do_not_count_say_nothing(row_counts):
     expected, found = (LayerCodec.calibrate(TurboQuantConfig(HEAD_DIM, 2.5, 3.5), *x, counts) for x in (states, others))
     assert all(map(torch.equal, found.tensors(), expected.tensors()))
     assert len(found.tensors()) == 3
+
+
+@pytest.mark.parametrize("rules", [("norm", "unbiased"), ("unbiased", "least_squares"), ("least_squares", "norm")])
+@pytest.mark.parametrize("bits", [4, 2.5])
+def test_keys_and_values_have_scales_of_their_own_rules(bits, rules):
+    states = [gaussian(NUM_TOKENS * HEADS, HEAD_DIM, s).view(NUM_TOKENS, HEADS, HEAD_DIM) for s in (1, 2)]
+    codec = LayerCodec.calibrate(TurboQuantConfig(HEAD_DIM, bits, bits, *rules, center_keys=False), *states)
+    orders = codec.key_order, codec.value_order
+    for given, rule, order, stored in zip(states, rules, orders, codec.quantize(*states), strict=True):
+        whole = order is None
+        quantizer = MSEQuantizer(HEAD_DIM, bits, rule) if whole else OutlierQuantizer(bits, order, rule)
+        assert torch.equal(stored.scales, quantizer.quantize(given).scales)
 
 
 def heads_first(stored):
