@@ -9,9 +9,11 @@ from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssCo
 from turboquant_core import TurboQuantConfig
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
+from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface
 from turboquant_hf.attending import attending
 from turboquant_hf.attention.function import register, turboquant_attention
 from turboquant_hf.attention.handover import Stored, hand_over
+from turboquant_hf.attention.masks import turboquant_mask
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
 from turboquant_hf.storage.tables import FullPrecisionSizes
@@ -158,6 +160,14 @@ def test_registering_twice_changes_nothing(fused_model, prompt):
     expected = generate(fused_model, prompt, TurboQuantCache(fused_model.config))
     register()
     assert torch.equal(generate(fused_model, prompt, TurboQuantCache(fused_model.config)), expected)
+
+
+def test_both_interfaces_are_told_of_it(monkeypatch):
+    told = []
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(interface, "register", lambda *given: told.append(given))
+    register()
+    assert told == [("turboquant", turboquant_attention), ("turboquant", turboquant_mask)]
 
 
 def gpt_oss(tiny_config, attention):

@@ -176,8 +176,9 @@ def test_padding_that_a_later_mask_shows(fused_model, max_length, kept):
     assert error(logits[1], logits[0]) < NOISE
 
 
+@pytest.mark.parametrize("sizes", [(30, 1, 3, 12), (1,) * 12], ids=["calls", "tokens"])
 @pytest.mark.parametrize("recent_tokens", [0, 8])
-def test_padding_among_the_very_first_tokens_that_a_later_mask_shows(fused_model, recent_tokens):
+def test_padding_among_the_very_first_tokens_that_a_later_mask_shows(fused_model, recent_tokens, sizes):
     mask = torch.ones(2, 3, dtype=torch.int64)
     mask[0, :2] = 0
     logits = []
@@ -185,7 +186,7 @@ def test_padding_among_the_very_first_tokens_that_a_later_mask_shows(fused_model
     for held in (DynamicCache(config=fused_model.config), cache):
         with torch.no_grad():
             fused_model(tokens(2, 3), attention_mask=mask, past_key_values=held)
-            steps = [fused_model(tokens(2, n, seed=n), past_key_values=held).logits for n in (30, 1, 3, 12)]
+            steps = [fused_model(tokens(2, n, seed=n), past_key_values=held).logits for n in sizes]
         logits.append(torch.cat(steps, dim=1))
     assert error(logits[1], logits[0]) < NOISE
 

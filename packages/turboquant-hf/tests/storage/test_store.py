@@ -243,9 +243,14 @@ def test_no_tokens_are_no_calibration():
     assert stored.num_tokens == 20
 
 
-def test_reading_nothing_is_an_error():
-    with pytest.raises(RuntimeError, match="no stored states"):
-        stored_states(torch.zeros(1, 2, 0, 64)).dequantize(torch.float32)
+@pytest.mark.parametrize("window", [None, 8])
+def test_reading_nothing_is_an_error(window):
+    config, device = TurboQuantConfig(64), torch.device("cpu")
+    stored = growing_store(config, 1, 2, torch.float32, device, window=window)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no stored states"):
+            stored.dequantize(torch.float32)
+        stored.append(*torch.zeros(2, 1, 2, 0, 64))
 
 
 @pytest.mark.parametrize(("return_lse", "shape"), [(False, (0,)), (True, (2, 3, 4))])
