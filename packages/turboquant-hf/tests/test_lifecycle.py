@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 
 KEPT = {"sink_tokens": 2, "recent_tokens": 5}
 EXACT = {"key_bits": 8, "value_bits": 8, **KEPT}
@@ -157,10 +157,10 @@ def test_rows_of_different_length(model, assert_says_the_same):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_crop_equals_a_cache_built_afresh(model, options, assert_near):
     # What the window has room for can be taken back.
-    ids, taken_back, text = prompts(2), prompts(2, MAX_QUERY_LEN, seed=3), prompts(2, MAX_QUERY_LEN, seed=2)
+    ids, taken_back, text = prompts(2), prompts(2, MAX_STEP_TOKENS, seed=3), prompts(2, MAX_STEP_TOKENS, seed=2)
     cache = prefill(model, ids, **options)
     logits_along(model, cache, taken_back)
-    cache.crop(-MAX_QUERY_LEN)
+    cache.crop(-MAX_STEP_TOKENS)
     assert cache.get_seq_length() == ids.shape[1]
     found, expected = (logits_along(model, which, text) for which in (cache, prefill(model, ids, **options)))
     assert_near(found, expected)

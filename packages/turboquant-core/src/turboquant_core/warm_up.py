@@ -43,7 +43,7 @@ def warm_up(
         key_transform: As in `decode_attention`.
 
     Raises:
-        ValueError: If `max_query_len` is not 1 to 8, or as `decode_attention` raises.
+        ValueError: If `max_query_len` is not 1 to 16, or as `decode_attention` raises.
     """
     if not 1 <= max_query_len <= MAX_QUERY_LEN:
         raise ValueError(f"max_query_len is {max_query_len}; decode attention takes 1 to {MAX_QUERY_LEN}")

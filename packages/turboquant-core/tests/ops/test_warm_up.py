@@ -18,8 +18,8 @@ def options(device):
 
 
 def test_rows_that_decode_attention_does_not_take_are_refused():
-    with pytest.raises(ValueError, match="max_query_len is 9"):
-        warm_up(LAYOUT, **options("cpu"), max_query_len=9)
+    with pytest.raises(ValueError, match="max_query_len is 17"):
+        warm_up(LAYOUT, **options("cpu"), max_query_len=17)
 
 
 def centring(device):

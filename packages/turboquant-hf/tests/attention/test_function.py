@@ -7,7 +7,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from turboquant_core import TurboQuantConfig
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface
 from turboquant_hf.attending import attending
@@ -16,7 +15,7 @@ from turboquant_hf.attention.handover import Stored, hand_over
 from turboquant_hf.attention.masks import turboquant_mask
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
-from turboquant_hf.storage.tables import FullPrecisionSizes
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS, FullPrecisionSizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Kernels multiply in float16 what the reference multiplies in float32.
@@ -89,7 +88,7 @@ def tokens(*shape):
 
 @pytest.mark.parametrize("preset", ["tq4", "tq3", "k8v4"])
 def test_decoding_on_codes_equals_dequantising_them(tiny_model, fused_model, prompt, preset):
-    chunks = [tokens(2, n) for n in (1, 1, 5, MAX_QUERY_LEN, 1)]
+    chunks = [tokens(2, n) for n in (1, 1, 5, MAX_STEP_TOKENS, 1)]
     assert_same_logits(tiny_model, fused_model, prompt, chunks, preset=preset)
 
 
@@ -104,7 +103,7 @@ def test_history_stays_codes(fused_model, prompt, no_dequantizing):
 
 def test_longer_chunks_dequantise(fused_model, prompt, no_dequantizing):
     with pytest.raises(AssertionError, match="dequantised"):
-        step_logits(fused_model, prompt, [tokens(2, MAX_QUERY_LEN + 1)])
+        step_logits(fused_model, prompt, [tokens(2, MAX_STEP_TOKENS + 1)])
 
 
 def test_longer_chunks_equal_the_unfused_path(tiny_model, fused_model, prompt):

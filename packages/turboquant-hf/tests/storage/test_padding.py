@@ -9,12 +9,11 @@ import torch
 from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from turboquant_core import TurboQuantConfig
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.static.store import static_store
 from turboquant_hf.storage.store import Store
-from turboquant_hf.storage.tables import FullPrecisionSizes
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS, FullPrecisionSizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-4 if DEVICE.type == "cpu" else 2e-2
@@ -103,7 +102,7 @@ OPERATIONS = {
     "reorder_cache": (apply(lambda cache: cache.reorder_cache(torch.tensor([1, 2, 1]))), [1, 2, 1]),
     "batch_repeat_interleave": (apply(lambda cache: cache.batch_repeat_interleave(2)), [0, 0, 1, 1, 2, 2]),
     "batch_select_indices": (apply(lambda cache: cache.batch_select_indices(torch.tensor([2, 1]))), [2, 1]),
-    "crop": (apply(lambda cache: cache.crop(-MAX_QUERY_LEN)), [0, 1, 2]),
+    "crop": (apply(lambda cache: cache.crop(-MAX_STEP_TOKENS)), [0, 1, 2]),
     "offload": (apply(lambda cache: [layer.offload() or layer.prefetch() for layer in cache.layers]), [0, 1, 2]),
     "deepcopy": (lambda cache, *_: copy.deepcopy(cache), [0, 1, 2]),
     "pickle": (lambda cache, *_: pickle.loads(pickle.dumps(cache)), [0, 1, 2]),
@@ -120,7 +119,7 @@ def test_operations_keep_where_rows_start(model, ids, operation, tmp_path):
     cache = TurboQuantCache(model.config, **options)
     feed(model, cache, ids, mask, 0, stop)
     if operation == "crop":
-        feed(model, cache, ids.flip(1), mask, stop, stop + MAX_QUERY_LEN)
+        feed(model, cache, ids.flip(1), mask, stop, stop + MAX_STEP_TOKENS)
     cache = change(cache, model, tmp_path)
     logits = feed_calls(model, cache, ids[rows], mask[rows], stop)
     for index, row in enumerate(rows):
@@ -242,7 +241,7 @@ def test_sinks_of_a_padded_row_that_come_in_several_calls_take_no_part_in_the_me
 
 
 @pytest.mark.parametrize("max_length", [None, 64])
-@pytest.mark.parametrize("num_new", [MAX_QUERY_LEN, MAX_QUERY_LEN + 4])
+@pytest.mark.parametrize("num_new", [MAX_STEP_TOKENS, MAX_STEP_TOKENS + 4])
 def test_sinks_that_came_after_the_prompt_are_read_as_they_are(num_new, max_length):
     sinks, padded, stops = 4, 10, (12, 15, 15 + num_new)
     sizes = FullPrecisionSizes(sinks, 8)

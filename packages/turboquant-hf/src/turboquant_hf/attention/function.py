@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface
 from turboquant_hf.attention.dense import dense_attention, is_causal
 from turboquant_hf.attention.dispatch import ATTENTION
@@ -21,6 +20,7 @@ from turboquant_hf.attention.masks import (
     rows_of,
     turboquant_mask,
 )
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 
 # Arguments of attention functions that others than SDPA take.
 _REFUSED = {
@@ -81,7 +81,7 @@ def turboquant_attention(
         store, query_len = given.store, query.shape[2]
         causal, position_bias = query_len == 1 or is_causal(module, **kwargs), kwargs.get("position_bias")
         rows = None if dropout or position_bias is not None else _rows_of_call(attention_mask, causal)
-        if rows is not None and store.pages.has_kernel and query_len <= MAX_QUERY_LEN:
+        if rows is not None and store.pages.has_kernel and query_len <= MAX_STEP_TOKENS:
             output = store.attend(query.detach(), rows.starts, rows.window, scale=scaling, softcap=softcap, sinks=s_aux)
             if given.wants_gradient or (query.requires_grad and torch.is_grad_enabled()):
                 output = without_gradient(output)

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf._compat import sdpa_mask
 from turboquant_hf.attention.dispatch import check_dispatch
 from turboquant_hf.inference_mode import outside_inference_mode
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 from turboquant_hf.storage.traced import operation
 
 _FACTS = "turboquant_facts"
@@ -75,7 +75,7 @@ def turboquant_mask(
     if mask is None:
         return None
     rows = None
-    if q_length <= MAX_QUERY_LEN and q_length < kv_length:
+    if q_length <= MAX_STEP_TOKENS and q_length < kv_length:
         # `generate` makes masks contiguous for a compiled model, and a copy would know nothing.
         mask = mask.contiguous()
         rows = _rows_of_mask(mask, q_offset, kv_offset, kwargs.get("local_size"))

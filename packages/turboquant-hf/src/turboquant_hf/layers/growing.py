@@ -8,7 +8,6 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops._dispatch import VECTOR_DTYPES
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention.dispatch import ATTENTION
@@ -19,7 +18,7 @@ from turboquant_hf.layers.rows import picked, reordered, repeated
 from turboquant_hf.storage.codec import has_whole_bits
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
-from turboquant_hf.storage.tables import FullPrecisionSizes
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS, FullPrecisionSizes
 
 
 class TurboQuantLayer(CacheLayerMixin):
@@ -186,7 +185,7 @@ class TurboQuantLayer(CacheLayerMixin):
                 given = Prompt(key_states, value_states, self.store_again, num_read)
                 return hand_over(given, key_states.shape, self.dtype, self.device)
             return self._prompt(key_states, value_states)
-        if num_new and reads_codes and (num_new <= MAX_QUERY_LEN or store.parts_calls):
+        if num_new and reads_codes and (num_new <= MAX_STEP_TOKENS or store.parts_calls):
             recent = store.append_parts(key_states, value_states)
             shape = (*key_states.shape[:2], num_read, key_states.shape[3])
             return hand_over(Stored(store, recent, wants_gradient), shape, self.dtype, self.device)

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.growing.length import GrowingLength
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 
 
 class TurboQuantSlidingLayer(TurboQuantLayer):
@@ -41,7 +41,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
             self.store.trim()
         read = super().update(key_states, value_states, *args, **kwargs)
         # Placeholders are read after this; anything else has been read.
-        if not self.record_past and key_states.shape[-2] > MAX_QUERY_LEN:
+        if not self.record_past and key_states.shape[-2] > MAX_STEP_TOKENS:
             self.store.trim()
         return read
 

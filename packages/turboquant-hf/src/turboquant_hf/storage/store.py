@@ -5,12 +5,12 @@ from typing import Any
 import torch
 
 from turboquant_core import TurboQuantConfig
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_core.ops.merge_attention import merge_attention
 from turboquant_core.quantized import storage_nbytes
 from turboquant_hf.storage.full_precision import FullPrecision
 from turboquant_hf.storage.length import Length, Missing
 from turboquant_hf.storage.pages import Pages
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 from turboquant_hf.storage.tables import seen as seen_by
 
 
@@ -94,7 +94,7 @@ class Store:
         With recent tokens the new ones read each other, and those before the first of them, as they are.
         """
         num_new = keys.shape[2]
-        if not self.length.sizes.recent or num_new <= MAX_QUERY_LEN:
+        if not self.length.sizes.recent or num_new <= MAX_STEP_TOKENS:
             self.append(keys, values)
             return self.dequantize(dtype)
         # They are written over the recent tokens that the first of them reads.
@@ -117,7 +117,7 @@ class Store:
         Returns:
             Keys and values of the last positions, as they are; None where full precision has them all.
         """
-        if not self.parts_calls or keys.shape[2] <= MAX_QUERY_LEN:
+        if not self.parts_calls or keys.shape[2] <= MAX_STEP_TOKENS:
             self.append(keys, values)
             return None
         self._fill(self.length.missing())

@@ -10,7 +10,11 @@ from typing import NamedTuple
 
 import torch
 
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+MAX_STEP_TOKENS = 8
+"""Tokens of a call that attends on the codes, and that can be taken back as if they had never come.
+
+Decode attention takes twice as many; each more keeps a recent token more in full precision.
+"""
 
 
 class FullPrecisionSizes(NamedTuple):
@@ -28,10 +32,10 @@ class FullPrecisionSizes(NamedTuple):
     def ring(self) -> int:
         """Recent tokens that there is room for.
 
-        `MAX_QUERY_LEN` more, so that a call of as many tokens finds what its first one sees, and that as many can be
+        `MAX_STEP_TOKENS` more, so that a call of as many tokens finds what its first one sees, and that as many can be
         taken back.
         """
-        return self.recent + MAX_QUERY_LEN if self.recent else 0
+        return self.recent + MAX_STEP_TOKENS if self.recent else 0
 
 
 CODES_ONLY = FullPrecisionSizes()

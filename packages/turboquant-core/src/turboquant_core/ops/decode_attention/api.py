@@ -32,7 +32,7 @@ from turboquant_core.ops.decode_attention.values import check_attended_values
 if TYPE_CHECKING:
     from turboquant_core.ops.decode_attention.launch import Attention
 
-MAX_QUERY_LEN = 8
+MAX_QUERY_LEN = 16
 # What a path may ask of where pages begin.
 PAGE_ALIGNMENT = math.lcm(*(path.page_alignment for path in PATHS))
 # Kernels compute tanh in float32, which errs by 6e-8: above, a softcap would round logits to steps of more than 1e-3.

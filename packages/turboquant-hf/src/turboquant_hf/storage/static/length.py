@@ -5,10 +5,9 @@ from typing import Self
 
 import torch
 
-from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
 from turboquant_hf.storage.length import Length, Missing
 from turboquant_hf.storage.static.addresses import keep_addresses
-from turboquant_hf.storage.tables import FullPrecisionSizes, Written, written
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS, FullPrecisionSizes, Written, written
 
 
 class StaticLength(Length):
@@ -56,7 +55,7 @@ class StaticLength(Length):
             self._begin_rows(row_starts)
         missing = self.missing()
         if not torch.compiler.is_compiling():
-            self._tears = num_new > MAX_QUERY_LEN and not self.is_empty
+            self._tears = num_new > MAX_STEP_TOKENS and not self.is_empty
             self._is_torn = missing is not None or self._tears
         start = 0 if self.is_empty else self.stop
         return written.__wrapped__(start, num_new, self.room, self.sizes, self.row_starts, device), missing
