@@ -161,3 +161,20 @@ def test_the_matrix_is_computed_once():
 def test_a_head_dim_out_of_range_is_named_with_the_limits(head_dim):
     with pytest.raises(ValueError, match=rf"head_dim is {head_dim}; .* multiple of 8 from 8 to 512"):
         Rotation(head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 128, 256, 512])
+def test_signs_and_hadamard_transforms_make_the_rotation_of_a_power_of_two(head_dim):
+    rotation = Rotation(head_dim)
+    x = torch.eye(head_dim, dtype=torch.float64)
+    for signs in rotation.signs:
+        x = x * signs
+        for bit in range(head_dim.bit_length() - 1):
+            first, second = x.view(head_dim, -1, 2, 1 << bit).unbind(2)
+            x = torch.stack([first + second, first - second], dim=2).reshape(head_dim, head_dim)
+    assert torch.equal(x.T / head_dim ** (len(rotation.signs) // 2), rotation.matrix)
+
+
+def test_other_sizes_have_no_signs():
+    with pytest.raises(ValueError, match="head_dim is 96, and only the rotations of powers of two are made of signs"):
+        _ = Rotation(96).signs

@@ -58,6 +58,17 @@ class Rotation:
         """Π as float64 [head_dim, head_dim] on the CPU. Shared and cached: do not write to it."""
         return _matrix(self.head_dim, self.seed, torch.device("cpu"), torch.float64)
 
+    @property
+    def signs(self) -> torch.Tensor:
+        """D₁, D₂, … of a power of two, float64 [rounds, head_dim] of 1 and -1: Π is … H D₂ H D₁ over its size.
+
+        Raises:
+            ValueError: If head_dim is another size, whose matrix has no such factors.
+        """
+        if not _is_power_of_two(self.head_dim):
+            raise ValueError(f"head_dim is {self.head_dim}, and only the rotations of powers of two are made of signs")
+        return torch.from_numpy(_signs(self.head_dim, _seed_of(self.head_dim, self.seed)))
+
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Πx along the last dimension of x [..., head_dim], in float32 (float64 for float64 input)."""
         x = _widen(x)
@@ -76,22 +87,32 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
 @cache
 def _matrix(head_dim: int, seed: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if (device.type, dtype) == ("cpu", torch.float64):
-        power_of_two = head_dim & (head_dim - 1) == 0
-        build = _signed_hadamard if power_of_two else _haar
-        return torch.from_numpy(build(head_dim, FORMAT_SEEDS[head_dim] if seed is None else seed))
+        build = _signed_hadamard if _is_power_of_two(head_dim) else _haar
+        return torch.from_numpy(build(head_dim, _seed_of(head_dim, seed)))
     return _matrix(head_dim, seed, torch.device("cpu"), torch.float64).to(device, dtype)
+
+
+def _seed_of(head_dim: int, seed: int | None) -> int:
+    return FORMAT_SEEDS[head_dim] if seed is None else seed
+
+
+def _is_power_of_two(head_dim: int) -> bool:
+    return head_dim & (head_dim - 1) == 0
+
+
+def _signs(head_dim: int, seed: int) -> npt.NDArray[np.float64]:
+    rounds = 4 if head_dim >= MIN_HEAD_DIM_OF_FOUR_ROUNDS else 6
+    return np.stack([random_signs(f"rotation/hadamard/{head_dim}/{seed}/{i}", head_dim) for i in range(rounds)])
 
 
 def _signed_hadamard(head_dim: int, seed: int) -> npt.NDArray[np.float64]:
     hadamard = np.ones((1, 1))
     while len(hadamard) < head_dim:
         hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
-    rotation = np.eye(head_dim)
-    rounds = 4 if head_dim >= MIN_HEAD_DIM_OF_FOUR_ROUNDS else 6
-    for i in range(rounds):
-        signs = random_signs(f"rotation/hadamard/{head_dim}/{seed}/{i}", head_dim)
-        rotation = hadamard @ (signs[:, None] * rotation)
-    return np.asarray(rotation / head_dim ** (rounds // 2))
+    rotation, signs = np.eye(head_dim), _signs(head_dim, seed)
+    for round_signs in signs:
+        rotation = hadamard @ (round_signs[:, None] * rotation)
+    return np.asarray(rotation / head_dim ** (len(signs) // 2))
 
 
 def _haar(head_dim: int, seed: int) -> npt.NDArray[np.float64]:

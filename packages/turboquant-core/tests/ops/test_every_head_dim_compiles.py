@@ -31,7 +31,7 @@ def record(module, name):
 
 update_kernel, gather_kernel = record(update, "update_kernel"), record(gather, "gather_kernel")
 prepare, portable_kernel, combine = (
-    record(decode, "prepare_kernel"), record(portable, "portable_kernel"), record(decode, "combine_kernel")
+    record(portable, f"{name}_kernel") for name in ("prepare", "portable", "combine")
 )
 merge_kernel = record(merge, "merge_kernel")
 
@@ -40,7 +40,7 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder):
     pages = layout.allocate(1)
     ints, means = torch.zeros(BATCH + 1, dtype=torch.int32), torch.zeros(2, head_dim)
     block_table, lengths = ints[:BATCH].view(BATCH, 1), ints[:BATCH]
-    decode.card_of = lambda device: Card(divmod(arch, 10), 132)
+    decode.card_of = portable.card_of = lambda device: Card(divmod(arch, 10), 132)
     update._processor = lambda device: Processor(132, shared_bytes)
 
     def show(kernel):

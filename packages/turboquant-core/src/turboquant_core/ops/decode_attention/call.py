@@ -7,39 +7,35 @@ import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import row_capacity
+from turboquant_core.ops._padding import padded_octet
 from turboquant_core.ops._page_layout import PageLayout, page_layout
 from turboquant_core.ops.decode_attention.sizes import DecodeLaunch, padded_batch
 
+LOG2_E = 1.4426950408889634
+
 
 class AttendTensors(NamedTuple):
-    """The cache, a prepared query, and where partial results go, as one argument of a kernel.
+    """The cache, and what kernels leave for the ones after them, as one argument of a kernel.
 
     Attributes:
-        operand: float16 [batch, num_kv_heads, num_columns, num_positions], rotated queries over their length; or int8
-            [batch, num_kv_heads, num_columns, 2, num_positions], multiples of 128 and what is left.
-        offset: int32 [batch, num_kv_heads, num_columns], what the products of int8 lack; None of float16.
-        factor: float32 [batch, num_kv_heads, num_columns], what scores are multiplied with, log2 units.
-        bias: Like `factor`, the score of the key mean; None without one.
         pages: uint8 [num_blocks, num_kv_heads, head_bytes].
         block_table: int32 [batch, max_blocks], or None when row b is page b.
         seq_lens: int32 [batch].
         seq_starts: int32 [batch], or None.
         query_start_loc: int32 [batch + 1], or None when every row has query_len tokens.
         cu_tiles: int32 [batch + 1], the tiles of all rows in one line.
+        bias: float32 [batch, num_kv_heads, num_columns], the score of the key mean, log2 units; None without one.
         partial: float32 [num_workers + batch, num_kv_heads, num_columns, num_positions].
         stats: float32 [num_workers + batch, num_kv_heads, 2, num_columns], the reference exponent (log2) and the sum.
     """
 
-    operand: torch.Tensor
-    offset: torch.Tensor | None
-    factor: torch.Tensor
-    bias: torch.Tensor | None
     pages: torch.Tensor
     block_table: torch.Tensor | None
     seq_lens: torch.Tensor
     seq_starts: torch.Tensor | None
     query_start_loc: torch.Tensor | None
     cu_tiles: torch.Tensor
+    bias: torch.Tensor | None
     partial: torch.Tensor
     stats: torch.Tensor
 
@@ -71,7 +67,7 @@ class AttendSizes(NamedTuple):
         group: Query heads of a KV head.
         num_columns: Query heads of a KV head times query tokens of a row, rounded up to whole programs.
         columns: Of them those of a program.
-        num_positions: Of an operand.
+        num_positions: Channels of a head, padded after every eighth where that makes a power of two.
         tile: Tokens that a program attends to at a time.
         window: Positions that a token sees; 0 for all.
         has_softcap: Whether there is one.
@@ -100,6 +96,7 @@ class AttendCall:
         device: Where it runs.
         counts: See there.
         sizes: See there.
+        scale: Of a logit.
         softcap: In log2 units; 0 for none.
         page_stride: From page to page, in bytes.
         page_head_stride: From head to head of a page.
@@ -110,6 +107,7 @@ class AttendCall:
     device: torch.device
     counts: AttendCounts
     sizes: AttendSizes
+    scale: float
     softcap: float
     page_stride: int
     page_head_stride: int
@@ -125,11 +123,11 @@ class AttendCall:
         *,
         batch: int,
         query_len: int,
-        num_positions: int,
+        scale: float,
         window: int,
         softcap: float,
     ) -> "AttendCall":
-        """The call of tensors like these."""
+        """The call of tensors like these; `softcap` in natural units."""
         num_tokens, num_heads, _ = query.shape
         max_blocks, block_table_stride = (
             (1, 0) if block_table is None else (block_table.shape[1], block_table.stride(0))
@@ -146,14 +144,15 @@ class AttendCall:
             group=num_heads // layout.num_kv_heads,
             num_columns=launch.padded_columns,
             columns=launch.columns,
-            num_positions=num_positions,
+            num_positions=8 * padded_octet(layout.config.head_dim),
             tile=launch.tile,
             window=window,
             has_softcap=softcap > 0,
             block_batch=padded_batch(batch),
             overlap=launch.overlap,
         )
-        return cls(page_layout(layout), launch, query.device, counts, sizes, softcap, *pages.stride()[:2])
+        strides = pages.stride()[:2]
+        return cls(page_layout(layout), launch, query.device, counts, sizes, scale, softcap * LOG2_E, *strides)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -31,31 +31,38 @@ def share_start(worker, num_workers, num_tiles):
 
 @triton.jit
 def row_reach(
-    row, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, window: tl.constexpr
+    row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile: tl.constexpr,
+    window: tl.constexpr,
 ):  # fmt: skip
-    """Of a row: its stored tokens, the first that may be seen, its query tokens, and the first that those see."""
-    length = clamped(tl.load(seq_lens + row), 0, row_capacity)
-    start = 0
+    """Of a row: its stored tokens, the first that may be seen, its query tokens, the first that those see, its tiles.
+
+    `row` may be a tensor of rows, of which those that are not `real` have no tiles.
+    """
+    length = clamped(tl.load(seq_lens + row, mask=real, other=0), 0, row_capacity)
+    start = length * 0
     if seq_starts is not None:
-        start = tl.maximum(tl.load(seq_starts + row), 0)
-    row_len = query_len
+        start = tl.maximum(tl.load(seq_starts + row, mask=real, other=0), 0)
+    row_len = length * 0 + query_len
     if query_start_loc is not None:
-        row_begin_token = tl.load(query_start_loc + row)
-        row_len = row_queries(row_begin_token, tl.load(query_start_loc + row + 1), num_tokens, query_len)
-    return length, start, row_len, first_position(length, row_len, start, window)
+        row_begin_token = tl.load(query_start_loc + row, mask=real, other=0)
+        row_end_token = tl.load(query_start_loc + row + 1, mask=real, other=0)
+        row_len = row_queries(row_begin_token, row_end_token, num_tokens, query_len)
+    first = first_position(length, row_len, start, window)
+    count = tl.maximum((length + tile - 1) // tile - first // tile, 0)
+    # A row without query tokens has nothing to attend for.
+    return length, start, row_len, first, tl.where(real & (row_len > 0), count, 0)
 
 
 @triton.jit
-def row_share(
-    tensors, row, at, share_end, query_len, num_tokens, row_capacity, tile: tl.constexpr, window: tl.constexpr
+def row_tiles(
+    row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile: tl.constexpr,
+    window: tl.constexpr,
 ):  # fmt: skip
-    """`row_reach`, and of the row's own tiles the first and the one past the last in a share that has come to `at`."""
-    length, start, row_len, first = row_reach(
-        row, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens, row_capacity, window
+    """The tiles of a row: the last of `row_reach`."""
+    _, _, _, _, count = row_reach(
+        row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile, window
     )
-    begin = first // tile + at - tl.load(tensors.cu_tiles + row)
-    end = begin + tl.minimum(share_end, tl.load(tensors.cu_tiles + row + 1)) - at
-    return length, start, row_len, first, begin, end
+    return count
 
 
 @triton.jit

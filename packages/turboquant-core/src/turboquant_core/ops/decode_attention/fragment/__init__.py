@@ -3,7 +3,7 @@
 from turboquant_core.ops.decode_attention.call import AttendCall
 from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
 from turboquant_core.ops.decode_attention.fragment.widths import STREAMS, SUBTILE
-from turboquant_core.ops.decode_attention.path import Attend, DecodePath, Operand
+from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 
 # Strides in words, and in scales, that Triton sees to be multiples of sixteen.
 ALIGNMENT = 64
@@ -15,17 +15,10 @@ def _plan(call: AttendCall) -> Attend:
     return plan(call)
 
 
-def _operand(head_dim: int, key_bits: int, value_bits: int) -> Operand:
-    from turboquant_core.ops.decode_attention.fragment.operands import operand
-
-    return operand(head_dim, key_bits, value_bits)
-
-
 FRAGMENT = DecodePath(
     name="fragment",
     plan=_plan,
     launch_of=fragment_launch,
-    operand=_operand,
     head_dims=(64, 128, 256),
     key_bits=tuple(STREAMS),
     value_bits=tuple(STREAMS),

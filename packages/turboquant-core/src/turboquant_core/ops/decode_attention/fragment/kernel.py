@@ -16,13 +16,13 @@ from turboquant_core.ops.decode_attention.fragment.operands import (
     let_next_kernel_start,
     mma_layout,
     parts_of_heads,
-    right_layout,
     value_columns,
     value_operand,
     value_word_layout,
     wait_for_previous_kernel,
     weight_operand,
 )
+from turboquant_core.ops.decode_attention.fragment.query import load_channels, load_query, query_operand
 from turboquant_core.ops.decode_attention.fragment.tiles import (
     allocate_roots,
     allocate_words,
@@ -30,7 +30,7 @@ from turboquant_core.ops.decode_attention.fragment.tiles import (
     read_words,
     tile_pages,
 )
-from turboquant_core.ops.decode_attention.schedule import row_share, share_start
+from turboquant_core.ops.decode_attention.schedule import row_reach, row_tiles, share_start
 from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale, softcapped
 
 LOWEST = gl.constexpr(-1e30)
@@ -38,8 +38,16 @@ LOWEST = gl.constexpr(-1e30)
 
 @gluon.jit(do_not_specialize=AttendCounts._fields)
 def fragment_kernel(
-    tensors,  # see `AttendTensors`
+    tensors,  # see `AttendTensors`; all but `pages` and what says which of them is written
+    query,  # [num_tokens, num_heads, head_dim]
+    key_mean,  # float32 [num_kv_heads, head_dim], or one of each row, or None
+    query_token_stride,
+    query_head_stride,
+    mean_row_stride,  # 0 where all rows share the mean
     batch, num_tokens, query_len, row_capacity, last_block, block_table_stride,  # see `AttendCounts`
+    negative,  # int32 [head_dim], see `rotated`
+    scale,  # of a logit
+    score_scale,  # the same, times the unit of products
     table,  # int32 [constants, 32]: look-up constants of keys, then of values, for each lane
     softcap,  # in log2 units; 0 for none
     page_stride,  # in bytes, like the next
@@ -47,6 +55,9 @@ def fragment_kernel(
     layout: gl.constexpr,
     sizes: gl.constexpr,  # see `AttendSizes`
     stages: gl.constexpr,
+    rounds: gl.constexpr,
+    swaps: gl.constexpr,  # from channels to positions of keys, see `bit_swaps`
+    key_offset: gl.constexpr,  # see `load_query`
     key_asm: gl.constexpr,
     key_constraints: gl.constexpr,
     key_constants: gl.constexpr,
@@ -56,8 +67,8 @@ def fragment_kernel(
 ):  # fmt: skip
     """Grid (num_workers, num_kv_heads * num_columns / columns), one warp each."""
     mma: gl.constexpr = mma_layout()
-    right: gl.constexpr = right_layout(4)
     by_column: gl.constexpr = gl.SliceLayout(0, mma)
+    by_row: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     by_head: gl.constexpr = gl.SliceLayout(0, head_layout(sizes.columns))
     tile_tokens: gl.constexpr = sizes.tile
     subtiles: gl.constexpr = tile_tokens // 16
@@ -69,6 +80,13 @@ def fragment_kernel(
     window: gl.constexpr = sizes.window
     # Without a table a row has one page, however long that is.
     block_size: gl.constexpr = 0 if tensors.block_table is None else layout.block_size
+    # What no kernel before this one writes comes while it waits for them.
+    key_table = ()
+    for i in gl.static_range(key_constants):
+        key_table = key_table + (lane_constant(table, i),)
+    value_table = ()
+    for i in gl.static_range(value_constants):
+        value_table = value_table + (lane_constant(table, key_constants + i),)
     if sizes.overlap:
         wait_for_previous_kernel()
         let_next_kernel_start()
@@ -77,19 +95,20 @@ def fragment_kernel(
     head = gl.program_id(1) // (num_columns // columns)
     first_column = gl.program_id(1) % (num_columns // columns) * columns
 
-    num_tiles = gl.load(tensors.cu_tiles + batch)
+    rows = gl.arange(0, sizes.block_batch, by_row)
+    counts = row_tiles(
+        rows, rows < batch, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
+        row_capacity, tile_tokens, window,
+    )  # fmt: skip
+    ends = gl.associative_scan(counts, 0, _plus)
+    num_tiles = gl.sum(counts, axis=0)
+    if (worker == 0) & (gl.program_id(1) == 0):
+        gl.store(tensors.cu_tiles, 0)
+        gl.store(tensors.cu_tiles + 1 + rows, ends, mask=rows < batch)
     tile = share_start(worker, num_workers, num_tiles)
     share_end = share_start(worker + 1, num_workers, num_tiles)
-    rows = gl.arange(0, sizes.block_batch, gl.BlockedLayout([1], [32], [1], [0]))
-    ends = gl.load(tensors.cu_tiles + 1 + rows, mask=rows < batch, other=2147483647)
     row = gl.sum((ends <= tile).to(gl.int32), axis=0)
-
-    key_table = ()
-    for i in gl.static_range(key_constants):
-        key_table = key_table + (lane_constant(table, i),)
-    value_table = ()
-    for i in gl.static_range(value_constants):
-        value_table = value_table + (lane_constant(table, key_constants + i),)
+    row_begin = gl.sum(gl.where(ends <= tile, counts, 0), axis=0)
 
     pages = tensors.pages + head.to(gl.int64) * page_head_stride
     buffers = (
@@ -98,63 +117,69 @@ def fragment_kernel(
         allocate_roots(stages, subtiles),
         allocate_roots(stages, subtiles),
     )
-    # A query takes two columns of the products with keys: the high and the low part of its coordinates.
-    part = 2 * first_column + gl.arange(0, 2 * columns, by_column)
-    operand_part = 2 * first_column + gl.arange(0, 2 * columns, gl.SliceLayout(0, right))[None, :]
-    operand_channel = gl.arange(0, head_dim, gl.SliceLayout(1, right))[:, None]
     column = first_column + gl.arange(0, columns, by_head)
     channel = gl.arange(0, head_dim, gl.SliceLayout(1, mma))[:, None]
     output_column = gl.arange(0, value_columns(columns), by_column)
     output_head = first_column + head_of_column(output_column, columns)
 
     while tile < share_end:
-        if gl.load(tensors.cu_tiles + row + 1) > tile:
-            length, start, row_len, first, begin, end = row_share(
-                tensors, row, tile, share_end, query_len, num_tokens, row_capacity, tile_tokens, window
-            )
-            place = (row.to(gl.int64) * layout.num_kv_heads + head) * num_columns
-            used = row_len * sizes.group
-            query = gl.load(
-                tensors.operand + (2 * place + operand_part) * head_dim + operand_channel,
-                mask=operand_part < 2 * used,
-                other=0,
-            )
-            lacking = gl.load(tensors.offset + place + part // 2, mask=(part % 2 == 1) & (part < 2 * used), other=0)
-            scale = gl.load(tensors.factor + place + column, mask=column < used, other=0.0)
-            shift = gl.zeros([columns], gl.float32, by_head)
-            if sizes.has_softcap and tensors.bias is not None:
-                shift = gl.load(tensors.bias + place + column, mask=column < used, other=0.0)
-            position = length - row_len + column // sizes.group
+        length, start, row_len, first, count = row_reach(
+            row, True, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
+            row_capacity, tile_tokens, window,
+        )  # fmt: skip
+        row_end = row_begin + count
+        if row_end > tile:
+            begin = first // tile_tokens + tile - row_begin
+            end = begin + gl.minimum(share_end, row_end) - tile
+            stored = load_query(
+                query, query_token_stride, query_head_stride, tensors.query_start_loc, row, head, first_column, row_len,
+                num_tokens, query_len, head_dim, sizes.group, columns,
+            )  # fmt: skip
+            # Kept from row to row they would take four times the registers: what is made of them would be kept.
+            signs = load_channels(negative, columns, head_dim)
+            mean = None
+            if key_mean is not None:
+                means = key_mean + row.to(gl.int64) * mean_row_stride + head * head_dim
+                mean = load_channels(means, columns, head_dim)
             if block_size == 0:
                 blocks = row
             else:
                 blocks = tensors.block_table + row.to(gl.int64) * block_table_stride
-
-            top = gl.full([columns], LOWEST, gl.float32, by_head)
-            total = gl.zeros([16, columns], gl.float32, head_layout(columns))
-            result = gl.zeros([head_dim, value_columns(columns)], gl.float32, mma)
             # Tiles that every query token sees in full need no mask. The order of tiles does not matter.
             if window > 0:
                 first = gl.maximum(start, length - window)
             full_begin = gl.minimum(gl.maximum(begin, (first + tile_tokens - 1) // tile_tokens), end)
             full_end = gl.maximum(gl.minimum(end, (length - row_len + 1) // tile_tokens), full_begin)
+            last = full_end - 1
+            numbers = (row * 0,) * subtiles
             if full_end > full_begin:
-                last = full_end - 1
+                first_numbers = ()
                 for ahead in gl.static_range(stages - 1):
                     early = gl.minimum(full_begin + ahead, last)
-                    numbers = tile_pages(early, False, length, blocks, last_block, block_size, subtiles)
-                    copy_tile(
-                        early, ahead, numbers, False, length, pages, page_stride, buffers, layout, block_size, subtiles,
-                    )  # fmt: skip
+                    first_numbers = first_numbers + (
+                        tile_pages(early, False, length, blocks, last_block, block_size, subtiles),
+                    )
                 numbers = tile_pages(
-                    gl.minimum(full_begin + stages - 1, last),
-                    False,
-                    length,
-                    blocks,
-                    last_block,
-                    block_size,
-                    subtiles,
+                    gl.minimum(full_begin + stages - 1, last), False, length, blocks, last_block, block_size, subtiles
                 )
+                for ahead in gl.static_range(stages - 1):
+                    copy_tile(
+                        gl.minimum(full_begin + ahead, last), ahead, first_numbers[ahead], False, length, pages,
+                        page_stride, buffers, layout, block_size, subtiles,
+                    )  # fmt: skip
+            # While the first tiles are on their way.
+            operand, lacking, factor, bias = query_operand(
+                stored, mean, signs, scale, score_scale, rounds, swaps, key_offset
+            )
+            if tensors.bias is not None:
+                # Every worker of the row writes the same.
+                place = (row.to(gl.int64) * layout.num_kv_heads + head) * num_columns
+                gl.store(tensors.bias + place + column, bias)
+            position = length - row_len + column // sizes.group
+            top = gl.full([columns], LOWEST, gl.float32, by_head)
+            total = gl.zeros([16, columns], gl.float32, head_layout(columns))
+            result = gl.zeros([head_dim, value_columns(columns)], gl.float32, mma)
+            if full_end > full_begin:
                 for full in range(full_begin, full_end):
                     turn = full - full_begin
                     async_copy.wait_group(stages - 2)
@@ -166,7 +191,7 @@ def fragment_kernel(
                         gl.minimum(full + stages, last), False, length, blocks, last_block, block_size, subtiles
                     )
                     top, total, result = _attend_tile(
-                        full, turn % stages, buffers, False, length, start, position, query, lacking, scale, shift,
+                        full, turn % stages, buffers, False, length, start, position, operand, lacking, factor, bias,
                         softcap, top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns,
                         subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                     )  # fmt: skip
@@ -181,7 +206,7 @@ def fragment_kernel(
                 )  # fmt: skip
                 async_copy.wait_group(0)
                 top, total, result = _attend_tile(
-                    edge, 0, buffers, True, length, start, position, query, lacking, scale, shift,
+                    edge, 0, buffers, True, length, start, position, operand, lacking, factor, bias,
                     softcap, top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns,
                     subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                 )  # fmt: skip
@@ -195,7 +220,13 @@ def fragment_kernel(
             gl.store(tensors.stats + 2 * slot + column, top)
             gl.store(tensors.stats + 2 * slot + num_columns + column, gl.sum(total, axis=0))
             tile += end - begin
+        row_begin = row_end
         row += 1
+
+
+@gluon.jit
+def _plus(a, b):
+    return a + b
 
 
 @gluon.jit

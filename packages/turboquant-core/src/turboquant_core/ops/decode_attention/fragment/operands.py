@@ -2,18 +2,12 @@
 
 A warp reads the codes of sixteen tokens straight into the registers in which the tensor cores want their operand, looks
 the centroids up there and multiplies. Which lane holds which channel is free as long as the query (for keys) and the
-un-rotation (for values) list channels in the same order: `operand` has that order, and the `convert_layout`s to
+un-rotation (for values) list channels in the same order, which is that of `positions`; the `convert_layout`s to
 operands are asserted to be no instruction.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, value_lookup
-from turboquant_core.ops.decode_attention.path import Operand
-
-# High parts of a query's coordinate are at most 127, low parts at most 64.
-QUERY_STEPS = 127 * 128
 
 
 @gluon.constexpr_function
@@ -206,27 +200,3 @@ def _join4(a, b, c, d):
     x = gl.join(gl.join(a, c), gl.join(b, d))
     shape: gl.constexpr = x.type.shape[:-2]
     return gl.reshape(x, shape + [4])
-
-
-def operand(head_dim: int, key_bits: int, value_bits: int) -> Operand:
-    """How the kernel takes a query, and what its results are in."""
-    words = head_dim // 8
-    key, value = key_lookup(head_dim, key_bits), value_lookup(head_dim, value_bits)
-
-    def channel(word: int, code: int) -> int:
-        return 4 * word + code // 2 + code % 2 * (head_dim // 2)
-
-    queries = tuple(
-        channel(lane * (words // 4) + inner, key.order[4 * half + code])
-        for inner in range(words // 4)
-        for half in range(2)
-        for lane in range(4)
-        for code in range(4)
-    )
-    outputs = tuple(
-        channel(lane * (words // 8) + inner, value.order[place])
-        for inner in range(words // 8)
-        for place in range(8)
-        for lane in range(8)
-    )
-    return Operand(queries, outputs, key.unit, value.unit, QUERY_STEPS, key.offset)

@@ -12,7 +12,7 @@ from turboquant_core.ops.decode_attention.portable.lookup import (
     permute_halves,
     permute_int8,
 )
-from turboquant_core.ops.decode_attention.schedule import row_share, share_start
+from turboquant_core.ops.decode_attention.schedule import row_reach, share_start
 from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale, softcapped
 
 LOWEST = tl.constexpr(-1e30)
@@ -25,6 +25,8 @@ FP8_LOW_UNIT = tl.constexpr(PARTS["fp8"].low_unit)
 @triton.jit(do_not_specialize=AttendCounts._fields)
 def portable_kernel(
     tensors,  # see `AttendTensors`
+    operand,  # see `prepare_kernel`, like the next
+    factor,
     batch, num_tokens, query_len, row_capacity, last_block, block_table_stride,  # see `AttendCounts`
     key_entries,  # centroids: float16 [2^key_bits], or parts [2, 2^key_bits], or int32 words of sixteen
     value_entries,  # float16 [2^value_bits], or int32 words of sixteen
@@ -72,17 +74,19 @@ def portable_kernel(
     pages = tensors.pages + head.to(tl.int64) * page_head_stride
 
     while at < share_end:
-        if tl.load(tensors.cu_tiles + row + 1) > at:
-            length, start, row_len, _, begin, end = row_share(
-                tensors, row, at, share_end, query_len, num_tokens, row_capacity, tile, window
-            )
+        row_end = tl.load(tensors.cu_tiles + row + 1)
+        if row_end > at:
+            length, start, row_len, first, _ = row_reach(
+                row, True, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
+                row_capacity, tile, window,
+            )  # fmt: skip
+            begin = first // tile + at - tl.load(tensors.cu_tiles + row)
+            end = begin + tl.minimum(share_end, row_end) - at
             used = column < row_len * sizes.group
             place = (row.to(tl.int64) * layout.num_kv_heads + head) * num_columns + column
-            query = tl.load(
-                tensors.operand + place[:, None] * num_positions + position[None, :], mask=used[:, None], other=0.0
-            )
+            query = tl.load(operand + place[:, None] * num_positions + position[None, :], mask=used[:, None], other=0.0)
             high, low, query_unit = _split_query(query, key_product)
-            scale = tl.load(tensors.factor + place, mask=used, other=0.0) * query_unit * key_unit
+            scale = tl.load(factor + place, mask=used, other=0.0) * query_unit * key_unit
             shift = tl.zeros([columns], tl.float32)
             if sizes.has_softcap and tensors.bias is not None:
                 shift = tl.load(tensors.bias + place, mask=used, other=0.0)

@@ -1,18 +1,65 @@
-"""Launch the portable kernel."""
+"""Launch the portable kernels: prepare, attend, combine."""
 
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, cast
+
+import torch
 
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops.decode_attention.call import AttendCall
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
+from turboquant_core.ops.decode_attention.card import card_of, overlapped
 from turboquant_core.ops.decode_attention.centroids import MAX_PERMUTED_BITS
+from turboquant_core.ops.decode_attention.portable.combine import combine_kernel
 from turboquant_core.ops.decode_attention.portable.kernel import portable_kernel
 from turboquant_core.ops.decode_attention.portable.lookup import entries, entry_unit, entry_words
-from turboquant_core.ops.decode_attention.sizes import overlapped
+from turboquant_core.ops.decode_attention.portable.prepare import prepare_kernel
+from turboquant_core.ops.decode_attention.portable.sizes import PortableLaunch
+from turboquant_core.rotation import Rotation
+
+# They hold a rotation of 128 channels while they wait.
+MERGE_WARPS = 8
 
 
-def plan(call: AttendCall, *, key_product: str, assembly: bool) -> "partial[None]":
-    """The kernel with its grid, tables and options: what `DecodePath.plan` gives.
+@dataclass(frozen=True)
+class PortableAttend:
+    """The launches of a planned call.
+
+    Attributes:
+        call: What is known of it.
+        prepare: Rotates the query, and lays the tiles of all rows in one line.
+        attend: Writes partial results.
+        combine: Merges them.
+    """
+
+    call: AttendCall
+    prepare: "partial[None]"
+    attend: "partial[None]"
+    combine: "partial[None]"
+
+    def __call__(
+        self,
+        tensors: AttendTensors,
+        query: torch.Tensor,
+        key_mean: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+    ) -> None:
+        """See `Attend`."""
+        sizes = self.call.sizes
+        columns = (self.call.counts.batch, self.call.layout.num_kv_heads, sizes.num_columns)
+        operand = torch.empty(*columns, sizes.num_positions, dtype=torch.float16, device=query.device)
+        factor = torch.empty(columns, dtype=torch.float32, device=query.device)
+        mean_row_stride = key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0
+        self.prepare(tensors, operand, factor, query, key_mean, *query.stride()[:2], mean_row_stride)
+        self.attend(tensors, operand, factor)
+        self.combine(tensors, sinks, out, lse, *out.stride()[:2])
+
+
+def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAttend:
+    """The kernels with their grids, tables and options.
 
     Args:
         call: What is known of a call.
@@ -21,10 +68,36 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> "partial[None
     """
     # The interpreter has no inline assembly: there every path looks the same entries up by gathering.
     assembly = assembly and not interpreting()
-    layout, device, sizes = call.layout, call.device, call.launch
+    layout, sizes, counts, device = call.layout, call.sizes, call.counts, call.device
+    launch = cast(PortableLaunch, call.launch)
     head_dim, key_bits, value_bits = layout.head_dim, layout.stored_keys.bits, layout.stored_values.bits
     key_permute, value_permute = (assembly and bits <= MAX_PERMUTED_BITS for bits in (key_bits, value_bits))
-    return partial(
+    query_rotation, output_rotation = _rotations(head_dim, device)
+    heads = counts.batch * counts.query_len * layout.num_kv_heads * sizes.group
+    block_positions = min(launch.prepare_positions, sizes.num_positions)
+    common: dict[str, Any] = {
+        "batch": counts.batch,
+        "num_tokens": counts.num_tokens,
+        "query_len": counts.query_len,
+        "layout": layout,
+        "sizes": sizes,
+        "block_dim": sizes.num_positions,
+        "precision": "tf32x3" if card_of(device).capability >= (8, 0) else "ieee",
+        **overlapped(launch),
+    }
+    prepare = partial(
+        prepare_kernel[(-(-heads // launch.prepare_heads), sizes.num_positions // block_positions)],
+        rotation=query_rotation,
+        row_capacity=counts.row_capacity,
+        scale=call.scale,
+        score_scale=call.scale * head_dim**-0.5,
+        block_heads=launch.prepare_heads,
+        block_channels=min(launch.prepare_channels, sizes.num_positions),
+        block_positions=block_positions,
+        num_warps=4,
+        **common,
+    )
+    attend = partial(
         portable_kernel[call.grid],
         **call.arguments(),
         key_entries=(entry_words if key_permute else entries)(head_dim, key_bits, key_product, device),
@@ -35,6 +108,29 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> "partial[None
         key_permute=key_permute,
         value_permute=value_permute,
         widen=interpreting(),
-        num_warps=sizes.num_warps,
-        **overlapped(sizes),
+        num_warps=launch.num_warps,
+        **overlapped(launch),
     )
+    combine = partial(
+        combine_kernel[(-(-heads // launch.merge_heads),)],
+        rotation=output_rotation,
+        num_workers=launch.num_workers,
+        block_heads=launch.merge_heads,
+        block_slots=launch.merge_slots,
+        block_channels=min(launch.merge_channels, sizes.num_positions),
+        num_warps=MERGE_WARPS,
+        **common,
+    )
+    return PortableAttend(call, prepare, attend, combine)
+
+
+@cache
+def _rotations(head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Π for queries, and for outputs times the unit of centroids, whose entries are those of unit variance.
+
+    float32 [num_positions, head_dim], with rows of zeros where channels are padded after every eighth.
+    """
+    octet, padded = head_dim // 8, padded_octet(head_dim)
+    matrix = Rotation(head_dim).matrix.view(8, octet, head_dim)
+    matrix = torch.nn.functional.pad(matrix, (0, 0, 0, padded - octet)).flatten(0, 1)
+    return matrix.float().to(device), (matrix * head_dim**-0.5).float().to(device)

@@ -3,15 +3,16 @@
 import triton
 import triton.language as tl
 
-from turboquant_core.ops._triton.bounds import clamped, row_queries
-from turboquant_core.ops.decode_attention.schedule import first_position, query_heads
+from turboquant_core.ops.decode_attention.schedule import query_heads, row_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["batch", "num_tokens", "query_len", "row_capacity"])
 def prepare_kernel(
-    tensors,  # see `AttendTensors`: operand, offset, factor, bias and cu_tiles are written
+    tensors,  # see `AttendTensors`: bias and cu_tiles are written
+    operand,  # out, float16 [batch, num_kv_heads, num_columns, num_positions], rotated queries over their length
+    factor,  # out, float32 [batch, num_kv_heads, num_columns], what scores are multiplied with, log2 units
     query,  # [num_tokens, num_heads, head_dim]
     key_mean,  # float32 [num_kv_heads, head_dim], or one of each row, or None
     query_token_stride,
@@ -19,12 +20,10 @@ def prepare_kernel(
     mean_row_stride,  # 0 where all rows share the mean
     batch, num_tokens, query_len, row_capacity,  # see `AttendCounts`
     rotation,  # float32 [num_positions, head_dim]; row i makes operand position i
-    rotation_sums,  # float32 [head_dim]: what of a query products lack, per channel
     scale,  # of a logit
-    score_scale,  # the same, times the unit of products
+    score_scale,  # the same, times the unit of keys
     layout: tl.constexpr,
     sizes: tl.constexpr,  # see `AttendSizes`
-    steps: tl.constexpr,  # see `Operand`
     block_heads: tl.constexpr,
     block_dim: tl.constexpr,
     block_channels: tl.constexpr,
@@ -54,7 +53,6 @@ def prepare_kernel(
     place = (row.to(tl.int64) * layout.num_kv_heads + kv_head) * sizes.num_columns + column
     squares = tl.zeros([block_heads], tl.float32)
     mean_score = tl.zeros([block_heads], tl.float32)
-    lacking = tl.zeros([block_heads], tl.float32)
     rotated = tl.zeros([block_heads, block_positions], tl.float32)
     for base in tl.static_range(0, block_dim, block_channels):
         channel = base + tl.arange(0, block_channels)
@@ -67,8 +65,6 @@ def prepare_kernel(
                 means = key_mean + row.to(tl.int64) * mean_row_stride + kv_head * head_dim
                 mean = tl.load(means[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0)
                 mean_score += tl.sum(q * mean, axis=1)
-        if steps > 0:
-            lacking += tl.sum(q * tl.load(rotation_sums + channel, mask=real, other=0.0)[None, :], axis=1)
         if base > 0:
             matrix = _load_rotation(rotation, position, base, head_dim, block_channels)
         # [heads, channels] x [channels, positions]
@@ -77,20 +73,10 @@ def prepare_kernel(
     size = tl.sqrt(squares)
     # A query with NaN in it has no length, and its scores are NaN by their factor.
     size = tl.where(size == 0, 1.0, size)
-    rotated = rotated / size[:, None]
-    if steps > 0:
-        whole = tl.floor(rotated * steps + 0.5).to(tl.int32)
-        high = (whole + 64) >> 7
-        target = tensors.operand + place[:, None] * (2 * sizes.num_positions) + position[None, :]
-        tl.store(target, high.to(tl.int8), mask=used[:, None])
-        tl.store(target + sizes.num_positions, (whole - (high << 7)).to(tl.int8), mask=used[:, None])
-    else:
-        target = tensors.operand + place[:, None] * sizes.num_positions + position[None, :]
-        tl.store(target, rotated.to(tl.float16), mask=used[:, None])
+    target = operand + place[:, None] * sizes.num_positions + position[None, :]
+    tl.store(target, (rotated / size[:, None]).to(tl.float16), mask=used[:, None])
     if tl.program_id(1) == 0:
-        if steps > 0:
-            tl.store(tensors.offset + place, tl.floor(lacking / size + 0.5).to(tl.int32), mask=used)
-        tl.store(tensors.factor + place, size * (score_scale * LOG2_E), mask=used)
+        tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
         if key_mean is not None:
             tl.store(tensors.bias + place, mean_score * (scale * LOG2_E), mask=used)
 
@@ -118,18 +104,8 @@ def _write_cu_tiles(
 ):
     row = tl.arange(0, block_batch)
     real = row < batch
-    length = clamped(tl.load(seq_lens + row, mask=real, other=0), 0, row_capacity)
-    start = tl.zeros_like(length)
-    if seq_starts is not None:
-        start = tl.maximum(tl.load(seq_starts + row, mask=real, other=0), 0)
-    row_len = tl.zeros_like(length) + query_len
-    if query_start_loc is not None:
-        begin = tl.load(query_start_loc + row, mask=real, other=0)
-        row_end = tl.load(query_start_loc + row + 1, mask=real, other=0)
-        row_len = row_queries(begin, row_end, num_tokens, query_len)
-    first = first_position(length, row_len, start, window)
-    count = tl.maximum((length + tile - 1) // tile - first // tile, 0)
-    # A row without query tokens has nothing to attend for.
-    count = tl.where(real & (row_len > 0), count, 0)
+    count = row_tiles(
+        row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile, window
+    )
     tl.store(cu_tiles, 0)
     tl.store(cu_tiles + 1 + row, tl.cumsum(count, axis=0), mask=real)

@@ -1,0 +1,24 @@
+"""The card that a launch is for."""
+
+from functools import cache
+
+import torch
+
+from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch
+
+
+@cache
+def card_of(device: torch.device) -> Card:
+    """The card behind a device; the interpreter's CPU counts as a small one that has no inline assembly."""
+    if device.type != "cuda":
+        return Card((0, 0), 2)
+    if torch.version.hip is not None:
+        # Capabilities are NVIDIA's numbers, and what follows from them NVIDIA's features.
+        return Card((0, 0), torch.cuda.get_device_properties(device).multi_processor_count)
+    properties = torch.cuda.get_device_properties(device)
+    return Card((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def overlapped(launch: DecodeLaunch) -> dict[str, bool]:
+    """The launch option of a kernel that may start before the previous one has finished."""
+    return {"launch_pdl": True} if launch.overlap else {}
