@@ -57,7 +57,7 @@ def fragment_kernel(
     stages: gl.constexpr,
     rounds: gl.constexpr,
     swaps: gl.constexpr,  # from channels to positions of keys, see `bit_swaps`
-    key_offset: gl.constexpr,  # see `load_query`
+    key_offset: gl.constexpr,  # see `query_operand`
     key_asm: gl.constexpr,
     key_constraints: gl.constexpr,
     key_constants: gl.constexpr,
