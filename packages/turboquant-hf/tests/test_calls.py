@@ -172,20 +172,22 @@ def test_an_interrupted_prompt_is_refused_until_reset(model, options):
     cache = TurboQuantCache(model.config, **options)
     interrupt(model, ids(LENGTH, seed=2), cache)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"hold \[4\d, 4\d, 0.*reset\(\)"):
+        with pytest.raises(RuntimeError, match=r"hold \[4\d, 4\d, 0.*reset\(\)") as refused:
             forward(model, ids(1, seed=3), cache)
+        assert "crop" not in str(refused.value)
     expected = filled(model, **options)
     cache.reset()
     forward(model, ids(LENGTH), cache)
     assert torch.equal(forward(model, ids(4, seed=3), cache), forward(model, ids(4, seed=3), expected))
 
 
-def test_an_interrupted_prompt_is_cropped_to_nothing(model):
-    cache = TurboQuantCache(model.config)
+@pytest.mark.parametrize("options", [{}, {"max_length": 128}], ids=["growing", "static"])
+def test_an_interrupted_prompt_is_cropped_to_nothing(model, options):
+    cache = TurboQuantCache(model.config, **options)
     interrupt(model, ids(LENGTH, seed=2), cache)
     cache.crop(-LENGTH)
     forward(model, ids(LENGTH), cache)
-    assert torch.equal(forward(model, ids(4, seed=3), cache), forward(model, ids(4, seed=3), filled(model)))
+    assert torch.equal(forward(model, ids(4, seed=3), cache), forward(model, ids(4, seed=3), filled(model, **options)))
 
 
 def test_what_disagrees_is_not_saved(model, tmp_path):

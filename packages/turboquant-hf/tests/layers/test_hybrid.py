@@ -345,6 +345,7 @@ def test_a_convolution_that_was_recorded_is_taken_back_with_its_codes():
     assert cropped.get_seq_length() == 20
     assert torch.equal(cropped.keys, fresh.keys)
     assert torch.equal(cropped.conv_states[0], fresh.conv_states[0])
+    assert any(tensor is cropped.conv_states[0] for tensor in cropped.tensors())
 
 
 def test_a_recurrent_state_is_not_taken_back(attention):

@@ -15,7 +15,9 @@ from transformers import (
 from turboquant_core import TurboQuantConfig, rotation
 from turboquant_core.mse import codebook_tables
 from turboquant_hf import TurboQuantCache
+from turboquant_hf._compat import StaticSlidingWindowLayer
 from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
+from turboquant_hf.layers.static import TurboQuantStaticLayer
 from turboquant_hf.storage.pages import Pages
 from turboquant_hf.storage.static.store import static_store
 from turboquant_hf.storage.store import Store
@@ -317,6 +319,7 @@ def test_windows_take_the_static_layers_of_transformers(assert_says_the_same):
     model = Gemma3ForCausalLM(config).eval()
     cache = new_cache(model, key_bits=8, value_bits=8)
     assert cache.is_compileable
+    assert [type(layer) for layer in cache.layers] == [StaticSlidingWindowLayer, TurboQuantStaticLayer]
     assert_says_the_same(model, ids(), cache, DynamicCache(config=config))
 
 

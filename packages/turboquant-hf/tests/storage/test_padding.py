@@ -260,8 +260,11 @@ def test_sinks_that_came_after_the_prompt_are_read_as_they_are(num_new, max_leng
 
 
 @pytest.mark.parametrize(("num_tokens", "sinks"), [(PADDED + 6, 64), (PADDED + 6, PADDED + 6), (PADDED, 64)])
-def test_a_padded_batch_of_no_more_tokens_than_sinks_is_saved_and_loaded(model, ids, num_tokens, sinks, tmp_path):
-    mask, options = padding_mask(), {"preset": "tq2", "sink_tokens": sinks}
+@pytest.mark.parametrize("preset", ["tq2", "tq2.5"])
+def test_a_padded_batch_of_no_more_tokens_than_sinks_is_saved_and_loaded(
+    model, ids, preset, num_tokens, sinks, tmp_path
+):
+    mask, options = padding_mask(), {"preset": preset, "sink_tokens": sinks}
     cache = TurboQuantCache(model.config, **options)
     feed(model, cache, ids, mask, 0, num_tokens)
     loaded = save_and_load(cache, model, tmp_path)
