@@ -170,7 +170,7 @@ def save_words():
 
 @pytest.fixture(scope="session")
 def tiny_vision_model(save_words, tmp_path_factory):
-    """A folder with a small random Idefics 3, with a tokenizer of words: it needs no torchvision."""
+    """A folder with a small random Idefics 3, with a tokenizer of words."""
     import transformers
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -241,6 +241,17 @@ def generate(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def with_torchvision():
+    """The environment in which torchvision can be imported, which some image processors need."""
+    if find_spec("torchvision") is not None:
+        return {}
+    if not TORCHVISION.is_dir():
+        pytest.skip(f"needs torchvision, in {TORCHVISION} where torch is without CUDA")
+    operators = Path(__file__).with_name("torchvision_operators")
+    return {"PYTHONPATH": os.pathsep.join(map(str, (operators, TORCHVISION)))}
+
+
+@pytest.fixture(scope="session")
 def itemsize():
     """Bytes of a number in what engines compute in, and keep uncompressed."""
     return processes.DTYPE.itemsize
@@ -305,6 +316,9 @@ def texts_of():
 
     return choose
 
+
+# Where nox puts it: beside a torch without CUDA it cannot be imported as it is, so it is not among the other packages.
+TORCHVISION = Path(sys.prefix, "torchvision")
 
 STORY = """\
 The Thames froze in the winter of 1683, and for two months Londoners built a town upon the ice. There were streets of

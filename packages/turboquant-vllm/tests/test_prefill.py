@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import _values, cache_gather, cache_update
+from turboquant_vllm import impl
 from turboquant_vllm.batch import prefill_rows
 from turboquant_vllm.batch.prefill_rows import PrefillRows
 from turboquant_vllm.dense_attention import DenseAttention
@@ -322,3 +324,23 @@ def test_the_mean_is_added_where_it_changes_something(device, monkeypatch, case,
     inputs.attend()
     assert gather.called
     assert all((call.kwargs["key_transform"].mean is not None) is added for call in gather.call_args_list)
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "is_read"), [(None, True, True), ("other", True, False), ("other", False, False)]
+)
+def test_a_layer_that_shares_a_cache_reads_no_keys_of_its_own(monkeypatch, target, given, is_read):
+    attend = Mock()
+    monkeypatch.setattr(impl, "Prefill", Mock(return_value=attend))
+    layer = SimpleNamespace(
+        _shares_with=target,
+        _pages=lambda kv_cache: (kv_cache, None),
+        dense_attention=None,
+        sinks=None,
+        key_transform=SimpleNamespace(settled=None),
+    )
+    query, key = torch.empty(3, 4, 64), torch.empty(3, 2, 64)
+    metadata = SimpleNamespace(decode=None, prefill=SimpleNamespace(num_tokens=3))
+    own = (key, key) if given else (None, None)
+    impl.TurboQuantImpl.forward(layer, None, query, *own, torch.empty(0), metadata, torch.empty_like(query))
+    assert (attend.call_args.args[1] is not None) is is_read

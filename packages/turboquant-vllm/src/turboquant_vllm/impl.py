@@ -118,7 +118,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
     ) -> torch.Tensor:
         """Attend with query [num_tokens, num_heads, head_dim] and write `output` of the same shape.
 
-        A layer that shares the cache of another is given no keys and values, and reads all from the codes.
+        A layer that shares the cache of another reads all from the codes.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("TurboQuant does not quantise its output; turn the fusion of that off")
@@ -146,7 +146,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if rows := attn_metadata.prefill:
             tokens = slice(first, first + rows.num_tokens)
             prefill = Prefill(self.dense_attention, layout, self.sinks)
-            own = None if key is None or value is None else (key[tokens], value[tokens])
+            # vLLM 0.29 gives a layer that shares a cache keys and values all the same, which nobody stores.
+            shares = self._shares_with is not None
+            own = None if shares or key is None or value is None else (key[tokens], value[tokens])
             prefill(query[tokens], own, pages, rows, self.key_transform.settled, output[tokens])
         return output
 
