@@ -239,9 +239,16 @@ def test_bits_of_a_layer_that_is_not_compressed_are_refused():
         TurboQuantCache(config, layer_bits={0: (8, 4)})
 
 
-def test_a_model_without_attention_is_refused():
-    config = Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2)
-    message = r"qwen3_next model has no attention layer to compress \(its layers: LinearAttentionLayer\)\. Use Dynamic"
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        (Qwen3NextConfig(num_hidden_layers=2, layer_types=["linear_attention"] * 2), "LinearAttentionLayer"),
+        (LlamaConfig(num_hidden_layers=0), "none"),
+    ],
+    ids=["linear", "none"],
+)
+def test_a_model_without_attention_is_refused(config, layers):
+    message = rf"{config.model_type} model has no attention layer to compress \(its layers: {layers}\)\. Use Dynamic"
     with pytest.raises(ValueError, match=message):
         TurboQuantCache(config)
 

@@ -80,11 +80,12 @@ def test_a_move_takes_everything_along_and_leaves_what_was_there(max_length):
 
 
 @pytest.mark.parametrize("bits", [4, 2.5])
+@pytest.mark.parametrize("sizes", [tables.CODES_ONLY, FullPrecisionSizes(2, 3)])
 @pytest.mark.parametrize("max_length", [None, 128])
-def test_a_graph_writes_and_reads_what_a_call_does(max_length, bits, monkeypatch):
+def test_a_graph_writes_and_reads_what_a_call_does(max_length, sizes, bits, monkeypatch):
     """Of a graph the operations alone."""
     arguments = (TurboQuantConfig(64, bits, bits), 2, 2, torch.float32, torch.device("cpu"))
-    sizes, read = FullPrecisionSizes(2, 3), []
+    read = []
     for is_compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=is_compiling: value)
         stored = growing_store(*arguments, sizes) if max_length is None else static_store(*arguments, max_length, sizes)
@@ -138,6 +139,14 @@ def test_reading_gives_what_the_quantiser_gives():
         expected.append(quantizer.dequantize(quantizer.quantize(states)))
     for read, wanted in zip(stored.dequantize(torch.float32), expected, strict=True):
         torch.testing.assert_close(read, wanted)
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_rows_of_first_tokens_alone_are_picked(max_length):
+    stored, (keys, values) = new_store(max_length, "cpu"), random_states(2, 2, 2, 2, 64)
+    stored.append(keys, values)
+    picked = stored.select_rows(torch.tensor([1, 0])).stored(torch.float32)
+    assert all(map(torch.equal, picked, (keys.flip(0), values.flip(0))))
 
 
 def test_tokens_take_their_packed_bytes_in_whole_blocks():
