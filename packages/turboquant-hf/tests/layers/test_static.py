@@ -234,7 +234,7 @@ def test_warming_up_changes_nothing(tiny_model):
     generate(tiny_model, ids(), cache)
     before = [tensor.clone() for layer in cache.layers for tensor in layer.tensors()]
     for layer in cache.layers:
-        layer.store.warm_up()
+        layer.store.warm_up(layer.dtype)
     assert all(map(torch.equal, before, (tensor for layer in cache.layers for tensor in layer.tensors())))
     assert cache.get_seq_length() == 31
 
@@ -246,7 +246,7 @@ def test_warming_up_makes_what_reading_keeps(tiny_model, preset):
     kept = (codebook_tables, rotation._matrix)
     for function in kept:
         function.cache_clear()
-    cache.layers[0].store.warm_up()
+    cache.layers[0].store.warm_up(torch.float32)
     made = [function.cache_info().misses for function in kept]
     assert all(made)
     steps(tiny_model, tiny_model, cache, ids(num_tokens=1), num_steps=1)
@@ -403,7 +403,7 @@ def test_what_is_on_a_gpu_is_warmed_up_by_a_prompt_once(tiny_model, is_compiling
     model, warmed_up = copy.deepcopy(tiny_model), []
     model.set_attn_implementation("turboquant")
     layer = new_cache(model).layers[0]
-    monkeypatch.setattr(Store, "warm_up", lambda store: warmed_up.append(store))
+    monkeypatch.setattr(Store, "warm_up", lambda store, dtype: warmed_up.append(store))
     # There is no GPU here: storage is told that it is on one.
     monkeypatch.setattr(Pages, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)

@@ -64,7 +64,7 @@ class TurboQuantStaticLayer(TurboQuantLayer):
 
     def _before_decoding(self) -> None:
         if self.store.pages.device.type == "cuda" and not torch.compiler.is_compiling():
-            self.store.warm_up()
+            self.store.warm_up(self.dtype)
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         room = (0, 0, 0, self._max_length - key_states.shape[-2])

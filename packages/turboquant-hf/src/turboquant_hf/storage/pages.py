@@ -160,6 +160,12 @@ class Pages(ABC):
             self._row_transform = codec, row_transform(codec, self.batch_size)
         return attend_pages(query, tensor, table, seen.lengths, *options, codec, self._row_transform[1])
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Write a token to no slot and read one, as a step does: kernels and tables of long calls are others."""
+        vectors = self.tensor.new_zeros(1, self.tensor.shape[1], self.config.head_dim, dtype=dtype)
+        self._put(vectors, vectors, self.tensor.new_full((1,), -1, dtype=torch.int64))
+        self.read(0, 1, dtype)
+
     @abstractmethod
     def reserve(self, num_tokens: int, length: Length) -> None:
         """Make room for so many tokens of a row, of which `length` are stored."""

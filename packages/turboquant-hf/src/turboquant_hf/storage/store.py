@@ -222,12 +222,12 @@ class Store:
             output = merge_attention(query, *dense, codes, sinks=sinks, scale=scale, softcap=softcap)
         return output if seen.overflow is None else output + seen.overflow.to(output.dtype)
 
-    def warm_up(self) -> None:
-        """Read and attend once, so that what is kept from call to call is not made while a CUDA graph is recorded."""
-        self.pages.read(0, 1, torch.float16)
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Do what a step does, so that what is kept from call to call is not made while a CUDA graph is recorded."""
+        self.pages.warm_up(dtype)
         if self.pages.has_kernel:
             shape = (self.batch_size, self.num_kv_heads, 1, self.config.head_dim)
-            self.attend(self.pages.tensor.new_zeros(shape, dtype=torch.float16), scale=None)
+            self.attend(self.pages.tensor.new_zeros(shape, dtype=dtype), scale=None)
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
