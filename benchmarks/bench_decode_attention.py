@@ -205,6 +205,34 @@ def times() -> str:
     return table(columns, rows)
 
 
+def presets() -> str:
+    """Every preset at one shape beside the peers there."""
+    result = read_result("decode_attention")
+    peers = next(row for row in result["contexts"] if (row["batch"], row["context"]) == PRESET_SHAPE)
+    rows = []
+    for preset, measured in result["presets"].items():
+        factors = [f"{peers[f'{peer}_ms'] / measured['ms']:.2f}x" for peer in ("fa3_bf16", "fa3_fp8", "xqa_fp8")]
+        share = measured["gb_per_s"] * 1e9 / result["copy_bytes_per_s"]
+        error = f"{measured['relative_error']:.2%} ({measured['bf16_relative_error']:.2%})"
+        rows.append([preset, f"{1000 * measured['ms']:,.0f} µs", *factors, f"{share:.0%}", error])
+    columns = (
+        shape(*PRESET_SHAPE),
+        "time",
+        "against FA3 bf16",
+        "against FA3 fp8",
+        "against XQA fp8",
+        "share of copy bandwidth",
+        "error against float64 (bf16 attention's)",
+    )
+    return table(columns, rows)
+
+
+def query_tokens() -> str:
+    """What several query tokens of a row cost."""
+    times = {int(count): measured["ms"] for count, measured in read_result("decode_attention")["verification"].items()}
+    return ", ".join(f"{count} take {times[count] / times[1]:.2f} of the time of one" for count in times if count > 1)
+
+
 def ratio(batch: int, context: int, peer: str, kernel: str = "tq4") -> Callable[[], str]:
     """How many times as long a peer's kernel takes as another."""
 
@@ -221,8 +249,12 @@ def ratio(batch: int, context: int, peer: str, kernel: str = "tq4") -> Callable[
 
 FIGURES = {
     "decode-attention": times,
+    "decode-presets": presets,
+    "decode-query-tokens": query_tokens,
     "kernel-bf16": ratio(32, 32_768, "fa3_bf16"),
     "kernel-xqa": ratio(32, 32_768, "xqa_fp8"),
+    "kernel-xqa-short": ratio(32, 1024, "xqa_fp8"),
+    "kernel-xqa-alone": ratio(1, 8192, "xqa_fp8"),
     "kernel-alone-bf16": ratio(1, 32_768, "fa3_bf16"),
     "fp8-kernel-bf16": ratio(32, 32_768, "fa3_bf16", "xqa_fp8"),
     "fp8-kernel-alone-bf16": ratio(1, 32_768, "fa3_bf16", "xqa_fp8"),
