@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from turboquant_core import MSEQuantizer, QuantizedTensor, grid_codebook, unpack
+from turboquant_core import MSEQuantizer, ProdQuantizer, QuantizedTensor, grid_codebook, unpack
 from turboquant_core.codebook import MAX_TABLE_BITS
 from turboquant_core.testing import INPUT_KINDS, gaussian
 
@@ -173,3 +173,14 @@ def test_scales_of_another_shape_are_refused(shape):
     codes = quantizer.quantize(torch.ones(2, 64)).codes
     with pytest.raises(ValueError, match="scales are "):
         quantizer.dequantize(QuantizedTensor(codes, torch.ones(shape, dtype=torch.float16)))
+
+
+@pytest.mark.parametrize("quantizer", [MSEQuantizer(72, 3, seed=5), ProdQuantizer(72, 4, seed=5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_passes_what_inference_mode_has_made(quantizer, dtype):
+    x = gaussian(4, 72, seed=1).to(dtype)
+    with torch.inference_mode():
+        expected = quantizer.quantize(x).codes
+    # What it saves for a backward pass may be of no inference mode.
+    found = quantizer.quantize(x.clone().requires_grad_()).codes
+    assert torch.equal(found, expected)

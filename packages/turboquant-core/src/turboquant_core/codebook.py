@@ -18,6 +18,7 @@ from scipy.optimize import brentq
 from scipy.special import betainc, gammaln
 
 from turboquant_core._checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_bits
+from turboquant_core.inference_mode import outside_inference_mode
 
 MAX_TABLE_BITS = 4
 """Up to here a code is a sign and the index of a level; above, an integer that needs no table."""
@@ -61,6 +62,7 @@ class Codebook:
 
 
 @cache
+@outside_inference_mode
 def grid_codebook(head_dim: int, bits: int) -> Codebook:
     """The fixed codebook for unit vectors of dimension `head_dim`.
 
