@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
 from importlib.util import find_spec
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ VECTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Lengths of prompts differ without end.
 MAX_KNOWN_CALLS = 1024
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -43,6 +44,12 @@ class KnownCalls(Generic[T]):
             self._found.clear()
         found = self._found[call] = find()
         return found
+
+
+def not_traced(operation: Callable[P, T]) -> Callable[P, T]:
+    """Have torch.compile call an operation as it is, between compiled parts: its plan hangs on where tensors are."""
+    called: Callable[P, T] = torch.compiler.disable(operation)  # type: ignore[no-untyped-call]
+    return called
 
 
 def check_whole_bits(layout: KVCacheLayout) -> None:

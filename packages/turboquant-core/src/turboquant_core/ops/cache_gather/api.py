@@ -14,6 +14,7 @@ from turboquant_core.ops._dispatch import (
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
+    not_traced,
 )
 from turboquant_core.ops._values import checks_values
 from turboquant_core.ops.cache_gather.paths import choose_path
@@ -22,6 +23,7 @@ from turboquant_core.ops.cache_gather.values import check_gathered_values
 from turboquant_core.rotation import Rotation
 
 
+@not_traced
 def cache_gather(
     pages: torch.Tensor,
     block_table: torch.Tensor,

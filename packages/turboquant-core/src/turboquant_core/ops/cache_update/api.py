@@ -14,6 +14,7 @@ from turboquant_core.ops._dispatch import (
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
+    not_traced,
 )
 from turboquant_core.ops._values import checks_values
 from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, Launch
@@ -23,6 +24,7 @@ from turboquant_core.ops.cache_update.tensors import UpdateTensors
 from turboquant_core.ops.cache_update.values import check_stored_values
 
 
+@not_traced
 def cache_update(
     key: torch.Tensor,
     value: torch.Tensor,

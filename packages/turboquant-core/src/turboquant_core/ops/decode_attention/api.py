@@ -21,6 +21,7 @@ from turboquant_core.ops._dispatch import (
     check_tensor,
     check_vector_dtype,
     check_whole_bits,
+    not_traced,
 )
 from turboquant_core.ops._overlap import check_no_overlap, extent, overlap
 from turboquant_core.ops._values import checks_values
@@ -40,6 +41,7 @@ SOFTCAP_RANGE = (1e-30, 1e4)
 MAX_SCALE = 1e30
 
 
+@not_traced
 def decode_attention(
     query: torch.Tensor,
     pages: torch.Tensor,
