@@ -614,6 +614,25 @@ def test_the_output_is_written_beside_the_query_and_not_on_it(device):
 
 
 @pytest.mark.parametrize("path", ["reference", *kernels(DecodeCase())])
+def test_the_output_is_not_written_among_the_pages(device, path):
+    inputs = build(DecodeCase(64, seq_lens=(20, 30)), device)
+    memory = torch.zeros(inputs.query.nbytes + inputs.pages.nbytes, dtype=torch.uint8, device=device)
+    pages = memory[: inputs.pages.nbytes].view(inputs.pages.shape).copy_(inputs.pages)
+    expected, _ = attend(inputs, path)
+
+    def attend_into(start):
+        out = memory[start : start + inputs.query.nbytes].view(inputs.query.dtype).view(inputs.query.shape)
+        arguments = (pages, inputs.block_table, inputs.seq_lens, inputs.case.layout)
+        return decode_attention(inputs.query, *arguments, out=out, path=path, **inputs.options)
+
+    assert torch.equal(attend_into(pages.nbytes), expected)
+    for start in (0, pages.nbytes - 16):
+        with pytest.raises(ValueError, match=r"out, at .*, shares memory with pages, at .* Give a tensor of its own"):
+            attend_into(start)
+    assert torch.equal(pages, inputs.pages)
+
+
+@pytest.mark.parametrize("path", ["reference", *kernels(DecodeCase())])
 def test_a_query_with_nan_gives_none_to_its_head_alone(device, path):
     inputs = build(DecodeCase(seq_lens=(20, 40)), device)
     expected, _ = attend(inputs, path)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -91,7 +91,7 @@ def decode_attention(
         key_transform: What keys went through before they were stored, one for all rows or one of each. Softmax does not
             see a mean, but softcap, sinks and the log-sum-exp do.
         out: Written instead of a new tensor: like `query`, with a last stride of 1; no part of it twice in memory, nor
-            in `query`.
+            in `query` or among the pages.
         return_lse: Also return the natural log-sum-exp of the logits, float32 [num_tokens, num_heads]; minus infinity
             where nothing is seen.
         path: A name of `turboquant_core.ops.decode_attention.paths`; "auto" is the fastest that can run here.
@@ -134,7 +134,7 @@ def decode_attention(
     if checks_values():
         check_attended_values(arrays, key_transform, query.shape[0], plan.query_len, layout, len(pages))
     if out is not None:
-        _check_apart(out, query, plan)
+        _check_apart(out, query, pages, plan)
     else:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if return_lse else None
@@ -184,6 +184,7 @@ class _Plan:
         path: What attends; None for the reference.
         attention: What it launches; None for the reference, and where there is nothing to do.
         query_extent: Bytes from the query's first element to the end of its last.
+        pages_extent: The same for the pages.
         out_extent: The same for `out`.
     """
 
@@ -191,6 +192,7 @@ class _Plan:
     path: DecodePath | None
     attention: "Attention | None"
     query_extent: int
+    pages_extent: int
     out_extent: int
 
 
@@ -228,7 +230,7 @@ def _plan(
         check_no_overlap("out", out)
     check_one_device({"query": query, "pages": pages, "out": out, **arrays, **transform})
     chosen = choose_path(path, layout, query.device, pages)
-    extents = extent(query), 0 if out is None else extent(out)
+    extents = extent(query), extent(pages), 0 if out is None else extent(out)
     if chosen is None or not query.numel() or not batch:
         return _Plan(query_len, chosen, None, *extents)
     from turboquant_core.ops.decode_attention.launch import choose_launch, plan
@@ -240,14 +242,17 @@ def _plan(
     return _Plan(query_len, chosen, attention, *extents)
 
 
-def _check_apart(out: torch.Tensor, query: torch.Tensor, plan: _Plan) -> None:
-    out_at, query_at = out.data_ptr(), query.data_ptr()
-    if out_at >= query_at + plan.query_extent or query_at >= out_at + plan.out_extent:
-        return
-    if overlap(out, query):
-        raise ValueError(
-            f"out, at {out_at:#x}, shares memory with query, at {query_at:#x}. Give a tensor of its own, or None."
-        )
+def _check_apart(out: torch.Tensor, query: torch.Tensor, pages: torch.Tensor, plan: _Plan) -> None:
+    out_at, query_at, pages_at = out.data_ptr(), query.data_ptr(), pages.data_ptr()
+    out_end = out_at + plan.out_extent
+    if pages_at < out_end and out_at < pages_at + plan.pages_extent:
+        _refuse_shared(out_at, "pages", pages_at)
+    if query_at < out_end and out_at < query_at + plan.query_extent and overlap(out, query):
+        _refuse_shared(out_at, "query", query_at)
+
+
+def _refuse_shared(out_at: int, name: str, at: int) -> NoReturn:
+    raise ValueError(f"out, at {out_at:#x}, shares memory with {name}, at {at:#x}. Give a tensor of its own, or None.")
 
 
 def _check_arrays(arrays: Mapping[str, torch.Tensor | None], num_heads: int) -> int:
