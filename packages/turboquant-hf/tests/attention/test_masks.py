@@ -248,7 +248,7 @@ def test_no_mask_hides_nothing_where_attention_is_not_causal(sharp_model, query_
     "options", [{}, {"softcap": 2.0}, {"s_aux": torch.zeros(4)}], ids=["plain", "softcap", "sinks"]
 )
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("query_len", [5, 12])
+@pytest.mark.parametrize("query_len", [5, 12, 50])
 def test_a_call_says_what_no_mask_means(sharp_model, query_len, is_causal, options):
     module, query = copy.deepcopy(sharp_model.model.layers[0].self_attn), torch.randn(1, 4, query_len, 64)
     module.is_causal = not is_causal
