@@ -38,8 +38,6 @@ def gather_kernel(
     block_tokens: tl.constexpr,
 ):
     """One program for some tokens of the output and a KV head."""
-    keys: tl.constexpr = layout.stored_keys
-    values: tl.constexpr = layout.stored_values
     token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
     head = tl.program_id(1).to(tl.int64)
     total = tl.load(cu_seqlens + batch)
@@ -58,11 +56,13 @@ def gather_kernel(
     output = (token.to(tl.int64) * layout.num_kv_heads + head) * layout.head_dim
     mean = key_mean + head * layout.head_dim
     _gather_tile(
-        out_keys + output, head_rows, slot, keep, key_centroids, mean, keys, layout.head_dim, padded_octet, has_mean
-    )
+        out_keys + output, head_rows, slot, keep, key_centroids, mean,
+        layout.stored_keys, layout.head_dim, padded_octet, has_mean,
+    )  # fmt: skip
     _gather_tile(
-        out_values + output, head_rows, slot, keep, value_centroids, mean, values, layout.head_dim, padded_octet, False
-    )
+        out_values + output, head_rows, slot, keep, value_centroids, mean,
+        layout.stored_values, layout.head_dim, padded_octet, False,
+    )  # fmt: skip
 
 
 @triton.jit

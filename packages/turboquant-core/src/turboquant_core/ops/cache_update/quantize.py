@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 
 from turboquant_core.ops._triton.codes import is_channel, look_up
-from turboquant_core.ops.cache_update import grid_table
+from turboquant_core.ops.cache_update import grid_table, split_rotation
 
+MATRIX_UNSCALE = tl.constexpr(1 / split_rotation.MATRIX_SCALE)
 UNITS = tl.constexpr(float(grid_table.UNITS))
 FIXED_ZERO = tl.constexpr(float(2**grid_table.FIXED_BITS + grid_table.CENTER))
 FIXED_MAX = tl.constexpr(float(2 ** (grid_table.FIXED_BITS + 1) - 1))
@@ -29,6 +30,12 @@ def inverse_root(squares):
     """1 / length of a vector, or 0 where there is no direction: the sum of squares is 0, infinite or NaN."""
     usable = (squares > 0) & (squares < float("inf"))
     return tl.where(usable, tl.rsqrt(squares), 0.0)
+
+
+@triton.jit
+def vector_length(squares):
+    """The length of a vector, of the sum of the squares of what its product with the scaled rotation is."""
+    return tl.sqrt(squares) * MATRIX_UNSCALE
 
 
 @triton.jit

@@ -27,6 +27,8 @@ class AttendTensors(NamedTuple):
         bias: float32 [batch, num_kv_heads, num_columns], the score of the key mean, log2 units; None without one.
         partial: float32 [num_workers + batch, num_kv_heads, num_columns, num_positions].
         stats: float32 [num_workers + batch, num_kv_heads, 2, num_columns], the reference exponent (log2) and the sum.
+        page_stride: From page to page, in bytes.
+        page_head_stride: From head to head of a page.
     """
 
     pages: torch.Tensor
@@ -38,6 +40,32 @@ class AttendTensors(NamedTuple):
     bias: torch.Tensor | None
     partial: torch.Tensor
     stats: torch.Tensor
+    page_stride: int
+    page_head_stride: int
+
+
+class AttendEnds(NamedTuple):
+    """What a call attends for, and what it writes.
+
+    Attributes:
+        query: [num_tokens, num_heads, head_dim].
+        key_mean: float32 [num_kv_heads, head_dim], or one of each row, or None.
+        sinks: float32 [num_heads], natural logits, or None.
+        out: Like the query.
+        lse: float32 [num_tokens, num_heads], natural units, or None.
+    """
+
+    query: torch.Tensor
+    key_mean: torch.Tensor | None
+    sinks: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor | None
+
+
+def query_strides(ends: AttendEnds) -> tuple[int, int, int]:
+    """From token to token and head to head of a query, and from row to row of means; 0 where all rows share one."""
+    mean, query = ends.key_mean, ends.query
+    return query.stride(0), query.stride(1), 0 if mean is None or mean.ndim == 2 else mean.stride(0)
 
 
 class AttendCounts(NamedTuple):
@@ -98,8 +126,6 @@ class AttendCall:
         sizes: See there.
         scale: Of a logit.
         softcap: In log2 units; 0 for none.
-        page_stride: From page to page, in bytes.
-        page_head_stride: From head to head of a page.
     """
 
     layout: PageLayout
@@ -109,8 +135,6 @@ class AttendCall:
     sizes: AttendSizes
     scale: float
     softcap: float
-    page_stride: int
-    page_head_stride: int
 
     @classmethod
     def of(
@@ -151,8 +175,7 @@ class AttendCall:
             block_batch=padded_batch(batch),
             overlap=launch.overlap,
         )
-        strides = pages.stride()[:2]
-        return cls(page_layout(layout), launch, query.device, counts, sizes, scale, softcap * LOG2_E, *strides)
+        return cls(page_layout(layout), launch, query.device, counts, sizes, scale, softcap * LOG2_E)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -164,8 +187,6 @@ class AttendCall:
         return {
             **self.counts._asdict(),
             "softcap": self.softcap,
-            "page_stride": self.page_stride,
-            "page_head_stride": self.page_head_stride,
             "layout": self.layout,
             "sizes": self.sizes,
         }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
 from turboquant_core.ops.decode_attention.card import card_of
 from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 from turboquant_core.ops.decode_attention.sizes import DecodeLaunch, DecodeShape
@@ -52,8 +52,9 @@ class Attention:
             None if key_mean is None else torch.empty(columns, dtype=torch.float32, device=device),
             torch.empty(slots, num_kv_heads, num_columns, sizes.num_positions, dtype=torch.float32, device=device),
             torch.empty(slots, num_kv_heads, 2, num_columns, dtype=torch.float32, device=device),
+            *pages.stride()[:2],
         )
-        self.attend(tensors, query, key_mean, sinks, out, lse)
+        self.attend(tensors, AttendEnds(query, key_mean, sinks, out, lse))
 
 
 def plan(

@@ -2,29 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._path import Path
-from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
 from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape
 
-
-class Attend(Protocol):
-    """The launches of a planned call."""
-
-    def __call__(
-        self,
-        tensors: AttendTensors,
-        query: torch.Tensor,
-        key_mean: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
-        """Write all of `out` [num_tokens, num_heads, head_dim] and `lse` [num_tokens, num_heads] where given."""
+Attend = Callable[[AttendTensors, AttendEnds], None]
+"""The launches of a planned call."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,13 @@ import triton
 import triton.language as tl
 
 from turboquant_core.ops._triton.codes import store_codes, store_scales
-from turboquant_core.ops.cache_update.quantize import corrected_scale, decoded_sums, inverse_root, nearest_ranks
+from turboquant_core.ops.cache_update.quantize import (
+    corrected_scale,
+    decoded_sums,
+    inverse_root,
+    nearest_ranks,
+    vector_length,
+)
 from turboquant_core.ops.cache_update.rotate import (
     load_centred,
     load_slices,
@@ -16,21 +22,13 @@ from turboquant_core.ops.cache_update.rotate import (
     subtract_offset,
 )
 from turboquant_core.ops.cache_update.schedule import program_share, slot_place
-from turboquant_core.ops.cache_update.split_rotation import MATRIX_SCALE
-
-MATRIX_UNSCALE = tl.constexpr(1 / MATRIX_SCALE)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_pages"])
 def update_kernel(
     tensors,  # see `UpdateTensors`
-    num_tokens,
-    num_pages,
-    parts,
-    key_grid,
-    value_grid,
-    key_centroids,  # float32 [2^bits], ascending, like the next
-    value_centroids,
+    num_tokens, num_pages,
+    tables,  # see `UpdateTables`
     layout: tl.constexpr,
     padded_octet: tl.constexpr,
     key_cells: tl.constexpr,
@@ -43,7 +41,7 @@ def update_kernel(
     block_rows: tl.constexpr,
     block_k: tl.constexpr,
     depth: tl.constexpr,
-):
+):  # fmt: skip
     """Each program has one head's keys, or values: the rotated mean is a constant, and a page's scales lie together."""
     keys: tl.constexpr = layout.stored_keys
     values: tl.constexpr = layout.stored_values
@@ -52,6 +50,7 @@ def update_kernel(
     octet: tl.constexpr = head_dim // 8
     halves: tl.constexpr = tensors.key.dtype.element_ty == tl.float32
     centred: tl.constexpr = tensors.key_mean is not None
+    parts = tables.parts
     head, is_key, first_block, step = program_share(layout.num_kv_heads)
     wide_head = head.to(tl.int64)
     token_stride = tl.where(is_key, tensors.key_token_stride, tensors.value_token_stride)
@@ -69,10 +68,10 @@ def update_kernel(
     offset = parts
     if centred and not halves:
         offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
-    key_entries = tl.load(key_grid + tl.arange(0, key_cells))
-    key_table = tl.load(key_centroids + tl.arange(0, 2**keys.bits))
-    value_entries = tl.load(value_grid + tl.arange(0, value_cells))
-    value_table = tl.load(value_centroids + tl.arange(0, 2**values.bits))
+    key_entries = tl.load(tables.key_grid + tl.arange(0, key_cells))
+    key_table = tl.load(tables.key_centroids + tl.arange(0, 2**keys.bits))
+    value_entries = tl.load(tables.value_grid + tl.arange(0, value_cells))
+    value_table = tl.load(tables.value_centroids + tl.arange(0, 2**values.bits))
     # What does not change between tiles, hoisted, would spill: it costs less to compute it again.
     for block in tl.range(first_block, tl.cdiv(num_tokens, block_rows), step, num_stages=depth, disable_licm=True):
         first_token = block * block_rows
@@ -119,7 +118,7 @@ def update_kernel(
         # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
         squares = tl.sum(rotated * rotated, axis=1)
         per_length = inverse_root(squares)
-        norm = tl.sqrt(squares) * MATRIX_UNSCALE / power
+        norm = vector_length(squares) / power
         code_rows = codes_at + page
         if keys.bits == values.bits:
             _store_tile(

@@ -1,7 +1,7 @@
 """Launch the Triton kernel of `cache_update`."""
 
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,24 @@ from turboquant_core.ops.cache_update.grid_table import grid_table
 from turboquant_core.ops.cache_update.split_rotation import split_rotation
 from turboquant_core.ops.cache_update.triton.kernel import update_kernel
 from turboquant_core.ops.cache_update.triton.sizes import INTERPRETER, Processor, update_launch
+
+
+class UpdateTables(NamedTuple):
+    """What the kernel reads beside the call's tensors.
+
+    Attributes:
+        parts: [num_parts, channels, channels], the rotation, see `split_rotation`.
+        key_grid: See `GridTable`.
+        value_grid: The same for values.
+        key_centroids: float32 [2^bits], ascending.
+        value_centroids: The same for values.
+    """
+
+    parts: torch.Tensor
+    key_grid: torch.Tensor
+    value_grid: torch.Tensor
+    key_centroids: torch.Tensor
+    value_centroids: torch.Tensor
 
 
 def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> "partial[None]":
@@ -34,11 +52,13 @@ def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: tor
     key_grid, value_grid = grid_table(head_dim, key_bits, device), grid_table(head_dim, value_bits, device)
     arguments: dict[str, Any] = {
         "layout": compiled,
-        "parts": _multipliable(rotation.parts),
-        "key_grid": key_grid.entries,
-        "value_grid": value_grid.entries,
-        "key_centroids": codebook_tables(head_dim, key_bits, device, torch.float32).centroids,
-        "value_centroids": codebook_tables(head_dim, value_bits, device, torch.float32).centroids,
+        "tables": UpdateTables(
+            _multipliable(rotation.parts),
+            key_grid.entries,
+            value_grid.entries,
+            codebook_tables(head_dim, key_bits, device, torch.float32).centroids,
+            codebook_tables(head_dim, value_bits, device, torch.float32).centroids,
+        ),
         "padded_octet": octet,
         "key_cells": len(key_grid.entries),
         "key_shift": key_grid.shift,

@@ -7,9 +7,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from turboquant_core._compat import barrier
 from turboquant_core.ops._triton.lanes import lane_constant
-from turboquant_core.ops.cache_update.quantize import corrected_scale, inverse_root
+from turboquant_core.ops.cache_update.quantize import corrected_scale, inverse_root, vector_length
 from turboquant_core.ops.cache_update.schedule import program_share, slot_place
-from turboquant_core.ops.cache_update.split_rotation import MATRIX_SCALE
 from turboquant_core.ops.cache_update.warpgroup.primitives import (
     ROWS,
     begin_product,
@@ -28,8 +27,6 @@ from turboquant_core.ops.cache_update.warpgroup.primitives import (
     store_scales,
     sum_rows,
 )
-
-MATRIX_UNSCALE = gl.constexpr(1 / MATRIX_SCALE)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_pages"])
@@ -144,7 +141,7 @@ def _store_half(
     squares = sum_rows(rotated * rotated, finest)
     per_length = inverse_root(squares)
     ranks = lane_ranks(rotated, (per_length * factor)[:, None], entries)
-    norm = gl.sqrt(squares) * MATRIX_UNSCALE
+    norm = vector_length(squares)
     scale = norm
     if rule != "norm":
         decoded = lane_centroids(ranks, centroids)

@@ -25,16 +25,13 @@ def _slot_layout(slots, head_dim, warps):
 @gluon.jit(do_not_specialize=["batch", "num_tokens", "query_len", "num_workers"])
 def combine_kernel(
     tensors,  # see `AttendTensors`
-    sinks,  # float32 [num_heads], natural logits, or None
-    out,  # out, [num_tokens, num_heads, head_dim]
-    lse,  # out, float32 [num_tokens, num_heads], natural units, or None
-    out_token_stride,
-    out_head_stride,
-    batch, num_tokens, query_len,  # see `AttendCounts`
-    num_workers,
+    ends,  # see `AttendEnds`
+    out_strides,  # of tokens and of heads
     negative,  # int32 [head_dim], see `unrotated`, in the order of positions
     channels,  # int32 [head_dim], the channel of every position
     unit,  # of partial results
+    batch, num_tokens, query_len,  # see `AttendCounts`
+    num_workers,
     layout: gl.constexpr,
     sizes: gl.constexpr,  # see `AttendSizes`
     rounds: gl.constexpr,
@@ -93,8 +90,8 @@ def combine_kernel(
             total = total * rescale + gl.sum(weight * amount, axis=0)
             merged = merged * rescale + gl.sum(weight[:, None] * part, axis=0)
 
-        if sinks is not None:
-            sink = gl.load(sinks + head).to(gl.float32) / LN_2 - offset
+        if ends.sinks is not None:
+            sink = gl.load(ends.sinks + head).to(gl.float32) / LN_2 - offset
             top, rescale, weight = _weights(top, sink)
             total = total * rescale + weight
             merged = merged * rescale
@@ -102,10 +99,10 @@ def combine_kernel(
         weight = gl.where(total == 0, 0.0, unit / gl.where(total == 0, 1.0, total))
         x = gl.convert_layout(gl.reshape(merged * weight, [1, head_dim]), vector)
         x = unrotated(x, negative, rounds)
-        target = out + token * out_token_stride + head * out_head_stride
-        gl.store(target + channel[None, :], x.to(out.dtype.element_ty))
-        if lse is not None:
-            gl.store(lse + token * num_heads + head, (top + gl.log2(total) + offset) * LN_2)
+        target = ends.out + token * out_strides[0] + head * out_strides[1]
+        gl.store(target + channel[None, :], x.to(ends.out.dtype.element_ty))
+        if ends.lse is not None:
+            gl.store(ends.lse + token * num_heads + head, (top + gl.log2(total) + offset) * LN_2)
 
 
 @gluon.jit

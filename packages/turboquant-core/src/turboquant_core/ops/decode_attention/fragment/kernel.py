@@ -50,8 +50,6 @@ def fragment_kernel(
     score_scale,  # the same, times the unit of products
     table,  # int32 [constants, 32]: look-up constants of keys, then of values, for each lane
     softcap,  # in log2 units; 0 for none
-    page_stride,  # in bytes, like the next
-    page_head_stride,
     layout: gl.constexpr,
     sizes: gl.constexpr,  # see `AttendSizes`
     stages: gl.constexpr,
@@ -110,7 +108,7 @@ def fragment_kernel(
     row = gl.sum((ends <= tile).to(gl.int32), axis=0)
     row_begin = gl.sum(gl.where(ends <= tile, counts, 0), axis=0)
 
-    pages = tensors.pages + head.to(gl.int64) * page_head_stride
+    pages = tensors.pages + head.to(gl.int64) * tensors.page_head_stride
     buffers = (
         allocate_words(stages, subtiles, head_dim, key_bits),
         allocate_words(stages, subtiles, head_dim, value_bits),
@@ -165,7 +163,7 @@ def fragment_kernel(
                 for ahead in gl.static_range(stages - 1):
                     copy_tile(
                         gl.minimum(full_begin + ahead, last), ahead, first_numbers[ahead], False, length, pages,
-                        page_stride, buffers, layout, block_size, subtiles,
+                        tensors.page_stride, buffers, layout, block_size, subtiles,
                     )  # fmt: skip
             # While the first tiles are on their way.
             operand, lacking, factor, bias = query_operand(
@@ -185,7 +183,7 @@ def fragment_kernel(
                     async_copy.wait_group(stages - 2)
                     copy_tile(
                         gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, length,
-                        pages, page_stride, buffers, layout, block_size, subtiles,
+                        pages, tensors.page_stride, buffers, layout, block_size, subtiles,
                     )  # fmt: skip
                     numbers = tile_pages(
                         gl.minimum(full + stages, last), False, length, blocks, last_block, block_size, subtiles
@@ -202,7 +200,8 @@ def fragment_kernel(
                     edge += full_end - full_begin
                 edge_numbers = tile_pages(edge, True, length, blocks, last_block, block_size, subtiles)
                 copy_tile(
-                    edge, 0, edge_numbers, True, length, pages, page_stride, buffers, layout, block_size, subtiles,
+                    edge, 0, edge_numbers, True, length, pages, tensors.page_stride, buffers, layout, block_size,
+                    subtiles,
                 )  # fmt: skip
                 async_copy.wait_group(0)
                 top, total, result = _attend_tile(

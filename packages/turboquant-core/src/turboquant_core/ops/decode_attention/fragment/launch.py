@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors, query_strides
 from turboquant_core.ops.decode_attention.card import overlapped
 from turboquant_core.ops.decode_attention.fragment.combine import combine_kernel
 from turboquant_core.ops.decode_attention.fragment.kernel import fragment_kernel
@@ -29,19 +29,10 @@ class FragmentAttend:
     attend: "partial[None]"
     combine: "partial[None]"
 
-    def __call__(
-        self,
-        tensors: AttendTensors,
-        query: torch.Tensor,
-        key_mean: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
+    def __call__(self, tensors: AttendTensors, ends: AttendEnds) -> None:
         """See `Attend`."""
-        mean_row_stride = key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0
-        self.attend(tensors, query, key_mean, *query.stride()[:2], mean_row_stride)
-        self.combine(tensors, sinks, out, lse, *out.stride()[:2])
+        self.attend(tensors, ends.query, ends.key_mean, *query_strides(ends))
+        self.combine(tensors, ends, ends.out.stride()[:2])
 
 
 def plan(call: AttendCall) -> FragmentAttend:

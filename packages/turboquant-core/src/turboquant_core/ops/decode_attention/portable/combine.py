@@ -11,11 +11,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit(do_not_specialize=["batch", "num_tokens", "query_len", "num_workers"])
 def combine_kernel(
     tensors,  # see `AttendTensors`
-    sinks,  # float32 [num_heads], natural logits, or None
-    out,  # out, [num_tokens, num_heads, head_dim]
-    lse,  # out, float32 [num_tokens, num_heads], natural units, or None
-    out_token_stride,
-    out_head_stride,
+    ends,  # see `AttendEnds`
+    out_strides,  # of tokens and of heads
     batch, num_tokens, query_len,  # see `AttendCounts`
     num_workers,
     rotation,  # float32 [num_positions, head_dim]; row i belongs to position i
@@ -64,14 +61,14 @@ def combine_kernel(
     if tensors.bias is not None and not sizes.has_softcap:
         place = (row.to(tl.int64) * num_kv_heads + kv_head) * sizes.num_columns + column
         offset = tl.load(tensors.bias + place, mask=used, other=0.0)
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) / LN_2 - offset
+    if ends.sinks is not None:
+        sink = tl.load(ends.sinks + head, mask=used, other=0.0).to(tl.float32) / LN_2 - offset
         top, rescale, weight = _weights(top, sink)
         total = total * rescale + weight
         merged = merged * rescale[:, None]
     # No key and no sink: the output is zero and the log-sum-exp minus infinity.
     merged = tl.where(total[:, None] == 0, 0.0, merged / tl.where(total == 0, 1.0, total)[:, None])
-    target = out + token * out_token_stride + head * out_head_stride
+    target = ends.out + token * out_strides[0] + head * out_strides[1]
     for base in tl.static_range(0, block_dim, block_channels):
         channel = base + tl.arange(0, block_channels)
         real = channel < head_dim
@@ -83,10 +80,10 @@ def combine_kernel(
         else:
             result = tl.dot(merged, matrix, input_precision=precision)
         tl.store(
-            target[:, None] + channel[None, :], result.to(out.dtype.element_ty), mask=used[:, None] & real[None, :]
+            target[:, None] + channel[None, :], result.to(ends.out.dtype.element_ty), mask=used[:, None] & real[None, :]
         )
-    if lse is not None:
-        tl.store(lse + token * num_heads + head, (top + tl.log2(total) + offset) * LN_2, mask=used)
+    if ends.lse is not None:
+        tl.store(ends.lse + token * num_heads + head, (top + tl.log2(total) + offset) * LN_2, mask=used)
 
 
 @triton.jit
@@ -106,25 +103,31 @@ def _load_rotation(rotation, position, base, head_dim: tl.constexpr, block_chann
 
 
 @triton.jit
+def _load_partial(
+    partial, partial_stats, slot, column, mask, num_columns: tl.constexpr, num_positions: tl.constexpr
+):  # fmt: skip
+    """Partial results of some slots, or of some columns: exponents, sums and [any, num_positions]."""
+    position = tl.arange(0, num_positions)
+    exponent = tl.load(partial_stats + slot * (2 * num_columns) + column, mask=mask, other=float("-inf"))
+    amount = tl.load(partial_stats + slot * (2 * num_columns) + num_columns + column, mask=mask, other=0.0)
+    at = partial + (slot * num_columns + column)[:, None] * num_positions + position[None, :]
+    return exponent, amount, tl.load(at, mask=mask[:, None], other=0.0)
+
+
+@triton.jit
 def _merge_one_head(
     partial, partial_stats, row, kv_head, num_kv_heads, column, begin, end,
     num_columns: tl.constexpr, num_positions: tl.constexpr, block_slots: tl.constexpr,
 ):  # fmt: skip
     """Many partial results at a time, each a row of a tile. Heads are a dimension of size one."""
-    position = tl.arange(0, num_positions)
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     merged = tl.zeros([1, num_positions], tl.float32)
     for base in range(0, tl.max(end - begin), block_slots):
         worker = begin + base + tl.arange(0, block_slots)
-        mask = worker < end
         slot = (worker + row).to(tl.int64) * num_kv_heads + kv_head
-        exponent = tl.load(partial_stats + slot * (2 * num_columns) + column, mask=mask, other=float("-inf"))
-        amount = tl.load(partial_stats + slot * (2 * num_columns) + num_columns + column, mask=mask, other=0.0)
-        part = tl.load(
-            partial + (slot * num_columns + column)[:, None] * num_positions + position[None, :],
-            mask=mask[:, None],
-            other=0.0,
+        exponent, amount, part = _load_partial(
+            partial, partial_stats, slot, column, worker < end, num_columns, num_positions
         )
         highest = tl.maximum(top, tl.max(exponent, axis=0))
         rescale = tl.exp2(top - highest)
@@ -141,21 +144,15 @@ def _merge_heads(
     num_columns: tl.constexpr, num_positions: tl.constexpr, block_heads: tl.constexpr, block_slots: tl.constexpr,
 ):  # fmt: skip
     """One partial result of many heads at a time, `block_slots` of them on their way together."""
-    position = tl.arange(0, num_positions)
     top = tl.full([block_heads], float("-inf"), tl.float32)
     total = tl.zeros([block_heads], tl.float32)
     merged = tl.zeros([block_heads, num_positions], tl.float32)
     for base in range(0, tl.max(end - begin), block_slots):
         for i in tl.static_range(block_slots):
             worker = begin + base + i
-            mask = worker < end
             slot = (worker + row).to(tl.int64) * num_kv_heads + kv_head
-            exponent = tl.load(partial_stats + slot * (2 * num_columns) + column, mask=mask, other=float("-inf"))
-            amount = tl.load(partial_stats + slot * (2 * num_columns) + num_columns + column, mask=mask, other=0.0)
-            part = tl.load(
-                partial + (slot * num_columns + column)[:, None] * num_positions + position[None, :],
-                mask=mask[:, None],
-                other=0.0,
+            exponent, amount, part = _load_partial(
+                partial, partial_stats, slot, column, worker < end, num_columns, num_positions
             )
             top, rescale, weight = _weights(top, exponent)
             total = total * rescale + weight * amount

@@ -32,8 +32,6 @@ def portable_kernel(
     value_entries,  # float16 [2^value_bits], or int32 words of sixteen
     softcap,  # in log2 units; 0 for none
     key_unit,  # what key entries are multiplied with
-    page_stride,  # in bytes, like the next
-    page_head_stride,
     layout: tl.constexpr,
     sizes: tl.constexpr,  # see `AttendSizes`
     padded_octet: tl.constexpr,
@@ -71,7 +69,7 @@ def portable_kernel(
     row = tl.sum((ends <= at).to(tl.int32), axis=0)
     position = tl.arange(0, num_positions)
     in_tile = tl.arange(0, tile)
-    pages = tensors.pages + head.to(tl.int64) * page_head_stride
+    pages = tensors.pages + head.to(tl.int64) * tensors.page_head_stride
 
     while at < share_end:
         row_end = tl.load(tensors.cu_tiles + row + 1)
@@ -106,7 +104,7 @@ def portable_kernel(
                     block = tl.load(blocks + token // layout.block_size, mask=valid, other=0)
                     page = existing_block(block, last_block).to(tl.int64)
                     slot = (token % layout.block_size).to(tl.int64)
-                head_rows = pages + page * page_stride
+                head_rows = pages + page * tensors.page_stride
                 codes = _load_codes(head_rows, slot, valid, keys, octet, padded_octet)
                 scales = load_scales(head_rows + keys.scales + slot * keys.scale_stride, valid)
                 score = _key_product(high, low, codes, key_entries, keys.bits, key_product, key_permute, widen)

@@ -8,7 +8,7 @@ import torch
 
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops.decode_attention.call import AttendCall, AttendTensors
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors, query_strides
 from turboquant_core.ops.decode_attention.card import card_of, overlapped
 from turboquant_core.ops.decode_attention.centroids import MAX_PERMUTED_BITS
 from turboquant_core.ops.decode_attention.portable.combine import combine_kernel
@@ -38,24 +38,15 @@ class PortableAttend:
     attend: "partial[None]"
     combine: "partial[None]"
 
-    def __call__(
-        self,
-        tensors: AttendTensors,
-        query: torch.Tensor,
-        key_mean: torch.Tensor | None,
-        sinks: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor | None,
-    ) -> None:
+    def __call__(self, tensors: AttendTensors, ends: AttendEnds) -> None:
         """See `Attend`."""
         sizes = self.call.sizes
         columns = (self.call.counts.batch, self.call.layout.num_kv_heads, sizes.num_columns)
-        operand = torch.empty(*columns, sizes.num_positions, dtype=torch.float16, device=query.device)
-        factor = torch.empty(columns, dtype=torch.float32, device=query.device)
-        mean_row_stride = key_mean.stride(0) if key_mean is not None and key_mean.ndim == 3 else 0
-        self.prepare(tensors, operand, factor, query, key_mean, *query.stride()[:2], mean_row_stride)
+        operand = torch.empty(*columns, sizes.num_positions, dtype=torch.float16, device=self.call.device)
+        factor = torch.empty(columns, dtype=torch.float32, device=self.call.device)
+        self.prepare(tensors, operand, factor, ends.query, ends.key_mean, *query_strides(ends))
         self.attend(tensors, operand, factor)
-        self.combine(tensors, sinks, out, lse, *out.stride()[:2])
+        self.combine(tensors, ends, ends.out.stride()[:2])
 
 
 def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAttend:
