@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from turboquant_core import MSEQuantizer, grid_codebook
-from turboquant_core.scale import SCALE_BYTES, SCALE_RULES, decode_scale, encode_scale
+from turboquant_core.scale import MAX_SCALE, SCALE_BYTES, SCALE_RULES, decode_scale, encode_scale, is_storable
 from turboquant_core.testing import gaussian
 
 # float16 keeps eleven bits of the root, so the square is right to two parts in 2**11.
@@ -72,6 +72,24 @@ def test_no_scale_along_the_decoded_direction_beats_least_squares(rule):
     best = (decoded * x).sum(-1, keepdim=True) / decoded.square().sum(-1, keepdim=True) * decoded
     fitted = reconstruct(x, 3, "least_squares")
     torch.testing.assert_close(fitted, best, rtol=STORED_PRECISION, atol=1e-6)
+
+
+@every_rule
+def test_vectors_of_any_shape_have_scales_of_their_own(rule):
+    x, quantizer = gaussian(2 * 64 * 64, 64, seed=8), MSEQuantizer(64, 2, rule)
+    scales = quantizer.quantize(x.view(2, 64, 64, 64)).scales
+    torch.testing.assert_close(scales.view(-1), quantizer.quantize(x).scales.view(-1))
+
+
+def test_which_vectors_come_back_finite():
+    x = torch.zeros(2, 5, 64, dtype=torch.float64)
+    longest = torch.tensor(MAX_SCALE, dtype=torch.float64)
+    x[0, :, 0] = torch.stack([longest, longest.nextafter(2 * longest), *torch.tensor([torch.nan, torch.inf, 0.0])])
+    assert is_storable(x).tolist() == [[True, False, False, False, True], [True] * 5]
+    # Their lengths overflow float16.
+    x = torch.full((2, 64), 6e4, dtype=torch.float16)
+    x[1, 3] = torch.inf
+    assert is_storable(x).tolist() == [True, False]
 
 
 @every_rule

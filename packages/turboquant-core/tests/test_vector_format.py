@@ -39,6 +39,10 @@ def test_bytes_of_known_formats(head_dim, bits, nbytes):
     assert VectorFormat(head_dim, bits).nbytes == nbytes
 
 
+def test_whole_bits_may_be_written_as_a_fraction():
+    assert VectorFormat(64, 4.0).groups == VectorFormat(64, 4).groups
+
+
 @pytest.mark.parametrize("head_dim", [0, 4, 100, 520])
 def test_a_head_dim_out_of_range_is_named_with_the_limits(head_dim):
     with pytest.raises(ValueError, match=rf"head_dim is {head_dim}; .* from 8 to 512"):
