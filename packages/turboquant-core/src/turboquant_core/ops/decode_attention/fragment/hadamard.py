@@ -15,20 +15,24 @@ def vector_layout(vectors, head_dim, warps=1, first=0):
 
     `first` is the bit of the channel in which neighbouring registers differ. Warps hold the same.
     """
-    over_lanes = min(vectors.bit_length() - 1, 3)
-    bits = head_dim.bit_length() - 1
-    in_lane = bits - (5 - over_lanes)
+    in_lane, over_lanes = bits_in_lane(vectors, head_dim), bits_over_lanes(vectors)
     order = [first] + [bit for bit in range(in_lane) if bit != first]
-    registers = [[0, 1 << bit] for bit in order] + [[8 << i, 0] for i in range(vectors.bit_length() - 1 - over_lanes)]
-    lanes = [[0, 1 << bit] for bit in range(in_lane, bits)] + [[1 << i, 0] for i in range(over_lanes)]
+    registers = [[0, 1 << bit] for bit in order] + [[8 << i, 0] for i in range(vectors.bit_length() - 4)]
+    lanes = [[0, 1 << (in_lane + i)] for i in range(over_lanes)] + [[1 << i, 0] for i in range(5 - over_lanes)]
     repeated = [[0, 0]] * (warps.bit_length() - 1)
     return gl.DistributedLinearLayout(registers, lanes, repeated, [], [vectors, head_dim])
 
 
 @gluon.constexpr_function
+def bits_over_lanes(vectors):
+    """How many bits of a channel `vector_layout` has over lanes: the highest."""
+    return 5 - min(vectors.bit_length() - 1, 3)
+
+
+@gluon.constexpr_function
 def bits_in_lane(vectors, head_dim):
-    """How many bits of a channel `vector_layout` has in registers: the lowest."""
-    return head_dim.bit_length() - 1 - (5 - min(vectors.bit_length() - 1, 3))
+    """How many it has in registers: the others."""
+    return head_dim.bit_length() - 1 - bits_over_lanes(vectors)
 
 
 @gluon.constexpr_function
@@ -78,7 +82,7 @@ def _transformed(x):
     layout: gl.constexpr = vector_layout(vectors, head_dim, warps)
     x = gl.convert_layout(x, layout, assert_trivial=False)
     channel = gl.arange(0, head_dim, gl.SliceLayout(0, layout))
-    for bit in gl.static_range(5 - (vectors.bit_length() - 1 if vectors < 8 else 3)):
+    for bit in gl.static_range(bits_over_lanes(vectors)):
         other = gl.inline_asm_elementwise(_shuffle(bit), "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1)
         sign = gl.where((channel >> (in_lane + bit)) % 2 == 0, 1.0, -1.0)
         x = gl.fma(x, sign[None, :] + gl.zeros_like(x), other)
