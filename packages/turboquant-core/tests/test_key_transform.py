@@ -131,6 +131,8 @@ def test_any_matrix_that_is_taken_is_undone(first, others):
 @pytest.mark.parametrize(
     ("mean", "matrix", "message"),
     [
+        (torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), None, "key_mean is not finite. Take it from finite keys"),
+        (torch.full((2, 4), -torch.inf), torch.eye(4).expand(2, 4, 4), "key_mean is not finite"),
         (None, torch.full((2, 4, 4), torch.nan), "key_matrix is not finite"),
         (None, torch.full((2, 4, 4), torch.inf), "key_matrix is not finite"),
         (None, torch.eye(4), r"key_matrix is torch.float32 \[4, 4\]; it must be float32 \[num_kv_heads, head_dim, he"),
@@ -186,4 +188,4 @@ def test_what_is_not_for_these_keys_is_refused():
     with pytest.raises(ValueError, match=r"key_matrix is .*; these keys need float32 \[2, 8, 8\]"):
         TRANSFORMS["matrix"].check(HEADS, 8)
     with pytest.raises(ValueError, match="key_mean is not finite"):
-        KeyTransform(torch.full((HEADS, HEAD_DIM), torch.nan)).check(HEADS, HEAD_DIM)
+        TRANSFORMS["mean"].map(lambda part: part * torch.nan).check(HEADS, HEAD_DIM)

@@ -21,15 +21,17 @@ class KeyTransform:
     With A⁻ᵀ q for a query q, scores of stored keys are those of keys less their mean. What they lack, q · mean, is the
     same for all keys of a head: softmax does not see it, but a softcap, sinks and the log-sum-exp do.
 
+    Codes err by a share of what is stored: a mean far from the keys costs as much as if keys were so long.
+
     Attributes:
         mean: float32 [num_kv_heads, head_dim], or [rows, num_kv_heads, head_dim] for one of each row; None for zeros.
         matrix: A, float32 [num_kv_heads, head_dim, head_dim], or one of each row; None for the identity.
 
     Raises:
         TypeError: If one of them is no tensor.
-        ValueError: If a type or shape does not fit, or the matrix of a head is not finite, has a condition number above
-            1000, or a largest singular value that is not from 0.01 to 100. A mean's values are not looked at here, for
-            a device would be waited for: see `check`.
+        ValueError: If a type or shape does not fit, a mean or matrix is not finite, or the matrix of a head has a
+            condition number above 1000, or a largest singular value that is not from 0.01 to 100. To see that, it
+            waits for their device.
     """
 
     mean: torch.Tensor | None = None
@@ -45,19 +47,20 @@ class KeyTransform:
     def __post_init__(self) -> None:
         _check_part("key_mean", self.mean, 2)
         _check_part("key_matrix", self.matrix, 3)
-        if self.matrix is None:
-            return
-        if self.matrix.shape[-1] != self.matrix.shape[-2]:
+        if self.matrix is not None and self.matrix.shape[-1] != self.matrix.shape[-2]:
             raise ValueError(f"key_matrix is {list(self.matrix.shape)}; the matrix of a head must be square")
-        if self.mean is not None:
+        if self.mean is not None and self.matrix is not None:
             _check_one_kind(self.mean, self.matrix)
-        object.__setattr__(self, "_inverse", _inverse_of(self.matrix))
+        if self.mean is not None:
+            _check_finite(self.mean)
+        if self.matrix is not None:
+            object.__setattr__(self, "_inverse", _inverse_of(self.matrix))
 
     @classmethod
     def of_parts(
         cls, mean: torch.Tensor | None, matrix: torch.Tensor | None, inverse: torch.Tensor | None
     ) -> "KeyTransform":
-        """The transform of tensors made from the `parts` of another, which are not checked again: no device waits."""
+        """The transform of tensors whose values are right, such as another's `parts`: no device is waited for."""
         transform = object.__new__(cls)
         for name, part in (("mean", mean), ("matrix", matrix), ("_inverse", inverse)):
             object.__setattr__(transform, name, part)
@@ -185,6 +188,11 @@ def _check_one_kind(mean: torch.Tensor, matrix: torch.Tensor) -> None:
         )
     if mean.device != matrix.device:
         raise ValueError(f"key_mean is on {mean.device} and key_matrix on {matrix.device}; move them to one device")
+
+
+def _check_finite(mean: torch.Tensor) -> None:
+    if not bool(mean.isfinite().all()):
+        raise ValueError("key_mean is not finite. Take it from finite keys, as turboquant_core.centring.mean_key does.")
 
 
 def _inverse_of(matrix: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,11 @@ def test_what_fits_is_computed():
     gather(starts=int32([3, 40]), cu_seqlens=int32([0, 17, 17]))
 
 
+def constant_mean(value):
+    """A mean that was written after it was checked."""
+    return KeyTransform.of_parts(torch.full((2, 64), value), None, None)
+
+
 @pytest.mark.parametrize(
     ("slots", "options", "message"),
     [
@@ -74,7 +79,7 @@ def test_what_fits_is_computed():
         ([2**62, 1], {}, rf"slot_mapping\[0\] is {2**62}; "),
         (
             [0],
-            {"key_transform": KeyTransform(torch.full((2, 64), math.nan))},
+            {"key_transform": constant_mean(math.nan)},
             r"key_mean\[0, 0\] is nan; it must be finite. Take it from",
         ),
     ],
@@ -106,7 +111,10 @@ def test_what_cannot_be_stored_is_named_before_anything_is(slots, options, messa
         ({"query_start_loc": int32([0, 0, 4])}, r"query_start_loc\[2\] is 4; it is not 0 to max_query_len = 3 after"),
         ({"sinks": torch.tensor([0.0, math.nan, 0, 0])}, r"sinks\[1\] is nan; .* Give minus infinity for no sink"),
         ({"sinks": torch.tensor([math.inf, 0.0, 0, 0])}, r"sinks\[0\] is inf; "),
-        ({"key_transform": KeyTransform(torch.full((2, 64), math.inf))}, r"key_mean\[0, 0\] is inf; it must be finite"),
+        (
+            {"key_transform": constant_mean(math.inf)},
+            r"key_mean\[0, 0\] is inf; it must be finite",
+        ),
     ],
 )
 def test_what_attention_cannot_read_is_named(changes, message):

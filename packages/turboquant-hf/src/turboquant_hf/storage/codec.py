@@ -59,7 +59,8 @@ class LayerCodec:
                 says so.
         """
         if key_transform is None:
-            key_transform = KeyTransform(mean_key(keys, counts)) if config.center_keys else IDENTITY
+            mean = mean_key(keys, counts) if config.center_keys else None
+            key_transform = KeyTransform.of_parts(mean, None, None)
         return cls(
             config,
             key_transform,
