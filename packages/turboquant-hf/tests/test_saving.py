@@ -395,6 +395,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 LINEAR["original_max_position_embeddings"] = 8192
 YARN = {**LINEAR, "rope_type": "yarn"}
 LLAMA3 = {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FULL = {"layer_types": ["full_attention"] * 2}
 
 
 @pytest.mark.parametrize(
@@ -427,6 +428,7 @@ LLAMA3 = {**LINEAR, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_fa
             {"layer_types": ["sliding_attention", "full_attention"]},
             "layer_types",
         ),
+        ("Exaone4", FULL | {"sliding_window": None}, FULL | {"sliding_window": 64}, "has_sliding_window 0 and 1"),
     ],
 )
 def test_a_model_of_another_rotary_embedding_is_refused(config, mine, its, message):

@@ -10,6 +10,8 @@ from turboquant_core.files import parse_json
 
 # Fields of a configuration that say which layers have a rotary embedding, and what else it is.
 _ROTARY_FIELD = re.compile(r"(?!_|ignore_keys).*(rope|rotary|nope|alibi)|layer_types|position_embedding_type")
+# Models whose layers of full attention have a rotary embedding only where the model has no window, used or not.
+_HANG_ON_WINDOWS = re.compile(r"exaone|kolibri1")
 # Those that transformers or vLLM moves into `rope_parameters`, and what others are made of.
 _MOVED = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "no_rope_layer_interval"}
 _MOVED |= {"rotary_pct", "rotary_emb_base", "rotary_emb_fraction"}
@@ -204,7 +206,10 @@ def _other_parameters(config: object) -> dict[str, Any]:
 
 def _rotary_fields(config: object) -> dict[str, Any]:
     fields_of_config = vars(config).items()
-    return {name: value for name, value in fields_of_config if _ROTARY_FIELD.match(name) and name not in _MOVED}
+    found = {name: value for name, value in fields_of_config if _ROTARY_FIELD.match(name) and name not in _MOVED}
+    if _HANG_ON_WINDOWS.match(getattr(config, "model_type", "")):
+        found["has_sliding_window"] = getattr(config, "sliding_window", None) is not None
+    return found
 
 
 def _pairs(values: Mapping[str, Any]) -> Pairs:
