@@ -295,7 +295,8 @@ def test_a_layer_is_handed_what_a_model_says_beside_its_states(llama, is_compili
     "name", ["get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"]
 )
 def test_linear_attention_is_handed_its_states_as_they_come(hybrid, name, monkeypatch):
-    monkeypatch.setattr(Cache, name, lambda _, *given, **named: (given, named))
+    # Older versions have no methods that read a state.
+    monkeypatch.setattr(Cache, name, lambda _, *given, **named: (given, named), raising=False)
     cache = TurboQuantCache(hybrid.config)
     given, named = (0, 1), {"conv_kernel_size": 4}
     if name.startswith("update"):

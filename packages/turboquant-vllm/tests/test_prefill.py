@@ -17,6 +17,7 @@ from turboquant_vllm.batch.prefill_rows import PrefillRows
 from turboquant_vllm.dense_attention import DenseAttention
 from turboquant_vllm.prefill import attention as prefill
 from turboquant_vllm.prefill.attention import Prefill
+from turboquant_vllm.prefill.context_codes import attend_on_codes
 from turboquant_vllm.workspace import workspace_tokens
 
 BLOCK_SIZE = 16
@@ -214,6 +215,16 @@ def test_prefill_is_attention_on_stored_context_and_own_tokens(device, name):
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_on_a_cpu_in_float32(name):
     assert_accurate(Inputs(CASES[name], torch.device("cpu"), torch.float32))
+
+
+def test_attention_on_codes_makes_nothing_on_the_default_device(device):
+    inputs = Inputs(CASES["on codes"], device)
+    arguments = inputs.queries, inputs.pages, inputs.rows.groups, inputs.layout
+    options = {"scale": inputs.case.scale, "softcap": None, "key_transform": inputs.transform}
+    expected = attend_on_codes(*arguments, **options)
+    with torch.device("meta"):
+        found = attend_on_codes(*arguments, **options)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("workspace", [3, 48, 1000])
