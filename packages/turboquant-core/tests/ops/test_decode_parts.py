@@ -575,7 +575,7 @@ def report(arch, case, folder):
         inputs.query, inputs.pages, inputs.block_table, layout, launch, batch=batch, query_len=max(case.row_lens),
         scale=1.0, window=case.window or 0, softcap=case.softcap or 0.0,
     )
-    module.combine_kernel = Recorder(module.combine_kernel)
+    module.combine_kernel = combine = Recorder(module.combine_kernel)
     Attention(call, module.plan(call))(
         inputs.query, inputs.pages, inputs.block_table, inputs.seq_lens, out=inputs.query, lse=None,
         query_start_loc=inputs.options["query_start_loc"], seq_starts=inputs.options["seq_starts"], sinks=None,
@@ -585,12 +585,12 @@ def report(arch, case, folder):
     buffers = getattr(launch, "stages", 0) * launch.tile * layout.slot_bytes
     products = compiled.ptx.count("mma.sync")
     print(
-        products, compiled.shared_bytes, buffers, compiled.registers, compiled.stack_bytes, launch.tile, columns
+        products, compiled.shared_bytes, buffers, compiled.registers, compiled.stack_bytes, launch.tile, columns,
+        combine.compile(arch, Path(folder)).stack_bytes,
     )
 """
 COMPILED = {
-    "4 bits on sm_90": (90, DecodeCase(seq_lens=(40, 40))),
-    "4 bits on sm_80": (80, DecodeCase(seq_lens=(40, 40))),
+    **{f"4 bits on sm_{arch}": (arch, DecodeCase(seq_lens=(40, 40))) for arch in (80, 89, 90, 100, 120)},
     "8 and 4 bits, contiguous": (90, DecodeCase(128, 8, 4, seq_lens=(40, 40), paged=False)),
     "3 bits, all options": (80, replace(LAUNCH_CASES["window"], head_dim=64, key_bits=3, value_bits=3, num_heads=4)),
 }
@@ -602,7 +602,7 @@ def test_fragments_compile_and_keep_to_registers(run_python, monkeypatch, tmp_pa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     arch, case = COMPILED[name]
     printed = run_python(f"{COMPILE}\nreport({arch}, {case}, {str(tmp_path)!r})").split()
-    products, shared, buffers, registers, stack, tile, columns = map(int, printed)
+    products, shared, buffers, registers, stack, tile, columns, combine_stack = map(int, printed)
     # Of every sixteen tokens, at least a product of keys for every four queries and 32 channels, and one of values for
     # every eight queries and sixteen channels.
     of_keys = case.head_dim // 32 * -(-columns // 4)
@@ -611,6 +611,7 @@ def test_fragments_compile_and_keep_to_registers(run_python, monkeypatch, tmp_pa
     assert stack < 128, f"{registers} registers do not suffice"
     # Beside tiles that are loaded ahead only a query passes through shared memory, its parts of a byte each.
     assert shared <= buffers + 2 * columns * case.head_dim
+    assert combine_stack == 0
 
 
 COMPILED_FOR = """

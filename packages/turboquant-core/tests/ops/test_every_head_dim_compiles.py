@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to for a card at the widest heads and at the narrowest.
+"""What the Triton kernels compile to for every card, and at the widest heads and the narrowest.
 
 A tile at head_dim 512 takes four times the registers of one at 128, and a tensor-core product takes no dimension as
 small as head_dim 8, of which the interpreter knows nothing.
@@ -92,6 +92,12 @@ def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, 
         assert shared_bytes <= SHARED_BYTES, name
         # A register or two of a thread may go to memory; hundreds would take most of the time.
         assert stack_bytes <= 32, name
+
+
+@pytest.mark.parametrize("arch", [80, 89, 100, 120])
+def test_kernels_compile_for_every_card(run_python, monkeypatch, tmp_path, arch):
+    compiled = compile_kernels(run_python, monkeypatch, tmp_path, f"128, 4, [torch.bfloat16], ['fp16'], {arch}")
+    assert len(compiled) == 6
 
 
 # Centroids of 4 bits are permuted as bytes, those of 8 are gathered.
