@@ -81,6 +81,13 @@ def with_cache(cache: Cache) -> dict[str, Any]:
     return {CACHE_ARGUMENT: cache, "use_cache": True}
 
 
+def forget_tokens(layer: CacheLayerMixin) -> None:
+    """Drop the tokens of a growing layer that was reset: transformers 5.16 zeroes them, and keeps their number."""
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+
+
 def decoder_class(config: PreTrainedConfig) -> Any:
     """The class that transformers has for a decoder, or for the text model of one; None where it knows neither."""
     for each, mapping in (

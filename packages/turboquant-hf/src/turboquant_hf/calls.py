@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from turboquant_hf._compat import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from turboquant_hf._compat import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin, forget_tokens
 from turboquant_hf.layers.cross import CrossAttentionLayer
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.layers.rows import picked, reordered, repeated
@@ -73,6 +73,9 @@ class GuardedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self._calls.apply(self.layers, "reset")
+        for layer in self.layers:
+            if not isinstance(layer, TurboQuantLayer):
+                forget_tokens(layer)
         self._calls = CallGuard()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
