@@ -16,7 +16,8 @@ from turboquant_hf.tools.article import article
 from turboquant_hf.tools.eval.layer_errors import layer_errors
 from turboquant_hf.tools.models import load_model
 from turboquant_hf.tools.tune.allocate import allocate
-from turboquant_hf.tools.tune.sensitivity import CHUNK_SIZE, FINEST_BITS, WIDTHS, layer_shapes
+from turboquant_hf.tools.tune.command import CHUNK_SIZE, WIDTHS
+from turboquant_hf.tools.tune.sensitivity import FINEST_BITS, layer_shapes
 
 # At each target, the uniform bits of the same size.
 UNIFORM = {3.0: (3, 3), 3.5: (4, 3), 4.0: (4, 4)}

@@ -1,7 +1,6 @@
 """Small model folders for doctor and plan, made by hand, and a finished run file of eval."""
 
 import json
-from importlib import import_module
 
 import pytest
 import torch
@@ -150,8 +149,7 @@ def meanwhile(monkeypatch):
             happens()
             return load(*args)
 
-        for name in ("calibrate", "demo", "eval", "tune"):
-            monkeypatch.setattr(import_module(f"turboquant_hf.tools.{name}.command"), "load", loads)
+        monkeypatch.setattr("turboquant_hf.tools.inputs.load", loads)
 
     return at_load
 

@@ -1,4 +1,4 @@
-"""Wrong arguments of the commands that run no model are said before anything is imported that takes seconds."""
+"""Wrong arguments of the commands are said before anything is imported that takes seconds."""
 
 import subprocess
 import sys
@@ -22,6 +22,13 @@ except SystemExit as ended:
         (("plan", "--tensor-parallel", "none"), 2),
         (("plan", "model"), 2),
         (("plan", "model", "--kv-memory", "1", "--json", "/no/such/folder"), 2),
+        (("eval", "--help"), 0),
+        (("eval", "--tokens", "none"), 2),
+        (("eval", "model", "--measure", "taste"), 2),
+        (("tune", "model", "--target-bits", "99"), 2),
+        (("calibrate", "--tokens", "1"), 2),
+        (("demo", "--seed", "1"), 2),
+        (("demo", "--json", "/no/such/folder"), 2),
         (("doctor", "--gpus"), 2),
         (("doctor", "--gpu", "H200", "--memory", "80"), 2),
     ],

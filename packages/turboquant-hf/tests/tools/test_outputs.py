@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from turboquant_core.commands import app
-from turboquant_hf.tools.demo import command as demo_command
+from turboquant_hf.tools.demo import comparison
 
 FEW = {
     "calibrate": ("--tokens", "300"),
@@ -26,7 +26,7 @@ def test_a_file_that_appears_while_a_command_works_is_not_replaced(
     path = tmp_path / "result"
     meanwhile(lambda: path.write_text("theirs"))
     # It takes its time, and what it finds is not looked at.
-    monkeypatch.setattr(demo_command, "run_demo", lambda *args, **kwargs: None)
+    monkeypatch.setattr(comparison, "run_demo", lambda *args, **kwargs: None)
     arguments = [command, str(tiny_model_folder), option, str(path), *FEW[command], "--device", "cpu"]
     outcome = CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
     assert outcome.exit_code == 2, outcome.output

@@ -74,7 +74,7 @@ def test_json_alone(result, tiny_model_folder, monkeypatch):
         def to_dict(self):
             return data
 
-    monkeypatch.setattr("turboquant_hf.tools.demo.command.run_demo", lambda *arguments, **options: Done())
+    monkeypatch.setattr("turboquant_hf.tools.demo.comparison.run_demo", lambda *arguments, **options: Done())
     assert json.loads(run(tiny_model_folder, "--json", "-", "--device", "cpu").stdout) == data
 
 

@@ -190,7 +190,7 @@ def test_a_cache_of_others_that_fails_is_left_out(run_eval, tiny_model_folder, t
         raise TypeError("no such thing\nat all")
 
     patched = {**CACHES, "hqq4": replace(CACHES["hqq4"], new=broken, package=None)}
-    for module in ("caches", "eval.units", "eval.evaluation", "eval.summary", "eval.command"):
+    for module in ("caches", "eval.units", "eval.evaluation", "eval.summary"):
         monkeypatch.setattr(f"turboquant_hf.tools.{module}.CACHES", patched)
     path = tmp_path / "run.json"
     outcome = run_eval(
@@ -211,7 +211,7 @@ def test_a_cache_of_others_that_fails_later_has_the_rest(run_eval, tiny_model_fo
             return super().update(key_states, *args, **kwargs)
 
     patched = {**CACHES, "hqq4": replace(CACHES["hqq4"], new=lambda config: Short(config=config), package=None)}
-    for module in ("caches", "eval.units", "eval.evaluation", "eval.summary", "eval.command"):
+    for module in ("caches", "eval.units", "eval.evaluation", "eval.summary"):
         monkeypatch.setattr(f"turboquant_hf.tools.{module}.CACHES", patched)
     path = tmp_path / "run.json"
     options = ("--cache", "hqq4", "--measure", "needle", "--needle-length", 200)

@@ -13,8 +13,8 @@ from turboquant_core.commands import app
 from turboquant_core.layer_bits import read_layer_bits
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.tools.tune.allocate import allocate
-from turboquant_hf.tools.tune.command import tune
-from turboquant_hf.tools.tune.sensitivity import PROBE_BITS, costs
+from turboquant_hf.tools.tune.command import PROBE_BITS, tune
+from turboquant_hf.tools.tune.sensitivity import costs
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,17 @@
 """The command line of `turboquant calibrate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from turboquant_core.calibration import FORMAT, write_calibration
 from turboquant_core.command_options import MAX_TOKENS, DeviceOption, ForceOption, JsonOption, ModelArgument, TextOption
 from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
-from turboquant_hf.tools.calibrate.mean_keys import mean_keys, num_chunks
-from turboquant_hf.tools.inputs import chosen_device, load, read_text
-from turboquant_hf.tools.models import LoadedModel
-from turboquant_hf.tools.terminal import Steps, consoles
 
-MARKER = f'"format":"{FORMAT}"'
+if TYPE_CHECKING:
+    import torch
+
+    from turboquant_hf.tools.models import LoadedModel
 
 # A mean of fewer says little about the next text.
 MIN_TOKENS = 256
@@ -32,8 +29,13 @@ def calibrate(
     device: DeviceOption = None,
 ) -> None:
     """Write the mean key of every layer to a file that vLLM loads, so that all processes centre keys alike."""
+    from turboquant_core.calibration import FORMAT, write_calibration
+    from turboquant_hf.tools.calibrate.mean_keys import mean_keys, num_chunks
+    from turboquant_hf.tools.inputs import chosen_device, load, read_text
+    from turboquant_hf.tools.terminal import Steps, consoles
+
     console, errors = consoles()
-    outputs = [Output("--out", out, MARKER), json_output("calibrate", json_target)]
+    outputs = [Output("--out", out, f'"format":"{FORMAT}"'), json_output("calibrate", json_target)]
     check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
     content = read_text(text)
     loaded = load(model, chosen_device(device), errors)
@@ -56,7 +58,7 @@ def calibrate(
         )
 
 
-def _encode(loaded: LoadedModel, text: str, tokens: int) -> torch.Tensor:
+def _encode(loaded: "LoadedModel", text: str, tokens: int) -> "torch.Tensor":
     """The first tokens of a text that fit into the model's context, int64 [1, num_tokens]."""
     limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens
     input_ids: torch.Tensor = loaded.tokenizer(text, return_tensors="pt")["input_ids"][:, : min(tokens, limit)]

@@ -1,32 +1,22 @@
 """The command line of `turboquant eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from turboquant_core.command_options import MAX_TOKENS, DeviceOption, ForceOption, JsonOption, ModelArgument, TextOption
 from turboquant_core.command_output import STDOUT, CommandError, Output, check_outputs, json_output, write_json
-from turboquant_hf.scoring import CHUNK_SIZE
-from turboquant_hf.tools.caches import CACHES, DEFAULT_CACHES, UNCOMPRESSED, find_cache
-from turboquant_hf.tools.eval.evaluation import Evaluation
-from turboquant_hf.tools.eval.render import render
-from turboquant_hf.tools.eval.settings import EVAL, MEASUREMENTS, EvalSettings
-from turboquant_hf.tools.eval.summary import summarise
-from turboquant_hf.tools.eval.units import missing_units
-from turboquant_hf.tools.inputs import chosen_device, load, read_text
-from turboquant_hf.tools.run_files.continuing import (
-    begin,
-    go_on,
-    has_begun,
-    keeping,
-    refuse_differences,
-    typed_command,
-)
-from turboquant_hf.tools.run_files.provenance import environment, model_identity, text_digest
-from turboquant_hf.tools.run_files.run_file import RunFile
-from turboquant_hf.tools.terminal import Steps, consoles
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from turboquant_hf.tools.eval.evaluation import Evaluation
+    from turboquant_hf.tools.run_files.run_file import RunFile
+
+MEASUREMENTS = ("quality", "layers", "needle", "greedy", "speed")
+CHUNK_SIZE = 128
+"""Tokens of a forward when a text is scored."""
 
 LAYER_TOKENS = 512
 
@@ -39,9 +29,7 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin: the run file has to be there.")] = False,
     cache: Annotated[
         list[str] | None,
-        typer.Option(
-            help=f"Cache to measure, repeatable: {', '.join(name for name in CACHES if name != UNCOMPRESSED)}."
-        ),
+        typer.Option(help="Cache to measure, repeatable: a preset, or another such as fp8; a name of none lists all."),
     ] = None,
     measure: Annotated[
         list[str] | None, typer.Option(help=f"Measurement, repeatable: {', '.join(MEASUREMENTS)}. Default: all.")
@@ -70,14 +58,33 @@ def evaluate(
     Exit status: 0 when everything is measured, 2 for what cannot be read or measured; 130 when interrupted, and the
     same command goes on from there.
     """
-    console, errors = consoles()
     outputs = [Output("--out", out, None), json_output("eval", json_target)]
     check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
+    measurements = _measurements(measure)
+
+    from turboquant_hf.tools.eval.evaluation import Evaluation
+    from turboquant_hf.tools.eval.render import render
+    from turboquant_hf.tools.eval.settings import EVAL, EvalSettings
+    from turboquant_hf.tools.eval.summary import summarise
+    from turboquant_hf.tools.eval.units import missing_units
+    from turboquant_hf.tools.inputs import chosen_device, load, read_text
+    from turboquant_hf.tools.run_files.continuing import (
+        begin,
+        go_on,
+        has_begun,
+        keeping,
+        refuse_differences,
+        typed_command,
+    )
+    from turboquant_hf.tools.run_files.provenance import environment, model_identity, text_digest
+    from turboquant_hf.tools.terminal import consoles
+
+    console, errors = consoles()
     content = read_text(text)
     device = chosen_device(device)
     settings = EvalSettings(
         caches=_caches(cache, errors),
-        measurements=_measurements(measure),
+        measurements=measurements,
         text_sha256=text_digest(content),
         num_tokens=tokens,
         chunk_size=CHUNK_SIZE,
@@ -109,13 +116,17 @@ def evaluate(
         console.print(f"{out}: for a page of this, turboquant report {out} --out report.html", highlight=False)
 
 
-def _measure(evaluation: Evaluation, run: RunFile, num_missing: int, errors: Console) -> None:
+def _measure(evaluation: "Evaluation", run: "RunFile", num_missing: int, errors: "Console") -> None:
+    from turboquant_hf.tools.terminal import Steps
+
     with Steps(errors, "measuring", num_missing) as steps:
         evaluation.measure_missing(run, before=lambda unit: steps.begin(unit.name), after=steps.done)
 
 
-def _caches(names: list[str] | None, errors: Console) -> tuple[str, ...]:
+def _caches(names: list[str] | None, errors: "Console") -> tuple[str, ...]:
     """The caches that were named, or the default ones that can be made here."""
+    from turboquant_hf.tools.caches import CACHES, DEFAULT_CACHES, UNCOMPRESSED, find_cache
+
     chosen = []
     for name in dict.fromkeys(names or DEFAULT_CACHES):
         if not names and CACHES[name].missing:

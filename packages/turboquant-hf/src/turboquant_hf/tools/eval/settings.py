@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from turboquant_hf.tools.eval.command import MEASUREMENTS
+
 EVAL = "turboquant eval"
-MEASUREMENTS = ("quality", "layers", "needle", "greedy", "speed")
 
 MAX_ITEMS = 1000
 """Most caches, lengths or depths of a run."""

@@ -15,25 +15,15 @@ from turboquant_core.command_options import (
     number,
 )
 from turboquant_core.command_output import STDOUT, Output, check_outputs, json_output, write_json
-from turboquant_core.layer_bits import FORMAT, write_layer_bits
-from turboquant_hf.tools.inputs import chosen_device, load, read_text
-from turboquant_hf.tools.run_files.continuing import (
-    begin,
-    go_on,
-    has_begun,
-    keeping,
-    refuse_differences,
-    typed_command,
-)
-from turboquant_hf.tools.run_files.provenance import environment, model_identity, text_digest
-from turboquant_hf.tools.terminal import Steps, consoles
-from turboquant_hf.tools.tune.render import render, verdict
-from turboquant_hf.tools.tune.results import check_results
-from turboquant_hf.tools.tune.search import Search, new_settings
-from turboquant_hf.tools.tune.sensitivity import CHUNK_SIZE, PROBE_BITS, WIDTHS
-from turboquant_hf.tools.tune.settings import TUNE
 
-MARKER = f'"format": "{FORMAT}"'
+WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Bits that are chosen from: those that kernels read."""
+
+PROBE_BITS = (3, 2)
+"""Bits that are measured unless others are asked for: few enough for errors to be seen, and 2 cost more than 3 say."""
+
+CHUNK_SIZE = 256
+"""Tokens of a forward."""
 
 
 def tune(
@@ -79,9 +69,30 @@ def tune(
     Exit status: 0 when the bits are better than uniform ones on text that they were not chosen on, 1 when they are not,
     2 for what cannot be read or measured; 130 when interrupted, and the same command goes on from there.
     """
+    from turboquant_core.layer_bits import FORMAT, write_layer_bits
+    from turboquant_hf.tools.inputs import chosen_device, load, read_text
+    from turboquant_hf.tools.run_files.continuing import (
+        begin,
+        go_on,
+        has_begun,
+        keeping,
+        refuse_differences,
+        typed_command,
+    )
+    from turboquant_hf.tools.run_files.provenance import environment, model_identity, text_digest
+    from turboquant_hf.tools.terminal import Steps, consoles
+    from turboquant_hf.tools.tune.render import render, verdict
+    from turboquant_hf.tools.tune.results import check_results
+    from turboquant_hf.tools.tune.search import Search, new_settings
+    from turboquant_hf.tools.tune.settings import TUNE
+
     console, errors = consoles()
     run_path = run_file or Path(f"{out}.run.json")
-    outputs = [Output("--out", out, MARKER), Output("--run", run_path, None), json_output("tune", json_target)]
+    outputs = [
+        Output("--out", out, f'"format": "{FORMAT}"'),
+        Output("--run", run_path, None),
+        json_output("tune", json_target),
+    ]
     check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
     content = read_text(text)
     device = chosen_device(device)

@@ -15,12 +15,10 @@ from turboquant_hf.scoring import score_caches
 from turboquant_hf.tools.models import LoadedModel
 from turboquant_hf.tools.run_files.run_file import RunFile
 from turboquant_hf.tools.tune.allocate import allocate
+from turboquant_hf.tools.tune.command import CHUNK_SIZE, PROBE_BITS, WIDTHS
 from turboquant_hf.tools.tune.results import HeldOut, Sensitivity, layer_unit
 from turboquant_hf.tools.tune.sensitivity import (
-    CHUNK_SIZE,
     GROUP,
-    PROBE_BITS,
-    WIDTHS,
     costs,
     layer_shapes,
     measure_sensitivity,

@@ -11,16 +11,10 @@ from turboquant_hf._compat import DynamicCache, with_cache
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.scoring import score_caches
 from turboquant_hf.tools.caches import compressed_layers
+from turboquant_hf.tools.tune.command import CHUNK_SIZE, WIDTHS
 from turboquant_hf.tools.tune.results import Sensitivity
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-"""Bits that are chosen from: those that kernels read."""
-
-PROBE_BITS = (3, 2)
-"""Bits that are measured unless others are asked for: few enough for errors to be seen, and 2 cost more than 3 say."""
-
 FINEST_BITS = max(WIDTHS)
-CHUNK_SIZE = 256
 GROUP = 4
 """Layers that share one pass of the uncompressed cache."""
 
