@@ -230,7 +230,7 @@ def presets() -> str:
 def query_tokens() -> str:
     """What several query tokens of a row cost."""
     times = {int(count): measured["ms"] for count, measured in read_result("decode_attention")["verification"].items()}
-    return ", ".join(f"{count} take {times[count] / times[1]:.2f} of the time of one" for count in times if count > 1)
+    return ", ".join(f"{count} take {times[count] / times[1]:.2f} times as long as one" for count in times if count > 1)
 
 
 def ratio(batch: int, context: int, peer: str, kernel: str = "tq4") -> Callable[[], str]:

@@ -83,7 +83,7 @@ def decode_attention(
         layout: Where a slot's bytes lie. Its bits must be whole.
         scale: What logits are multiplied with; None is 1 / sqrt(head_dim).
         query_start_loc: int32 [batch + 1], the first token of every row; None when all rows have equally many.
-        max_query_len: The most query tokens of a row, at most 8; needed with query_start_loc.
+        max_query_len: The most query tokens of a row, at most 16; needed with query_start_loc.
         seq_starts: int32 [batch], the first position of a row that may be seen, such as after left padding.
         window: Positions that a token sees, itself included; None for all.
         softcap: Logits become softcap * tanh(logits / softcap); up to 10,000, where float32 still tells logits apart.
