@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from turboquant_core.vllm_limits import HEAD_DIMS
 from turboquant_vllm import backend
 from turboquant_vllm._compat.interface import AttentionBackend, AttentionType, FullAttentionSpec, SlidingWindowSpec
 from turboquant_vllm.backend import TurboQuantBackend
+from turboquant_vllm.builder import AttentionCGSupport, TurboQuantMetadataBuilder
 from turboquant_vllm.settings import Settings
 
 
@@ -116,3 +118,15 @@ def test_shapes_and_types_are_answered_truthfully():
 def test_pages_may_leave_a_process_whose_means_others_know(monkeypatch, settings, supported):
     monkeypatch.setattr(backend, "process_settings", lambda: settings)
     assert TurboQuantBackend.supports_kv_connector() is supported
+
+
+@pytest.mark.parametrize(
+    ("num_drafted", "is_parallel", "fits"),
+    [(None, False, True), (15, False, True), (16, False, False), (7, True, True), (8, True, False)],
+)
+def test_graphs_hold_drafts_that_decode_attention_takes(num_drafted, is_parallel, fits):
+    # Where drafts are parallel, vLLM reorders rows of twice as many tokens as decoding: longer ones would be prefills.
+    draft = SimpleNamespace(num_speculative_tokens=num_drafted, parallel_drafting=is_parallel)
+    support = TurboQuantMetadataBuilder.get_cudagraph_support(SimpleNamespace(speculative_config=draft), None)
+    one_token = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert support is (AttentionCGSupport.UNIFORM_BATCH if fits else one_token)

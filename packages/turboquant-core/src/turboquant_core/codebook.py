@@ -9,7 +9,6 @@ Lloyd-Max centroids (paper, Eq. 4) but for rounding. From five bits on they are 
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from scipy.optimize import brentq
 from scipy.special import betainc, gammaln
 
 from turboquant_core._checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_bits
-from turboquant_core.inference_mode import outside_inference_mode
+from turboquant_core.kept import kept
 
 MAX_TABLE_BITS = 4
 """Up to here a code is a sign and the index of a level; above, an integer that needs no table."""
@@ -61,8 +60,7 @@ class Codebook:
         return self.centroids[ascending_codes(self.bits).argsort()]
 
 
-@cache
-@outside_inference_mode
+@kept
 def grid_codebook(head_dim: int, bits: int) -> Codebook:
     """The fixed codebook for unit vectors of dimension `head_dim`.
 
@@ -100,7 +98,7 @@ def ascending_codes(bits: int) -> torch.Tensor:
     Up to `MAX_TABLE_BITS` a code is the index of the centroid's magnitude, and its top bit is set below zero. Above, it
     is q in two's complement, -2**(bits - 1) <= q < 2**(bits - 1), for the centroid (2 q + 1) * unit.
     """
-    index, half = torch.arange(2**bits), 2 ** (bits - 1)
+    index, half = torch.arange(2**bits, device="cpu"), 2 ** (bits - 1)
     turned = (index < half) & (bits <= MAX_TABLE_BITS)
     codes: torch.Tensor = index ^ torch.where(turned, 2 * half - 1, half)
     return codes

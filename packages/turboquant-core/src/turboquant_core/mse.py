@@ -1,14 +1,13 @@
 """TurboQuant for least mean square error (paper, Algorithm 1)."""
 
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from turboquant_core._checks import check_bits, check_head_dim
 from turboquant_core.codebook import ascending_codes, grid_codebook
-from turboquant_core.inference_mode import outside_inference_mode
+from turboquant_core.kept import kept
 from turboquant_core.packing import pack, unpack
 from turboquant_core.quantized import QuantizedTensor
 from turboquant_core.rotation import Rotation
@@ -113,8 +112,7 @@ class CodebookTables(NamedTuple):
     by_code: torch.Tensor
 
 
-@cache
-@outside_inference_mode
+@kept
 def codebook_tables(head_dim: int, bits: int, device: torch.device, dtype: torch.dtype) -> CodebookTables:
     """The tables of a codebook, kept on the device; centroids and boundaries in a floating-point type."""
     codebook = grid_codebook(head_dim, bits)

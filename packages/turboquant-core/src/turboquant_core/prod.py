@@ -2,13 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from turboquant_core._checks import check_bits, check_head_dim
 from turboquant_core._seeded import random_normal
-from turboquant_core.inference_mode import outside_inference_mode
+from turboquant_core.kept import kept
 from turboquant_core.mse import MSEQuantizer, split_norm
 from turboquant_core.packing import pack, packed_bytes, unpack
 from turboquant_core.quantized import QuantizedTensor, check_stored
@@ -106,8 +105,7 @@ class ProdQuantizer:
         return self._base.dequantize(base), signs, residual_norm
 
 
-@cache
-@outside_inference_mode
+@kept
 def _sketch(head_dim: int, seed: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     normal = random_normal(f"sketch/{head_dim}/{seed or 0}", (head_dim, head_dim))
     return torch.from_numpy(normal).to(device, dtype)

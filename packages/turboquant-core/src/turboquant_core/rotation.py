@@ -1,7 +1,6 @@
 """The fixed random rotation Π that makes every coordinate of a unit vector look alike (paper, Algorithm 1, line 2)."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +8,7 @@ import torch
 
 from turboquant_core._checks import MAX_HEAD_DIM, MIN_HEAD_DIM, check_head_dim
 from turboquant_core._seeded import random_normal, random_signs
-from turboquant_core.inference_mode import outside_inference_mode
+from turboquant_core.kept import kept
 
 # After one round of signs and Hadamard the coordinates of a one-hot vector have a single size; every further round adds
 # sizes. The fine cells of 8 bits need six rounds at head_dim 64 and four from 128 on, averaged over seeds; the
@@ -85,8 +84,7 @@ def _widen(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.to(torch.float32)
 
 
-@cache
-@outside_inference_mode
+@kept
 def _matrix(head_dim: int, seed: int | None, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if (device.type, dtype) == ("cpu", torch.float64):
         build = _signed_hadamard if _is_power_of_two(head_dim) else _haar

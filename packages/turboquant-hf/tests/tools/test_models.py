@@ -48,6 +48,12 @@ def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(folder, file, f
     assert "yes" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["", " ", "model\0"])
+def test_what_is_no_name_is_no_model(name):
+    with pytest.raises(OSError, match="is the name of no model"):
+        find_model(name)
+
+
 def test_code_that_is_not_needed_is_not_run(folder):
     changed(folder / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
     assert load_model(str(folder), "cpu").model.config.model_type == "llama"

@@ -47,7 +47,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Graphs hold decode rows: one token each, or those of a draft that decode attention takes."""
         speculative = vllm_config.speculative_config
-        if speculative is not None and (speculative.num_speculative_tokens or 0) + 1 > MAX_QUERY_LEN:
+        if speculative is not None and _most_query_tokens(speculative) > MAX_QUERY_LEN:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return cls._cudagraph_support
 
@@ -95,3 +95,9 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
             block_table=common.block_table_tensor[rows],
             workspace_tokens=self._workspace_tokens,
         )
+
+
+def _most_query_tokens(speculative: Any) -> int:
+    """The most tokens of a row that verifies a draft, in any version of vLLM: some count a parallel draft twice."""
+    drafted = speculative.num_speculative_tokens or 0
+    return 1 + (2 * drafted if speculative.parallel_drafting else drafted)

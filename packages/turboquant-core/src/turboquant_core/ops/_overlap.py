@@ -34,4 +34,5 @@ def overlap(x: torch.Tensor, y: torch.Tensor) -> bool:
 def _row_starts(x: torch.Tensor) -> torch.Tensor:
     """Where every row of x [n, m, size] starts, in elements from its first."""
     first, second, _ = x.stride()
-    return (torch.arange(x.shape[0])[:, None] * first + torch.arange(x.shape[1]) * second).flatten()
+    rows, columns = (torch.arange(size, device="cpu") for size in x.shape[:2])
+    return (rows[:, None] * first + columns * second).flatten()

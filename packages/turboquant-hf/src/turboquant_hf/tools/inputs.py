@@ -68,7 +68,7 @@ def load(name: str | None, device: str, errors: Console) -> LoadedModel:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    name = name or default_model()
+    name = default_model() if name is None else name
     try:
         with errors.status(Text(f"loading {name}")):
             loaded = load_model(name, device)

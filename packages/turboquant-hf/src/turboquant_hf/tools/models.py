@@ -67,6 +67,8 @@ def model_source(name: str) -> tuple[str, dict[str, str]]:
     Raises:
         OSError: If there is no such GGUF file, it is another file, or a folder has no config.json.
     """
+    if not name.strip() or "\0" in name:
+        raise OSError(f"{name!r} is the name of no model")
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -66,7 +66,7 @@ def cell_entries(first_above: torch.Tensor, shift: int, num_cells: int, zero_bit
         num_cells: Cells, from number 0 on.
         zero_bits: What the float32 that carries a fixed-point number has as bits for the number 0.
     """
-    start = torch.arange(num_cells) << shift
+    start = torch.arange(num_cells, device="cpu") << shift
     below = torch.searchsorted(first_above, start)
     inside = torch.searchsorted(first_above, start + (1 << shift)) - below
     carry_at = torch.where(inside == 1, first_above[below.clamp(max=len(first_above) - 1)], start)

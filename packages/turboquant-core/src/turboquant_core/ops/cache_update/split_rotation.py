@@ -41,7 +41,7 @@ class SplitRotation:
 def split_rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> SplitRotation:
     """The format's rotation for that head_dim, in float16 or bfloat16."""
     octet, padded = head_dim // 8, padded_octet(head_dim)
-    residue = torch.zeros(8 * padded, 8, padded, dtype=torch.float64)
+    residue = torch.zeros(8 * padded, 8, padded, dtype=torch.float64, device="cpu")
     residue[:head_dim, :, :octet] = (Rotation(head_dim).matrix.T * MATRIX_SCALE).reshape(head_dim, 8, octet)
     residue = residue.reshape(8 * padded, 8 * padded)
     parts: list[torch.Tensor] = []

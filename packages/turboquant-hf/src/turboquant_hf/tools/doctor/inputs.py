@@ -22,7 +22,7 @@ def open_model(name: str | None, errors: Console) -> tuple[Checkpoint, ModelAtte
     Raises:
         CommandError: If they cannot be read, or the model is none that has a cache to compress.
     """
-    name = name or default_model()
+    name = default_model() if name is None else name
     try:
         with errors.status(Text(f"reading the headers of {name}")):
             checkpoint = open_checkpoint(name)

@@ -16,6 +16,6 @@ def product_columns(channels: int, bits: int) -> torch.Tensor:
     and stores them without exchanging anything. `natural_order` in `kernel` undoes the order.
     """
     run = finest_plane(bits) * channels // 32
-    column = torch.arange(channels)
+    column = torch.arange(channels, device="cpu")
     thread, place = column % 8 // 2, column // 8 * 2 + column % 2
     return place // run * (4 * run) + thread * run + place % run

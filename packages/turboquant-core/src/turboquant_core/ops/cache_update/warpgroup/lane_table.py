@@ -52,6 +52,6 @@ def lane_table(head_dim: int, bits: int, device: torch.device) -> LaneTable:
     if bits > MAX_BITS or not one_boundary_a_cell(first_above, SHIFT):
         raise ValueError(f"{bits} bits at head_dim {head_dim} need more than {LANES} cells. Use at most {MAX_BITS}.")
     entries = cell_entries(first_above, SHIFT, LANES, FLOAT_ONE)
-    centroids = torch.zeros(LANES)
+    centroids = torch.zeros(LANES, device="cpu")
     centroids[: 2**bits] = codebook.centroids
     return LaneTable(torch.stack([entries, centroids.view(torch.int32)]).to(device), factor)

@@ -103,8 +103,9 @@ class _Tables:
 def _tables(head_dim: int, key_bits: int, value_bits: int, device: torch.device) -> _Tables:
     constants = (*key_lookup(head_dim, key_bits).table, *value_lookup(head_dim, value_bits).table)
     signs = Rotation(head_dim).signs
-    negative = ((signs < 0).int() << torch.arange(len(signs), dtype=torch.int32)[:, None]).sum(0, dtype=torch.int32)
-    channels = torch.tensor(value_channels(head_dim, value_bits), dtype=torch.int32)
+    bit = torch.arange(len(signs), dtype=torch.int32, device="cpu")[:, None]
+    negative = ((signs < 0).int() << bit).sum(0, dtype=torch.int32)
+    channels = torch.tensor(value_channels(head_dim, value_bits), dtype=torch.int32, device="cpu")
     return _Tables(
         torch.tensor(constants, dtype=torch.int32, device=device)[:, None].repeat(1, 32),
         negative.to(device),

@@ -129,7 +129,7 @@ def entries(head_dim: int, bits: int, kind: str, device: torch.device) -> torch.
 def entry_words(head_dim: int, bits: int, kind: str, device: torch.device) -> torch.Tensor:
     """The bytes of sixteen entries, int32 [8]: low and then high bytes of float16, or high and then low part."""
     table = entries(head_dim, bits, kind, torch.device("cpu"))
-    sixteen = torch.zeros(len(table), 16, dtype=table.dtype)
+    sixteen = torch.zeros(len(table), 16, dtype=table.dtype, device=table.device)
     sixteen.view(torch.uint8)[:, : table.shape[1] * table.itemsize] = table.view(torch.uint8)
     planes = sixteen.view(torch.uint8).view(len(table), 16, table.itemsize).transpose(1, 2).contiguous()
     return planes.flatten().view(torch.int32).to(device)
