@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,18 @@ EQUIVALENT = ROOT / "scripts" / "equivalent_mutants.json"
 LEAST_SCORE = 0.95
 
 
+@cache
+def equivalent() -> list[dict[str, str]]:
+    """Changes, or patterns of them, with the reason why no test can notice them."""
+    entries: list[dict[str, str]] = json.loads(EQUIVALENT.read_text(encoding="utf-8"))
+    return entries
+
+
 def is_equivalent(change: str) -> bool:
     """Whether a change is listed, or a pattern that is the whole of it."""
     return any(
         change == entry["change"] if "change" in entry else re.fullmatch(entry["pattern"], change)
-        for entry in json.loads(EQUIVALENT.read_text(encoding="utf-8"))
+        for entry in equivalent()
     )
 
 

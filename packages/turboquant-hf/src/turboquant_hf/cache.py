@@ -10,13 +10,13 @@ from typing import Any, Self
 
 import torch
 
-from turboquant_core.inference_mode import outside_inference_mode
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.quantized import storage_nbytes
 from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import EMPTY_LAYERS, CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention.dispatch import ATTENTION
 from turboquant_hf.calls import GuardedCache
+from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.build import build_layers
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.memory import MemoryReport, layer_tensors, memory_report

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from turboquant_core.inference_mode import outside_inference_mode
 from turboquant_hf._compat import sdpa_mask
 from turboquant_hf.attention.dispatch import check_dispatch
+from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 from turboquant_hf.storage.traced import operation
 

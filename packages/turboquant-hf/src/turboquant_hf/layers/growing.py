@@ -6,7 +6,6 @@ from typing import Any, Self
 import torch
 
 from turboquant_core import TurboQuantConfig
-from turboquant_core.inference_mode import outside_inference_mode
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops._dispatch import VECTOR_DTYPES
 from turboquant_core.scale import ScaleRule
@@ -14,6 +13,7 @@ from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
 from turboquant_hf.attention.dispatch import ATTENTION
 from turboquant_hf.attention.gradients import without_gradient
 from turboquant_hf.attention.handover import Prompt, Stored, hand_over
+from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.rows import picked, reordered, repeated
 from turboquant_hf.storage.codec import has_whole_bits
 from turboquant_hf.storage.growing.store import growing_store

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from turboquant_core.inference_mode import outside_inference_mode
+from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.growing.length import GrowingLength
 from turboquant_hf.storage.growing.store import growing_store

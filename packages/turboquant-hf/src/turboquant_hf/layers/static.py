@@ -4,8 +4,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from turboquant_core.inference_mode import outside_inference_mode
 from turboquant_hf._compat import StaticLayer
+from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.static.store import static_store
 from turboquant_hf.storage.store import Store

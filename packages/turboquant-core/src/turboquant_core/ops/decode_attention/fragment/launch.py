@@ -42,7 +42,7 @@ def plan(call: AttendCall) -> FragmentAttend:
     head_dim, key_bits, value_bits = layout.head_dim, layout.stored_keys.bits, layout.stored_values.bits
     key, value = key_lookup(head_dim, key_bits), value_lookup(head_dim, value_bits)
     tables = _tables(head_dim, key_bits, value_bits, call.device)
-    common: dict[str, Any] = {"rounds": len(Rotation(head_dim).signs), **overlapped(launch)}
+    common: dict[str, Any] = {"rounds": tables.rounds, **overlapped(launch)}
     attend = partial(
         fragment_kernel[call.grid],
         **call.arguments(),
@@ -87,12 +87,14 @@ class _Tables:
     """What the kernels read beside the cache.
 
     Attributes:
+        rounds: Of signs and transforms.
         lookup: int32 [constants, 32], the look-up constants of keys, then of values, for every lane.
         query_negative: int32 [head_dim], the signs of the rotation, a bit for every round.
         output_negative: The same in the order of partial results.
         output_channels: int32 [head_dim], that order.
     """
 
+    rounds: int
     lookup: torch.Tensor
     query_negative: torch.Tensor
     output_negative: torch.Tensor
@@ -107,6 +109,7 @@ def _tables(head_dim: int, key_bits: int, value_bits: int, device: torch.device)
     negative = ((signs < 0).int() << bit).sum(0, dtype=torch.int32)
     channels = torch.tensor(value_channels(head_dim, value_bits), dtype=torch.int32, device="cpu")
     return _Tables(
+        len(signs),
         torch.tensor(constants, dtype=torch.int32, device=device)[:, None].repeat(1, 32),
         negative.to(device),
         negative[channels].to(device),
