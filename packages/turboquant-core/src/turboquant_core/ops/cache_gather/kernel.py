@@ -38,6 +38,9 @@ def gather_kernel(
     block_tokens: tl.constexpr,
 ):
     """One program for some tokens of the output and a KV head."""
+    # Triton 3.6 takes no field of a constant tuple as an argument.
+    keys: tl.constexpr = layout.stored_keys
+    values: tl.constexpr = layout.stored_values
     token = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
     head = tl.program_id(1).to(tl.int64)
     total = tl.load(cu_seqlens + batch)
@@ -57,11 +60,11 @@ def gather_kernel(
     mean = key_mean + head * layout.head_dim
     _gather_tile(
         out_keys + output, head_rows, slot, keep, key_centroids, mean,
-        layout.stored_keys, layout.head_dim, padded_octet, has_mean,
+        keys, layout.head_dim, padded_octet, has_mean,
     )  # fmt: skip
     _gather_tile(
         out_values + output, head_rows, slot, keep, value_centroids, mean,
-        layout.stored_values, layout.head_dim, padded_octet, False,
+        values, layout.head_dim, padded_octet, False,
     )  # fmt: skip
 
 
