@@ -53,7 +53,7 @@ def rewrite(path, tensors=None, **metadata):
     """Write the file's tensors, or others, again with changed metadata; None removes a field."""
     kept = {
         "format": "turboquant-key-means",
-        "format_version": "1",
+        "format_version": "2",
         "model": ModelIdentity.of(config(), "Qwen2ForCausalLM").to_json(),
         "source": "a/model",
         "num_tokens": "2000",
@@ -74,22 +74,23 @@ def test_what_is_written_is_read(written, calibration, model):
     assert found.layers.keys() == calibration.layers.keys()
     for index, transform in calibration.layers.items():
         assert torch.equal(found.layers[index].mean, transform.mean)
-        assert found.layers[index].matrix is None
+        assert found.layers[index].only_centres
     assert (found.model, found.source, found.num_tokens) == (model, "a/model", 2000)
     assert found.model.architecture == "Qwen2ForCausalLM"
 
 
-def test_a_matrix_is_one_more_tensor(path, model):
-    matrix = torch.eye(64).repeat(2, 1, 1) * torch.tensor([2.0, 3.0])[:, None, None]
-    both = KeyTransform(torch.ones(2, 64), matrix)
-    write_calibration(path, Calibration({1: KeyTransform(matrix=matrix), 2: both}, model, "a/model", 2000))
-    assert set(load_file(path)) == {"layers.1.key_matrix", "layers.2.key_matrix", "layers.2.key_mean"}
+def test_scale_and_order_are_tensors_of_their_own(path, model):
+    scale = torch.tensor([2.0, 3.0])[:, None].repeat(1, 64)
+    order = torch.arange(64).flip(0).repeat(2, 1)
+    layers = {1: KeyTransform(scale=scale), 2: KeyTransform(torch.ones(2, 64), scale, order)}
+    write_calibration(path, Calibration(layers, model, "a/model", 2000))
+    names = ["layers.1.key_scale", *(f"layers.2.{kind}" for kind in ("key_channel_order", "key_mean", "key_scale"))]
+    assert sorted(load_file(path)) == names
     found = read_calibration(path, model)
-    assert found.layers[1].mean is None
-    assert torch.equal(found.of_layer(2, 2, 64).mean, both.mean)
-    for transform in found.layers.values():
-        assert torch.equal(transform.matrix, matrix)
-        torch.testing.assert_close(transform.parts[2] @ matrix, torch.eye(64).repeat(2, 1, 1))
+    assert found.layers[1].tensors().keys() == {"key_scale"}
+    for part, expected in zip(found.of_layer(2, 2, 64).parts, layers[2].parts, strict=True):
+        assert part.dtype == expected.dtype
+        assert torch.equal(part, expected)
 
 
 def test_the_tensors_have_names_that_others_can_read(written):
@@ -143,10 +144,10 @@ def test_weights_of_a_model_are_no_calibration(path):
     assert "its format is None" in refusal(path)
 
 
-@pytest.mark.parametrize("version", ["2", None])
+@pytest.mark.parametrize("version", ["1", "3", None])
 def test_another_version_of_the_format(written, version):
     rewrite(written, format_version=version)
-    assert f"format version is {version}, and this version of turboquant-core reads 1" in refusal(written)
+    assert f"format version is {version}, and this version of turboquant-core reads 2" in refusal(written)
 
 
 @pytest.mark.parametrize("field", ["model", "source", "num_tokens"])
@@ -184,19 +185,21 @@ def test_a_model_with_fields_of_another_type(written, model, name, value):
         ({"layers.0.value_mean": torch.zeros(2, 64)}, "layers.0.value_mean"),
         ({"layers.00.key_mean": torch.zeros(2, 64)}, "layers.00.key_mean"),
         ({"layers.4.key_mean": torch.zeros(2, 64)}, "layer 4 of a model of 4 layers"),
-        ({"layers.0.key_mean": torch.zeros(2, 64, dtype=torch.float16)}, "F16"),
+        ({"layers.0.key_mean": torch.zeros(2, 64, dtype=torch.float16)}, "torch.float16"),
         ({"layers.0.key_mean": torch.zeros(128)}, "[128]"),
         ({"layers.0.key_mean": torch.zeros(0, 64)}, "[0, 64]"),
         ({"layers.0.key_mean": torch.zeros(1, 65)}, "head_dim is 65"),
-        ({"layers.0.key_matrix": torch.zeros(2, 64)}, "[2, 64]"),
-        ({"layers.0.key_matrix": torch.zeros(2, 64, 32)}, "[2, 64, 32]"),
-        ({"layers.0.key_matrix": torch.zeros(2, 64, 64)}, "cannot be undone"),
-        ({"layers.0.key_matrix": torch.eye(64)[None], "layers.0.key_mean": torch.zeros(2, 64)}, "key_matrix is"),
-        ({"layers.0.key_mean": torch.full((1, 64), torch.nan)}, "not finite"),
-        ({"layers.0.key_mean": torch.full((1, 64), torch.inf)}, "not finite"),
+        ({"layers.0.key_mean": torch.zeros(1, 2, 64)}, "[1, 2, 64]"),
+        ({"layers.0.key_matrix": torch.zeros(2, 64, 64)}, "layers.0.key_matrix"),
+        ({"layers.0.key_scale": torch.zeros(2, 64)}, "key_scale holds 0.0; it must be 0.001 to 1000"),
+        ({"layers.0.key_channel_order": torch.zeros(2, 64)}, "key_channel_order is torch.float32"),
+        ({"layers.0.key_channel_order": torch.zeros(2, 64).long()}, "name every channel of a head once"),
+        ({"layers.0.key_scale": torch.ones(1, 64), "layers.0.key_mean": torch.zeros(2, 64)}, "key_scale is [1, 64]"),
+        ({"layers.0.key_mean": torch.full((1, 64), torch.nan)}, "must be finite"),
+        ({"layers.0.key_mean": torch.full((1, 64), torch.inf)}, "must be finite"),
     ],
 )
-def test_tensors_that_are_no_means(written, tensors, said):
+def test_tensors_that_are_no_transform(written, tensors, said):
     rewrite(written, tensors)
     assert said in refusal(written)
 

@@ -13,14 +13,14 @@ from turboquant_hf import TurboQuantCache, TurboQuantLayer
 
 
 def transform_of(seed, heads=2, size=64):
-    """One that no prompt gives: keys come back only by its own inverse and mean."""
+    """One that no prompt gives: keys come back only by undoing it."""
     random = torch.Generator().manual_seed(seed)
-    noise = torch.randn(heads, size, size, generator=random) / (2 * size**0.5)
-    return KeyTransform(torch.randn(heads, size, generator=random) / 4, 1.5 * torch.eye(size) + noise)
+    mean, scale, order = torch.randn(3, heads, size, generator=random)
+    return KeyTransform(mean / 4, (scale / 2).exp(), order.argsort(-1))
 
 
 TRANSFORMS = {0: transform_of(0), 1: transform_of(1)}
-MEAN, MATRIX = KeyTransform(TRANSFORMS[0].mean), KeyTransform(matrix=TRANSFORMS[1].matrix)
+MEAN, WITHOUT_MEAN = KeyTransform(TRANSFORMS[0].mean), TRANSFORMS[1].without_mean()
 EIGHT_BITS = {"key_bits": 8, "value_bits": 8}
 
 
@@ -70,7 +70,7 @@ def test_keys_of_all_rows_go_through_the_given_transform_and_come_back(
 
 
 def test_it_takes_the_place_of_the_mean(tiny_model, prompt):
-    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms={0: MATRIX}))
+    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms={0: WITHOUT_MEAN}))
     assert transform_in_use(cache).mean is None
     assert transform_in_use(cache, 1).mean is not None
     cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms={0: IDENTITY}))
@@ -133,14 +133,16 @@ def test_a_graph_takes_it(tiny_config, prompt, next_logits):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40], ids=["sinks alone", "codes"])
-@pytest.mark.parametrize("transform", [TRANSFORMS[1], MEAN, MATRIX, IDENTITY], ids=["both", "mean", "matrix", "none"])
+@pytest.mark.parametrize(
+    "transform", [TRANSFORMS[1], MEAN, WITHOUT_MEAN, IDENTITY], ids=["all", "mean", "no mean", "none"]
+)
 def test_a_saved_cache_keeps_it_for_good(model, prompt, tmp_path, num_tokens, transform, next_logits):
     path = tmp_path / "prefix.safetensors"
     # What a prompt gives one layer is beside what another was given.
     cache = TurboQuantCache(model.config, key_transforms={1: transform}, **EIGHT_BITS)
     filled(model, prompt[:, :num_tokens], cache).save(path)
     in_file = load_file(path)
-    for name in ("key_mean", "key_matrix"):
+    for name in ("key_mean", "key_scale", "key_channel_order"):
         given, kept = transform.tensors().get(name), in_file.get(f"layers.1.{name}")
         assert kept is None if given is None else torch.equal(kept, given)
     loaded = TurboQuantCache.load(path, model.config)
@@ -151,7 +153,7 @@ def test_a_saved_cache_keeps_it_for_good(model, prompt, tmp_path, num_tokens, tr
     filled(model, prompt, loaded)
     assert_goes_through(loaded, transform, 1)
     assert transform_in_use(loaded).mean is not None
-    assert transform_in_use(loaded).matrix is None
+    assert transform_in_use(loaded).only_centres
 
 
 @pytest.fixture
@@ -200,11 +202,11 @@ def test_a_file_serves_its_model_and_all_of_its_layers(tiny_config, calibrated, 
         ({1: KeyTransform(torch.zeros(1, 64))}, {}, r"layer 1: key_mean is torch.float32 \[1, 64\]; these keys need"),
         ({0: transform_of(0, size=32)}, {}, r"layer 0: key_mean is torch.float32 \[2, 32\]; these keys need"),
         ({0: KeyTransform(torch.zeros(3, 2, 64))}, {}, r"layer 0: key_mean is torch.float32 \[3, 2, 64\]"),
-        ({0: MEAN.map(lambda part: part * torch.nan)}, {}, "key_transforms of layer 0: key_mean is not finite"),
+        ({0: MEAN.map(lambda part: part * torch.nan)}, {}, "key_transforms of layer 0: key_mean holds nan"),
         ({0: MEAN}, {"preset": "tq2.5"}, r"layer 0 is given, and key_bits are 2.5: .* Give whole key_bits"),
         ({0: MEAN}, {"layer_bits": {0: (3.5, 4)}}, "layer 0 is given, and key_bits are 3.5"),
         ({0: MEAN}, {"center_keys": False}, "layer 0 has a mean, and center_keys is False.*leave center_keys out"),
-        ({0: MATRIX}, {"center_keys": True}, "layer 0 has no mean, and center_keys is True"),
+        ({0: WITHOUT_MEAN}, {"center_keys": True}, "layer 0 has no mean, and center_keys is True"),
     ],
 )
 def test_what_cannot_be_a_layers_transform_is_refused_at_once(tiny_config, transforms, options, message):

@@ -179,8 +179,8 @@ def with_more(tensors):
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
         (
-            {"change_header": lambda header: header.update(version=7)},
-            "format version is 7, and .* reads 8.* save it again",
+            {"change_header": lambda header: header.update(version=8)},
+            "format version is 8, and .* reads 9.* save it again",
         ),
         ({"change_header": lambda header: header.update(storage_format=1)}, "of storage format 1, and .* reads 2"),
         ({"change_header": lambda header: header["model"].clear()}, "the fields of the model must be"),

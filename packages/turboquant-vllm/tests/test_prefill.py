@@ -34,8 +34,8 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     centred: bool = True
-    # Whether keys went through a matrix, too.
-    matrix: bool = False
+    # Whether channels of keys were scaled and put in another order, too.
+    scaled: bool = False
     most_grouped_tokens: int = 0
     # Whether another layer stored the rows' own keys and values, and they are given to this one no more.
     shares: bool = False
@@ -51,9 +51,9 @@ CASES = {
     "no context": Case(context_lens=(0, 0, 0)),
     "context everywhere": Case(context_lens=(100, 17, 64)),
     "not centred": Case(centred=False),
-    "matrix": Case(matrix=True),
-    "matrix, on codes": Case(matrix=True, context_lens=(100, 17, 64), most_grouped_tokens=20),
-    "matrix, shared, softcap, window": Case(matrix=True, shares=True, softcap=2.0, window=24),
+    "scaled": Case(scaled=True),
+    "scaled, on codes": Case(scaled=True, context_lens=(100, 17, 64), most_grouped_tokens=20),
+    "scaled, shared, softcap, window": Case(scaled=True, shares=True, softcap=2.0, window=24),
     "window": Case(window=24),
     "window within the chunk": Case(window=3),
     "softcap": Case(softcap=2.0),
@@ -122,7 +122,7 @@ class Inputs:
         self.keys = draw(total, case.num_kv_heads, d) + offset
         self.values = draw(total, case.num_kv_heads, d)
         self.queries = draw(sum(case.query_lens), case.num_heads, d)
-        self.transform = KeyTransform(offset.float() if case.centred else None, self._matrix() if case.matrix else None)
+        self.transform = KeyTransform(offset.float() if case.centred else None, *self._scale_and_order())
         self.layout = KVCacheLayout(TurboQuantConfig(d, 4, 4), case.num_kv_heads, BLOCK_SIZE)
         lens = [c + q for c, q in zip(case.context_lens, case.query_lens, strict=True)]
         width = -(-max(lens) // BLOCK_SIZE)
@@ -151,10 +151,12 @@ class Inputs:
             most_grouped_tokens=case.most_grouped_tokens,
         )
 
-    def _matrix(self):
-        heads, d, device = self.case.num_kv_heads, self.case.head_dim, self.keys.device
-        noise = torch.randn(heads, d, d, generator=torch.Generator().manual_seed(1)).to(device)
-        return 1.5 * torch.eye(d, device=device) + noise / (2 * d**0.5)
+    def _scale_and_order(self):
+        if not self.case.scaled:
+            return None, None
+        shape = (2, self.case.num_kv_heads, self.case.head_dim)
+        scale, order = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.keys.device)
+        return (scale / 2).exp(), order.argsort(-1)
 
     def attend(self):
         case = self.case

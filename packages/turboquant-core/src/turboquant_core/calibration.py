@@ -12,11 +12,11 @@ from safetensors.torch import save
 
 from turboquant_core._checks import check_head_dim
 from turboquant_core.files import check_format, open_safetensors, parse_json, reading, write_atomically
-from turboquant_core.key_transform import KeyTransform, tensor_shapes
+from turboquant_core.key_transform import PART_DTYPES, KeyTransform
 from turboquant_core.model_identity import ModelIdentity
 
 FORMAT = "turboquant-key-means"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)")
 _REMEDY = "Write it again with `turboquant calibrate MODEL --out FILE`."
@@ -118,12 +118,12 @@ def read_calibration(path: str | os.PathLike[str], model: ModelIdentity | None =
 
 def _check_stored(name: str, stored: Any) -> tuple[int, str]:
     """The layer and the kind of a tensor of the file, or ValueError if no transform has it."""
-    match, kinds = _TENSOR_NAME.fullmatch(name), tensor_shapes(1, 1)
-    if match is None or match[2] not in kinds:
-        raise ValueError(f"it holds a tensor {name!r}; tensors are named layers.N.{' or layers.N.'.join(kinds)}")
-    dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-    if dtype != "F32" or len(shape) < 2 or shape[0] < 1 or shape != tensor_shapes(*shape[:2])[match[2]]:
-        raise ValueError(f"{name} is {dtype} {list(shape)}, not float32 [num_kv_heads, head_dim]")
+    match = _TENSOR_NAME.fullmatch(name)
+    if match is None or match[2] not in PART_DTYPES:
+        raise ValueError(f"it holds a tensor {name!r}; tensors are named layers.N.{' or layers.N.'.join(PART_DTYPES)}")
+    shape = stored.get_shape()
+    if len(shape) != 2 or shape[0] < 1:
+        raise ValueError(f"{name} is {stored.get_dtype()} {list(shape)}, not [num_kv_heads, head_dim]")
     check_head_dim(shape[1])
     return int(match[1]), match[2]
 

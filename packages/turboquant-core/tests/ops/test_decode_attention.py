@@ -56,8 +56,9 @@ CASES = {
     "mean": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, num_heads=8, num_kv_heads=2),
     "mean and sinks": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, sinks=True, query_lens=(2, 1, 3)),
     "mean and softcap": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, softcap=2.0, num_heads=8, num_kv_heads=2),
-    "matrix": DecodeCase(seq_lens=(70, 0, 3), key_matrix=True, query_lens=2, num_heads=8, num_kv_heads=2),
-    "matrix and mean, all at once": DecodeCase(
+    "key scale": DecodeCase(seq_lens=(70, 0, 3), key_scale=True, query_lens=2, num_heads=8, num_kv_heads=2),
+    "key order": DecodeCase(seq_lens=(70, 0, 3), key_channel_order=True, query_lens=2, num_heads=8, num_kv_heads=2),
+    "key scale, order and mean, all at once": DecodeCase(
         seq_lens=(70, 100, 0, 66),
         query_lens=(1, 3, 2, 0),
         num_heads=8,
@@ -67,7 +68,8 @@ CASES = {
         softcap=3.0,
         sinks=True,
         key_mean=True,
-        key_matrix=True,
+        key_scale=True,
+        key_channel_order=True,
     ),
     "left padding": DecodeCase(seq_lens=(70, 20, 66), seq_starts=(65, 0, 30), query_lens=2),
     "rows that see nothing": DecodeCase(seq_lens=(70, 40, 40), seq_starts=(70, 100, 39), query_lens=3),

@@ -1,4 +1,4 @@
-"""A matrix and a mean of keys through every operation, against float64 attention on the keys as they were."""
+"""Mean, scale and order of keys through every operation, against float64 attention on the keys as they were."""
 
 import math
 
@@ -32,8 +32,8 @@ class Inputs:
             return torch.randn(*shape, generator=generator).to(device)
 
         mean = 3 * normal(HEADS, HEAD_DIM)
-        matrix = 1.5 * torch.eye(HEAD_DIM, device=device) + normal(HEADS, HEAD_DIM, HEAD_DIM) / (2 * HEAD_DIM**0.5)
-        self.transform = KeyTransform(mean, matrix)
+        scale, order = (normal(HEADS, HEAD_DIM) / 2).exp(), normal(HEADS, HEAD_DIM).argsort(-1)
+        self.transform = KeyTransform(mean, scale, order)
         self.keys = (normal(NUM_TOKENS, HEADS, HEAD_DIM) + mean).to(dtype)
         self.values = normal(NUM_TOKENS, HEADS, HEAD_DIM).to(dtype)
         self.query = normal(1, HEADS * GROUP, HEAD_DIM).to(dtype)
@@ -107,15 +107,21 @@ def test_gathered_vectors_have_the_type_asked_for(device, path, dtype):
         assert torch.equal(x, expected.to(dtype))
 
 
-def test_a_matrix_of_other_keys_is_refused(device, path):
-    inputs = Inputs(device)
-    wrong = KeyTransform(matrix=torch.eye(HEAD_DIM, device=device).expand(3, -1, -1))
-    with pytest.raises(ValueError, match=r"key_matrix is .*\[3, 64, 64\]; it must be torch.float32 \[2, 64, 64\]"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (KeyTransform(scale=torch.ones(3, 64)), r"key_scale is .*\[3, 64\]; it must be torch.float32 \[2, 64\]"),
+        (KeyTransform(order=torch.arange(32).repeat(2, 1)), r"key_channel_order is .*must be torch.int64 \[2, 64\]"),
+    ],
+)
+def test_a_transform_of_other_keys_is_refused(device, path, wrong, message):
+    inputs, wrong = Inputs(device), wrong.map(lambda part: part.to(device))
+    with pytest.raises(ValueError, match=message):
         inputs.store(path, wrong)
     pages = inputs.store(path, IDENTITY)
-    with pytest.raises(ValueError, match="key_matrix is"):
+    with pytest.raises(ValueError, match=message):
         decode_attention(inputs.query, pages, inputs.table, inputs.lens, LAYOUT, key_transform=wrong)
-    with pytest.raises(ValueError, match="key_matrix is"):
+    with pytest.raises(ValueError, match=message):
         cache_gather(pages, inputs.table, inputs.lens, LAYOUT, max_tokens=1, key_transform=wrong)
 
 

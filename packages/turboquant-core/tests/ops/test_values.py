@@ -82,6 +82,16 @@ def constant_mean(value):
             {"key_transform": constant_mean(math.nan)},
             r"key_mean\[0, 0\] is nan; it must be finite. Take it from",
         ),
+        (
+            [0],
+            {"key_transform": KeyTransform.of_parts(None, torch.zeros(2, 64), None)},
+            r"key_scale\[0, 0\] is 0.0; it must be 0.001 to 1000",
+        ),
+        (
+            [0],
+            {"key_transform": KeyTransform.of_parts(None, None, torch.full((2, 64), 64))},
+            r"key_channel_order\[0, 0\] is 64; it must name every channel",
+        ),
     ],
 )
 def test_what_cannot_be_stored_is_named_before_anything_is(slots, options, message):

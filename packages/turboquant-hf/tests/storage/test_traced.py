@@ -8,7 +8,7 @@ from turboquant_hf.storage.traced import operation
 ORDER = torch.arange(64).flip(0).repeat(2, 1)
 CODECS = {
     "mean": LayerCodec(TurboQuantConfig(64, 4, 3, "norm", "unbiased"), KeyTransform(torch.ones(2, 64))),
-    "matrix": LayerCodec(TurboQuantConfig(64, 8, 2), KeyTransform(matrix=2 * torch.eye(64).repeat(2, 1, 1))),
+    "scale, order": LayerCodec(TurboQuantConfig(64, 8, 2), KeyTransform(None, torch.ones(2, 64), ORDER)),
     "orders": LayerCodec(TurboQuantConfig(64, 3.5, 2.5), KeyTransform(), ORDER, ORDER.flip(1)),
 }
 

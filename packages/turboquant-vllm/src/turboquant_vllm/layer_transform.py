@@ -30,7 +30,7 @@ class LayerTransform:
 
     def settle(self, transform: KeyTransform = IDENTITY) -> None:
         """Set it to a transform of the layer's heads."""
-        self._given = transform.map(lambda part: part.to("cpu", torch.float32))
+        self._given = transform.map(lambda part: part.to("cpu"))
         self._on_device = self._given.map(lambda part: part.to(self._device, copy=True))
         self.is_settled = True
 

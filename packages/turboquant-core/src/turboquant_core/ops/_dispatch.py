@@ -9,7 +9,7 @@ from typing import Generic, ParamSpec, TypeVar
 import torch
 
 from turboquant_core.config import WHOLE_BITS
-from turboquant_core.key_transform import KeyTransform, tensor_shapes
+from turboquant_core.key_transform import KeyTransform, tensor_types
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.scale import SCALE_DTYPE
 
@@ -86,18 +86,18 @@ def check_is_key_transform(key_transform: object) -> None:
     if not isinstance(key_transform, KeyTransform):
         raise TypeError(
             f"key_transform is a {type(key_transform).__name__}; it must be a KeyTransform. "
-            "Leave it out for keys as they are, or write KeyTransform(mean, matrix)."
+            "Leave it out for keys as they are, or write KeyTransform(mean)."
         )
 
 
 def check_key_transform(tensors: Mapping[str, torch.Tensor], layout: KVCacheLayout, rows: int | None = None) -> None:
     """Raise ValueError unless the tensors of a transform are for keys of this layout; with `rows`, or one for each."""
-    shapes = tensor_shapes(layout.num_kv_heads, layout.config.head_dim)
+    types = tensor_types(layout.num_kv_heads, layout.config.head_dim)
     for name, tensor in tensors.items():
-        shape = shapes[name]
+        dtype, shape = types[name]
         if rows is not None and tensor.ndim > len(shape):
             shape = (rows, *shape)
-        check_tensor(name, tensor, torch.float32, shape)
+        check_tensor(name, tensor, dtype, shape)
 
 
 def check_vector_dtype(name: str, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from turboquant_core.key_transform import KeyTransform
+from turboquant_core.key_transform import PART_LIMITS, KeyTransform, wrong_values
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import row_capacity
 
@@ -53,11 +53,10 @@ def check_starts(name: str, starts: torch.Tensor | None) -> None:
         refuse(name, starts, starts < 0, "positions begin at 0", "Give 0 for a row that is seen from its first token")
 
 
-def check_finite(key_transform: KeyTransform) -> None:
-    """Raise ValueError for a transform of keys that is not finite."""
+def check_key_values(key_transform: KeyTransform) -> None:
+    """Raise ValueError for a transform of keys with values that none has."""
     for name, x in key_transform.tensors().items():
-        remedy = "Take it from finite keys, as turboquant_core.centring.mean_key does"
-        refuse(name, x, ~x.isfinite(), "it must be finite", remedy)
+        refuse(name, x, wrong_values(name, x), *PART_LIMITS[name])
 
 
 def refuse(name: str, x: torch.Tensor, wrong: torch.Tensor, limit: str, remedy: str) -> None:

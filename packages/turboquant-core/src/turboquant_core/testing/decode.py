@@ -40,7 +40,8 @@ class DecodeCase:
         softcap: The bound of logits, or None.
         sinks: Whether every head has a sink.
         key_mean: Whether keys were stored without their mean.
-        key_matrix: Whether they went through a matrix of their head.
+        key_scale: Whether channels were scaled.
+        key_channel_order: Whether channels were stored in another order.
     """
 
     head_dim: int = 128
@@ -59,7 +60,8 @@ class DecodeCase:
     softcap: float | None = None
     sinks: bool = False
     key_mean: bool = False
-    key_matrix: bool = False
+    key_scale: bool = False
+    key_channel_order: bool = False
 
     @property
     def layout(self) -> KVCacheLayout:
@@ -153,7 +155,9 @@ def build(case: DecodeCase, device: torch.device, seed: int = 0) -> DecodeInputs
     table = torch.full((batch, max(blocks, default=0) + 1), UNUSED_BLOCK, dtype=torch.int32, device=device)
     pages = layout.allocate(num_blocks, device).fill_(POISON)
     mean = 2 * normal(case.num_kv_heads, case.head_dim) if case.key_mean else None
-    transform = KeyTransform(mean, _matrices(case, normal) if case.key_matrix else None)
+    scale = (normal(case.num_kv_heads, case.head_dim) / 2).exp() if case.key_scale else None
+    order_of_channels = normal(case.num_kv_heads, case.head_dim).argsort(-1) if case.key_channel_order else None
+    transform = KeyTransform(mean, scale, order_of_channels)
     for row, length in enumerate(case.seq_lens):
         own = order[sum(blocks[:row]) : sum(blocks[: row + 1])] if case.paged else order.new_tensor([row])
         table[row, : len(own)] = own
@@ -176,13 +180,6 @@ def build(case: DecodeCase, device: torch.device, seed: int = 0) -> DecodeInputs
         options |= {"query_start_loc": ends, "max_query_len": max(case.query_lens)}
     query = normal(sum(case.row_lens), case.num_heads, case.head_dim).to(case.dtype)
     return DecodeInputs(case, query, pages, table if case.paged else None, int32(case.seq_lens), options)
-
-
-def _matrices(case: DecodeCase, normal: Callable[..., torch.Tensor]) -> torch.Tensor:
-    """A well-conditioned matrix of each KV head that neither keeps lengths nor is symmetric."""
-    noise = normal(case.num_kv_heads, case.head_dim, case.head_dim)
-    matrices: torch.Tensor = 1.5 * torch.eye(case.head_dim, device=noise.device) + noise / (2 * case.head_dim**0.5)
-    return matrices
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

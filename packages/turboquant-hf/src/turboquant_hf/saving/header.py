@@ -11,7 +11,7 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.files import parse_json
-from turboquant_core.key_transform import tensor_shapes
+from turboquant_core.key_transform import tensor_types
 from turboquant_core.model_identity import ModelIdentity, architecture_of
 from turboquant_core.scale import SCALE_DTYPE, ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS, STORAGE_FORMAT
@@ -20,7 +20,7 @@ from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.tables import FullPrecisionSizes
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 # What a model's identity leaves out, for calibration does not ask for it.
 HEAD_FIELDS = ("num_key_value_heads", "head_dim")
@@ -97,10 +97,10 @@ class SavedLayer:
             tensors |= dict.fromkeys(KEPT_TENSORS, (DTYPES[self.dtype], kept))
         if self.key_transform_is_given or self.has_codes(is_padded):
             transformed = self.num_kv_heads if self.key_transform_is_given else num_heads
-            for name, shape in tensor_shapes(transformed, config.head_dim).items():
+            for name, stored in tensor_types(transformed, config.head_dim).items():
                 # The checksums say what else keys went through.
                 if name in self.checksums or (name == "key_mean" and config.center_keys):
-                    tensors[name] = (torch.float32, shape)
+                    tensors[name] = stored
         if self.has_codes(is_padded):
             for name, bits in (("key_order", config.key_bits), ("value_order", config.value_bits)):
                 if bits in OUTLIER_BITS:

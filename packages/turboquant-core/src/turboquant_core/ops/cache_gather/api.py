@@ -55,7 +55,7 @@ def cache_gather(
         cu_seqlens: int32 [batch + 1], as `cumulative_lengths` gives them, for who gathers from many layers; None to
             compute them.
         key_transform: What keys went through before they were stored, of tensors without rows: undone before they are
-            rounded. A matrix takes a workspace of float32.
+            rounded. A scale or an order takes a workspace of float32.
         dtype: float16, bfloat16 or float32.
         max_tokens: Tokens in the output. Those past it are not written, though `cu_seqlens` counts them.
         path: A name of `turboquant_core.ops.cache_gather.paths`; "auto" is the fastest that can run.
@@ -98,7 +98,7 @@ def cache_gather(
         cu_seqlens = cumulative_lengths(
             seq_lens, starts, row_capacity(len(pages), block_table.shape[1], layout.block_size)
         )
-    rotation, has_matrix = Rotation(layout.config.head_dim), key_transform.matrix is not None
+    rotation, only_centres = Rotation(layout.config.head_dim), key_transform.only_centres
     if choose_path(path, layout, pages.device) is not None:
         from turboquant_core.ops.cache_gather.launch import launch as gather
     else:
@@ -109,11 +109,13 @@ def cache_gather(
         layout,
         starts=starts,
         cu_seqlens=cu_seqlens,
-        rotated_key_mean=None if has_matrix or key_transform.mean is None else rotation.rotate(key_transform.mean),
-        dtype=torch.float32 if has_matrix else dtype,
+        rotated_key_mean=rotation.rotate(key_transform.mean)
+        if only_centres and key_transform.mean is not None
+        else None,
+        dtype=dtype if only_centres else torch.float32,
         max_tokens=max_tokens,
     )
-    if has_matrix:
+    if not only_centres:
         keys = rotation.rotate(key_transform.restored(rotation.unrotate(keys))).to(dtype)
         values = values.to(dtype)
     return keys, values, cu_seqlens

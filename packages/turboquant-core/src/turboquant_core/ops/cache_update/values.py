@@ -4,7 +4,7 @@ import torch
 
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops._values import check_finite, refuse
+from turboquant_core.ops._values import check_key_values, refuse
 
 
 def check_stored_values(
@@ -19,4 +19,4 @@ def check_stored_values(
         f"{num_blocks} blocks of {layout.block_size} tokens have slots up to {num_slots - 1}",
         "Give a negative slot to a token that is not to be stored",
     )
-    check_finite(key_transform)
+    check_key_values(key_transform)

@@ -6,7 +6,7 @@ import torch
 
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops._values import check_finite, check_starts, check_stored_rows, refuse
+from turboquant_core.ops._values import check_key_values, check_starts, check_stored_rows, refuse
 
 
 def check_attended_values(
@@ -42,4 +42,4 @@ def check_attended_values(
     if sinks is not None:
         wrong = sinks.isnan() | (sinks == torch.inf)
         refuse("sinks", sinks, wrong, "the output of its head would be NaN", "Give minus infinity for no sink")
-    check_finite(key_transform)
+    check_key_values(key_transform)
