@@ -170,7 +170,7 @@ def tensor_types(num_kv_heads: int, head_dim: int) -> dict[str, tuple[torch.dtyp
 
 def _taken(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """The channels of x in an order of each head."""
-    shape = torch.broadcast_shapes(x.shape, order.shape)
+    shape = torch.broadcast_shapes(x.shape, order.shape)  # type: ignore[no-untyped-call]
     return x.expand(shape).gather(-1, order.expand(shape))
 
 

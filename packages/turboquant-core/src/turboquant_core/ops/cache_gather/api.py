@@ -99,6 +99,7 @@ def cache_gather(
             seq_lens, starts, row_capacity(len(pages), block_table.shape[1], layout.block_size)
         )
     rotation, only_centres = Rotation(layout.config.head_dim), key_transform.only_centres
+    mean = key_transform.mean if only_centres else None
     if choose_path(path, layout, pages.device) is not None:
         from turboquant_core.ops.cache_gather.launch import launch as gather
     else:
@@ -109,9 +110,7 @@ def cache_gather(
         layout,
         starts=starts,
         cu_seqlens=cu_seqlens,
-        rotated_key_mean=rotation.rotate(key_transform.mean)
-        if only_centres and key_transform.mean is not None
-        else None,
+        rotated_key_mean=None if mean is None else rotation.rotate(mean),
         dtype=dtype if only_centres else torch.float32,
         max_tokens=max_tokens,
     )
