@@ -72,7 +72,7 @@ class Lives(RuleBasedStateMachine):
         self.model, self.attention = MODELS[kind], attention
         # A cache that was pickled goes on with how the model attended then.
         self.model.set_attn_implementation(attention)
-        options = {"key_bits": 8, "value_bits": 8, **preset, **({} if kind == "sliding" else kept)}
+        options = {"key_bits": 8, "value_bits": 8, **preset, **kept}
         if kind == "static":
             options["max_length"] = MAX_LENGTH
         self.cache = TurboQuantCache(self.model.config, **options)

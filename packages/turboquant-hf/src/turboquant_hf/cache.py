@@ -48,7 +48,8 @@ class TurboQuantCache(GuardedCache):
         key_transforms: What keys of single layers go through before codes, by index, in place of the mean that the
             prompt would give: `turboquant_core.KeyTransform`s; or the path of a file that `turboquant calibrate` wrote,
             which has one for every layer.
-        sink_tokens: First tokens of every sequence that full-attention layers keep as they are.
+        sink_tokens: First tokens of every sequence that layers keep as they are. Those with a window read them as long
+            as it shows them.
         recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it. Other
             quantised caches call it residual_length.
         key_bits: Bits of keys, instead of the preset's, as for `TurboQuantConfig`. Bits in `layer_bits` win over both.
@@ -62,9 +63,8 @@ class TurboQuantCache(GuardedCache):
         TypeError: If config is no model configuration, or there is no such option.
         ValueError: If preset, bits or a layer do not exist, bits or a transform are for a layer that is not compressed,
             a transform does not fit its layer, its key_bits or center_keys, a number of tokens is none, the model has
-            no layer that this cache can hold or that can keep tokens as they are, a file is damaged or of another
-            model, or max_length comes with offloading or under both of its names, or there is no CUDA device to offload
-            from.
+            no layer that this cache can hold, a file is damaged or of another model, max_length comes with offloading
+            or under both of its names, or there is no CUDA device to offload from.
         FileNotFoundError: If there is no such file.
     """
 

@@ -77,10 +77,10 @@ class CompressedDynamicCache:
             "key_bits": self.k_bits,
             "value_bits": self.v_bits,
         }
-        kept = kept_tokens(sink_tokens, recent_tokens)
-        cache.layers = [compressed_layer(layer, "tq4", kept, options) for layer in cache.layers]
+        options |= kept_tokens(sink_tokens, recent_tokens)
+        cache.layers = [compressed_layer(layer, "tq4", options) for layer in cache.layers]
         if cache.layer_class_to_replicate is not None:
-            cache.layer_class_to_replicate = partial(TurboQuantLayer, **{**kept, **options})
+            cache.layer_class_to_replicate = partial(TurboQuantLayer, **options)
         guard(cache)
 
     def restore(self) -> None:

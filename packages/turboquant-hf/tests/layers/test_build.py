@@ -29,20 +29,18 @@ KINDS = [
 
 @pytest.mark.parametrize(("layer", "kind"), KINDS, ids=[kind.__name__ for _, kind in KINDS])
 def test_a_layer_keeps_what_it_was_made_for(layer, kind):
-    kept = {"sink_tokens": 2, "recent_tokens": 3}
-    built = compressed_layer(layer, "tq2", kept, {"value_bits": 3})
+    built = compressed_layer(layer, "tq2", {"sink_tokens": 2, "recent_tokens": 3, "value_bits": 3})
     assert type(built) is kind
     assert built.is_compileable == layer.is_compileable
     assert built.is_sliding == layer.is_sliding
     for name in ("sliding_window", "number_of_states"):
         assert getattr(built, name, None) == getattr(layer, name, None)
     assert built.get_max_length() == layer.get_max_length()
-    # Windows keep codes only.
-    assert (built.sink_tokens, built.recent_tokens) == ((0, 0) if layer.is_sliding else (2, 3))
+    assert (built.sink_tokens, built.recent_tokens) == (2, 3)
     built.update(*torch.randn(2, 1, 2, 10, 64))
     assert (built.config.key_bits, built.config.value_bits) == (2, 3)
 
 
 def test_a_layer_without_keys_stays():
     layer = LinearAttentionLayer()
-    assert compressed_layer(layer, "tq4", {}, {}) is layer
+    assert compressed_layer(layer, "tq4", {}) is layer

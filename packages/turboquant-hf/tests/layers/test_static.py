@@ -344,15 +344,16 @@ def test_a_model_with_windows_only(windowed, assert_says_the_same, num_tokens, s
     assert_says_the_same(windowed, prompt, cache, expected, attention_mask=mask, prefill_chunk_size=20)
 
 
+@pytest.mark.parametrize("kept", [{}, {"sink_tokens": 30, "recent_tokens": 30}], ids=["kept", "all of it kept"])
 @pytest.mark.parametrize("preset", ["tq4", "tq2.5"])
-def test_windows_say_what_those_of_the_growing_cache_say(windowed, preset):
-    prompt = ids(num_tokens=40)
-    expected = steps(windowed, windowed, TurboQuantCache(windowed.config, preset), prompt)
-    cache = new_cache(windowed, preset=preset)
+def test_windows_say_what_those_of_the_growing_cache_say(windowed, preset, kept):
+    prompt, kept = ids(num_tokens=40), {"preset": preset, **kept}
+    expected = steps(windowed, windowed, TurboQuantCache(windowed.config, **kept), prompt)
+    cache = new_cache(windowed, **kept)
     torch.testing.assert_close(steps(windowed, windowed, cache, prompt), expected, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         cache.crop(-20)
-        fresh = new_cache(windowed, preset=preset)
+        fresh = new_cache(windowed, **kept)
         steps(windowed, windowed, fresh, prompt)
         fresh.crop(-19)
         fresh.crop(-1)
@@ -383,8 +384,6 @@ def test_windows_are_refused_what_would_move_them_or_does_not_fit(windowed, tmp_
         windowed(ids(num_tokens=40), past_key_values=cache)
     with pytest.raises(ValueError, match="TurboQuantStaticSlidingLayer"):
         cache.save(tmp_path / "cache.safetensors")
-    with pytest.raises(ValueError, match="sink_tokens=2 was asked for"):
-        new_cache(windowed, sink_tokens=2)
 
 
 def test_a_window_that_no_mask_knows_of_is_refused():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, Gemma3TextConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from turboquant_core import TurboQuantConfig
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
@@ -280,18 +280,6 @@ def test_a_decode_step_takes_the_same_memory_and_moves_nothing():
 def test_numbers_that_are_none_are_refused(tiny_config, options, message):
     with pytest.raises(ValueError, match=message):
         TurboQuantCache(tiny_config(), **options)
-
-
-def test_windows_keep_codes_only_and_say_so():
-    config = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2, head_dim=64)
-    with pytest.raises(ValueError, match=r"recent_tokens=8 was asked for, and every compressed layer .* Leave it out"):
-        TurboQuantCache(config, recent_tokens=8)
-    assert TurboQuantCache(config).layers
-    config.layer_types = ["sliding_attention", "full_attention"]
-    cache = TurboQuantCache(config, sink_tokens=2, recent_tokens=8)
-    for layer_idx in range(2):
-        cache.update(*torch.randn(2, 1, config.num_key_value_heads, 10, 64), layer_idx)
-    assert [layer.store.full_precision is None for layer in cache.layers] == [True, False]
 
 
 def test_sinks_and_recent_tokens_help_where_the_first_key_is_far_from_the_others(tiny_config):

@@ -85,6 +85,25 @@ def test_a_padded_row_is_read_as_it_is_alone(model, ids, options, max_length):
         torch.testing.assert_close(logits[row], expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("max_length", [None, 64])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_padded_row_of_windows_is_read_as_it_is_alone(tiny_config, ids, options, max_length):
+    # Padding leaves the window at the second token after the prompt, and sinks some tokens later.
+    window = PROMPT + 2
+    config = tiny_config(MistralConfig, sliding_window=window, attn_implementation="turboquant")
+    torch.manual_seed(3)
+    model = MistralForCausalLM(config).eval().to(DEVICE)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 100
+    options = {**options, "max_length": max_length}
+    mask, cache = padding_mask(), TurboQuantCache(model.config, **options)
+    feed(model, cache, ids, mask, 0, PADDED + PROMPT)
+    logits = feed_calls(model, cache, ids, mask, PADDED + PROMPT)
+    for row, padded in enumerate((0, PADDED, PADDED // 2)):
+        expected = logits_alone(model, ids, row, padded, **options)
+        torch.testing.assert_close(logits[row], expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def save_and_load(cache, model, folder):
     cache.save(folder / "cache.safetensors")
     return TurboQuantCache.load(folder / "cache.safetensors", model.config, device=DEVICE)

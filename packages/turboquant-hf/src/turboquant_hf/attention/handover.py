@@ -145,6 +145,11 @@ def _not_a_number(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.full((1,), torch.nan, dtype=dtype, device=device)
 
 
+def is_still_to_be_read(states: torch.Tensor) -> bool:
+    """Whether what `update` gives stands for what is stored, which attention reads after it."""
+    return isinstance(states, Placeholder) and isinstance(states.given, Stored)
+
+
 def taken_over(module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor) -> Prompt | Stored | None:
     """What the keys and values that a model's attention passes on stand for; None if they are no placeholders.
 

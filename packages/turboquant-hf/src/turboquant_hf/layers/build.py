@@ -91,8 +91,7 @@ def build_layers(
     transforms = given_to(
         "key_transforms", key_transforms, transforms_of, example="KeyTransform(...)", command="calibrate"
     )
-    given = {"sink_tokens": sink_tokens, "recent_tokens": recent_tokens}
-    kept = kept_tokens(**given)
+    kept = kept_tokens(sink_tokens, recent_tokens)
     built: list[object] = []
     for index, layer in enumerate(layers):
         options = {name: value for name, value in codes.items() if value is not None}
@@ -107,7 +106,7 @@ def build_layers(
         built.append(
             layer
             if index in skipped
-            else compressed_layer(layer, preset, kept, {"text_config": text_config, **options})
+            else compressed_layer(layer, preset, {"text_config": text_config, **kept, **options})
         )
     if not any(isinstance(layer, TurboQuantLayer) for layer in built):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
@@ -115,12 +114,6 @@ def build_layers(
         raise ValueError(
             f"this {config.model_type} model has no attention layer to compress{left} (its layers: {kinds}). Use "
             "DynamicCache for it."
-        )
-    asked = [f"{name}={value}" for name, value in given.items() if value]
-    if asked and all(layer.is_sliding for layer in built if isinstance(layer, TurboQuantLayer)):
-        raise ValueError(
-            f"{' and '.join(asked)} was asked for, and every compressed layer of this {config.model_type} model is a "
-            "sliding window, which keeps codes only. Leave it out; skip_layers keeps whole layers in full precision."
         )
     return built
 
@@ -139,7 +132,7 @@ def _windows_of_whole_length(layers: list[object], config: PreTrainedConfig, max
 
 
 def kept_tokens(sink_tokens: int | None, recent_tokens: int | None) -> dict[str, int]:
-    """How many tokens a full-attention layer keeps as they are; None is the default.
+    """How many tokens a layer keeps as they are; None is the default.
 
     Raises:
         ValueError: If a number is none of tokens.
@@ -154,28 +147,27 @@ def kept_tokens(sink_tokens: int | None, recent_tokens: int | None) -> dict[str,
     return kept
 
 
-def compressed_layer(layer: Any, preset: str, kept: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
+def compressed_layer(layer: Any, preset: str, options: Mapping[str, Any]) -> Any:
     """The compressed layer that takes the place of a layer of transformers, or that layer.
 
     Args:
         layer: A layer of transformers.
         preset: As for `TurboQuantLayer`.
-        kept: Its sink_tokens and recent_tokens, which windows do not take.
         options: Its other options.
     """
     if type(layer) is DynamicLayer:
-        return TurboQuantLayer(preset, **kept, **options)
+        return TurboQuantLayer(preset, **options)
     if type(layer) is DynamicSlidingWindowLayer:
         return TurboQuantSlidingLayer(layer.sliding_window, preset, **options)
     if type(layer) is LinearAttentionAndFullAttentionLayer:
-        return TurboQuantHybridLayer(preset, number_of_states=layer.number_of_states, **kept, **options)
+        return TurboQuantHybridLayer(preset, number_of_states=layer.number_of_states, **options)
     if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer:
         states = layer.number_of_states
         return TurboQuantHybridSlidingLayer(layer.sliding_window, preset, number_of_states=states, **options)
     if type(layer) is StaticWindowLayer:
         return TurboQuantStaticSlidingLayer(layer.max_cache_len, layer.sliding_window, preset, **options)
     if type(layer) is StaticLayer:
-        return TurboQuantStaticLayer(layer.max_cache_len, preset, **kept, **options)
+        return TurboQuantStaticLayer(layer.max_cache_len, preset, **options)
     return layer
 
 

@@ -210,7 +210,7 @@ class TurboQuantLayer(CacheLayerMixin):
             self.offload()
 
     def get_seq_length(self) -> int:
-        """Tokens stored; of a static layer an int64 tensor [] once there are any."""
+        """Tokens so far; of a static layer an int64 tensor [] once there are any."""
         return self.store.length.stop if self.is_initialized else 0  # type: ignore[return-value]
 
     def get_max_length(self) -> int:
@@ -232,7 +232,7 @@ class TurboQuantLayer(CacheLayerMixin):
             raise ValueError(f"crop got {tokens_to_remove}; pass the number of tokens to remove as a negative number")
         if tokens_to_remove and self.is_initialized:
             # Older versions of transformers pass a tensor, which lengths would then be, and be changed in place.
-            self.store.crop(max(0, self.store.num_tokens + int(tokens_to_remove)))
+            self.store.crop(max(0, self.store.length.num_seen + int(tokens_to_remove)))
 
     def reset(self) -> None:
         """Forget every token, and free its memory."""

@@ -1,19 +1,22 @@
-"""Sliding-window layers: the codes of one window."""
+"""Sliding-window layers: what one window sees."""
 
 from typing import Any
 
 import torch
 
+from turboquant_hf.attention.handover import is_still_to_be_read
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.growing import TurboQuantLayer
-from turboquant_hf.storage.growing.length import GrowingLength
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
-from turboquant_hf.storage.tables import MAX_STEP_TOKENS
+from turboquant_hf.storage.tables import MAX_STEP_TOKENS, FullPrecisionSizes
 
 
 class TurboQuantSlidingLayer(TurboQuantLayer):
-    """A layer whose tokens see a window: codes of the window, and at most a block more, are kept.
+    """A layer whose tokens see a window: codes of the window are kept, and at most a block more.
+
+    What a call of more than 8 tokens brought stays until the next one, where attention reads it after `update`. Sinks
+    and recent tokens are read as they are as long as the window shows them.
 
     Args:
         sliding_window: Tokens that a token sees, itself included.
@@ -40,8 +43,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         if self.is_initialized and not self.record_past:
             self.store.trim()
         read = super().update(key_states, value_states, *args, **kwargs)
-        # Placeholders are read after this; anything else has been read.
-        if not self.record_past and key_states.shape[-2] > MAX_STEP_TOKENS:
+        if not self.record_past and key_states.shape[-2] > MAX_STEP_TOKENS and not is_still_to_be_read(read[0]):
             self.store.trim()
         return read
 
@@ -51,10 +53,6 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         super().store_again(key_states, value_states, row_starts)
         if not self.record_past:
             self.store.trim()
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, of which those in the window are stored."""
-        return self._length.num_seen if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         """The window."""
@@ -74,7 +72,7 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
             RuntimeError: If tokens that would be in the window again are gone.
         """
         if self.is_initialized:
-            length = self._length
+            length = self.store.length
             remaining = max(0, length.num_seen + tokens_to_remove)
             if length.num_dropped and remaining - length.num_dropped < min(remaining, self.sliding_window - 1):
                 raise RuntimeError(
@@ -86,12 +84,10 @@ class TurboQuantSlidingLayer(TurboQuantLayer):
         if self.is_initialized and self.record_past:
             self.store.trim()
 
+    @property
+    def _sizes(self) -> FullPrecisionSizes:
+        return super()._sizes.within(self.sliding_window)
+
     def _new_store(self, batch_size: int, num_kv_heads: int) -> Store:
         heads = (batch_size, num_kv_heads)
-        return growing_store(self.config, *heads, self.dtype, self.device, window=self.sliding_window)
-
-    @property
-    def _length(self) -> GrowingLength:
-        length = self.store.length
-        assert isinstance(length, GrowingLength)
-        return length
+        return growing_store(self.config, *heads, self.dtype, self.device, self._sizes, window=self.sliding_window)

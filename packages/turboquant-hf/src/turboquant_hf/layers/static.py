@@ -9,6 +9,7 @@ from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.static.store import static_store
 from turboquant_hf.storage.store import Store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 
 
 class TurboQuantStaticLayer(TurboQuantLayer):
@@ -89,8 +90,8 @@ class StaticWindowLayer(StaticLayer):
 class TurboQuantStaticSlidingLayer(TurboQuantStaticLayer):
     """A layer for `torch.compile` whose tokens see a window, which the mask says.
 
-    The codes of all `max_length` tokens are kept, and no sinks or recent tokens. At 4 bits they take more than a window
-    in bfloat16 where `max_length` is some four windows or more.
+    The codes of all `max_length` tokens are kept. At 4 bits they take more than a window in bfloat16 where `max_length`
+    is some four windows or more. Sinks and recent tokens are read as they are as long as the window shows them.
 
     Args:
         max_length: The most tokens of a sequence.
@@ -104,3 +105,7 @@ class TurboQuantStaticSlidingLayer(TurboQuantStaticLayer):
     def __init__(self, max_length: int, sliding_window: int, preset: str, **options: Any) -> None:
         super().__init__(max_length, preset, **options)
         self.sliding_window = sliding_window
+
+    @property
+    def _sizes(self) -> FullPrecisionSizes:
+        return super()._sizes.within(self.sliding_window)

@@ -74,17 +74,24 @@ class FullPrecision:
             held.index_copy_(2, places, new)
 
     def over_recent(
-        self, keys: torch.Tensor, values: torch.Tensor, start: int | torch.Tensor, stop: int | torch.Tensor
+        self, keys: torch.Tensor, values: torch.Tensor, offset: int, start: int | torch.Tensor, stop: int | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [batch_size, num_kv_heads, num_slots, head_dim], with start to stop - 1 as they are.
+        """Keys and values with the positions start to stop - 1 as they are.
 
         Written in place where these are numbers.
+
+        Args:
+            keys: [batch_size, num_kv_heads, num_slots, head_dim].
+            values: The same for values.
+            offset: The position of the first of them.
+            start: An int or int64 [], at least `offset`.
+            stop: The same.
         """
         if isinstance(start, int) and isinstance(stop, int):
             for states, newest in zip((keys, values), self.recent(start, stop), strict=True):
-                states[:, :, start:stop] = newest
+                states[:, :, start - offset : stop - offset] = newest
             return keys, values
-        position = torch.arange(keys.shape[2], device=keys.device)
+        position = torch.arange(keys.shape[2], device=keys.device) + offset
         is_recent = ((position >= start) & (position < stop))[:, None]
         places = self._ring_places(position)
         keys, values = (
@@ -94,18 +101,19 @@ class FullPrecision:
         return keys, values
 
     def over_first(
-        self, keys: torch.Tensor, values: torch.Tensor, row_starts: torch.Tensor | None
+        self, keys: torch.Tensor, values: torch.Tensor, offset: int, row_starts: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [batch_size, num_kv_heads, num_slots, head_dim], with the first tokens of a row as they are.
+        """Keys and values as for `over_recent`, with the first tokens of a row as they are.
 
         Written in place where rows begin with their first token.
         """
         num_first = self.sizes.first
         if row_starts is None:
-            first = min(num_first, keys.shape[2])
-            keys[:, :, :first], values[:, :, :first] = self.keys[:, :, :first], self.values[:, :, :first]
+            for states, held in ((keys, self.keys), (values, self.values)):
+                first = held[:, :, offset:num_first][:, :, : states.shape[2]]
+                states[:, :, : first.shape[2]] = first
             return keys, values
-        nth = torch.arange(keys.shape[2], device=keys.device) - row_starts[:, None]
+        nth = torch.arange(keys.shape[2], device=keys.device) + offset - row_starts[:, None]
         is_first = ((nth >= 0) & (nth < num_first))[:, None, :, None]
         nth = nth.clamp(0, num_first - 1)[:, None, :, None]
         keys, values = (

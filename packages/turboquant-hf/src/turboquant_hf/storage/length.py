@@ -24,7 +24,7 @@ class Length(ABC):
 
     Attributes:
         is_counted: Whether the host knows it.
-        stop: The position after the last token that is stored, an int or int64 [].
+        stop: The position after the last token, an int or int64 []. Positions count those dropped.
         window: Tokens that a token sees, itself included, where those before are dropped; None to keep all.
         num_dropped: Tokens of a row that have left the window and are gone.
         is_empty: Whether the next tokens are the first.
@@ -46,13 +46,18 @@ class Length(ABC):
         self.row_starts: torch.Tensor | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of a row that are stored; waits for the device where it alone knows."""
+    def num_seen(self) -> int:
+        """Tokens of a row so far, those dropped included; waits for the device where it alone knows."""
         return int(self.stop)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a row that are stored."""
+        return self.num_seen - self.num_dropped
 
     @abstractmethod
     def num_slots(self, num_new: int = 0) -> int:
-        """Slots of a row that hold tokens, or may, with so many new ones."""
+        """Slots of a row that hold tokens, or may, with so many new ones; the first is of position `num_dropped`."""
 
     @abstractmethod
     def num_read(self, num_new: int | None = None) -> int:

@@ -100,7 +100,8 @@ class Store:
         # They are written over the recent tokens that the first of them reads.
         self._fill(self.length.missing())
         read = self._read(dtype, num_new=0, room=num_new)
-        at = (torch.arange(num_new, device=keys.device) + self.length.stop).clamp(max=read[0].shape[2] - 1)
+        at = torch.arange(num_new, device=keys.device) + (self.length.stop - self._first_read(0))
+        at = at.clamp(max=read[0].shape[2] - 1)
         self.append(keys, values)
         for states, new in zip(read, (keys, values), strict=True):
             states.index_copy_(2, at, new.detach())
@@ -138,23 +139,24 @@ class Store:
             recent: What `append_parts` gave.
 
         Returns:
-            Keys and values [batch_size, num_kv_heads, num_tokens + num_recent, head_dim]: what all codes and the first
-            tokens say, and then the last num_recent tokens as they are; and which of the two a token reads, bool [1 or
-            batch_size, num_new, num_tokens + num_recent]: of every token one, of those after it what they are.
+            Keys and values [batch_size, num_kv_heads, num_read + num_recent, head_dim]: what codes and the first tokens
+            say, and then the last num_recent tokens as they are; and which of the two a token reads, bool [1 or
+            batch_size, num_new, num_read + num_recent]: of every token one, of those after it what they are.
         """
-        length, sizes, num_new = self.length.num_tokens, self.length.sizes, self.length.num_new
+        sizes, num_new = self.length.sizes, self.length.num_new
         recent = self._recent(num_new) if recent is None else recent
         num_recent = recent[0].shape[2]
         stored = self._read(dtype, num_new=None)
         keys, values = (torch.cat(pair, dim=2) for pair in zip(stored, recent, strict=True))
-        position = torch.arange(length, device=keys.device)
-        query, last = position[length - num_new :, None], position[length - num_recent :]
+        position = torch.arange(self._first_read(None), self.length.num_seen, device=keys.device)
+        num_read = len(position)
+        query, last = position[num_read - num_new :, None], position[num_read - num_recent :]
         row_starts = self.length.row_starts
         first_end = sizes.first if row_starts is None else (row_starts + sizes.first)[:, None, None]
         near = (last > query - sizes.recent) & (last >= first_end)
         # Not view(-1, ...): where there is none that size is not known.
         near = near if near.ndim == 3 else near[None]
-        far = near.new_ones(len(near), num_new, length - num_recent)
+        far = near.new_ones(len(near), num_new, num_read - num_recent)
         return keys, values, torch.cat([far, ~near, near], dim=-1)
 
     def dequantize(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,7 +233,7 @@ class Store:
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
-        if num_tokens >= self.length.num_tokens:
+        if num_tokens >= self.length.num_seen:
             return
         self._fill(self.length.missing(num_tokens))
         self.length.crop(num_tokens)
@@ -269,32 +271,39 @@ class Store:
 
         Args:
             dtype: Type of the result.
-            num_new: Of how many of the last tokens the first sees recent ones as they are; None if none does.
+            num_new: Of how many of the last tokens the first sees recent ones as they are; None if none does of the
+                last call.
             room: Positions after the last, of arbitrary content.
         """
         length, full_precision, stop = self.length, self.full_precision, self.length.num_slots(room)
         if room:
             self.pages.reserve(stop, length)
-        keys, values = self.pages.read(length.num_slots() - length.num_read(num_new), stop, dtype)
+        first = self._first_read(num_new)
+        keys, values = self.pages.read(first - length.num_dropped, stop, dtype)
         if full_precision is None:
             return keys, values
         if num_new is not None and length.sizes.recent:
-            keys, values = full_precision.over_recent(keys, values, length.first_recent(num_new), length.stop)
-        return full_precision.over_first(keys, values, length.row_starts)
+            keys, values = full_precision.over_recent(keys, values, first, length.first_recent(num_new), length.stop)
+        return full_precision.over_first(keys, values, first, length.row_starts)
+
+    def _first_read(self, num_new: int | None) -> int:
+        """The first position that `num_new` tokens read together; see `Length.num_read`."""
+        return self.length.num_dropped + self.length.num_slots() - self.length.num_read(num_new)
 
     def _recent(self, num_new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The recent tokens that the first of the last `num_new` reads as they are, and all after it."""
         first, full_precision = self.length.first_recent(num_new), self.full_precision
         assert isinstance(first, int)
         assert full_precision is not None
-        return full_precision.recent(first, self.length.num_tokens)
+        return full_precision.recent(first, self.length.num_seen)
 
     def _fill(self, missing: Missing) -> None:
         """Let full precision say what the codes do of recent tokens that it has not."""
         if missing is not None and self.full_precision is not None:
-            read = self.pages.read(*missing, self.full_precision.keys.dtype)
-            self.full_precision.fill(*read, missing[0])
-            self.length.filled(missing[0])
+            start, stop = missing
+            slots = start - self.length.num_dropped, stop - self.length.num_dropped
+            self.full_precision.fill(*self.pages.read(*slots, self.full_precision.keys.dtype), start)
+            self.length.filled(start)
 
     def _marked(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         overflow = self.length.overflow()

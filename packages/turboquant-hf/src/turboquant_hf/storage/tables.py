@@ -37,6 +37,10 @@ class FullPrecisionSizes(NamedTuple):
         """
         return self.recent + MAX_STEP_TOKENS if self.recent else 0
 
+    def within(self, window: int) -> "FullPrecisionSizes":
+        """Of layers whose tokens see a window: no token reads more recent ones than that."""
+        return self._replace(recent=min(self.recent, window))
+
 
 CODES_ONLY = FullPrecisionSizes()
 
@@ -65,8 +69,8 @@ class Seen(NamedTuple):
 
     Attributes:
         has_codes: Whether any may see codes.
-        lengths: int32 [rows], the positions of a row before which there are codes to see.
-        starts: int32 [rows], the first position of every row that is seen as codes; None for the very first.
+        lengths: int32 [rows], the slots of a row before which there are codes to see.
+        starts: int32 [rows], the first slot of every row that is seen as codes; None for the very first.
         window: Tokens before `lengths` that a token sees codes of, as if it came last; None for all.
         bias: float32 [1 or rows, query_len, places]: 0 where a token sees a place of full precision, else minus
             infinity; None where there is none.
@@ -85,6 +89,7 @@ class Seen(NamedTuple):
 def written(
     start: int | torch.Tensor,
     num_new: int,
+    num_dropped: int,
     room: int | None,
     sizes: FullPrecisionSizes,
     row_starts: torch.Tensor | None,
@@ -95,14 +100,15 @@ def written(
     Args:
         start: The position of the first, an int or int64 [].
         num_new: How many they are.
+        num_dropped: Tokens of a row that came before those in the pages; 0 where the device knows the start.
         room: The most tokens of a row; None for any number, where the host knows the start.
         sizes: Tokens in full precision.
         row_starts: int32 [rows], the first token of every row that is no padding; None where no row is padded.
         device: Where they are.
     """
     if isinstance(start, int):
-        slots = torch.arange(start, start + num_new, device=device)
-        num_slots, may_be_first = start + num_new, start <= sizes.first
+        num_slots, may_be_first = start - num_dropped + num_new, start <= sizes.first
+        slots = torch.arange(num_slots - num_new, num_slots, device=device)
     else:
         slots, num_slots, may_be_first = torch.arange(num_new, device=device) + start, 0, False
     if room is not None:
@@ -152,12 +158,12 @@ def seen(
     num_rows: int,
     device: torch.device,
 ) -> Seen:
-    """What the last `query_len` of `length` stored tokens see.
+    """What the last `query_len` of `length` tokens see.
 
     Args:
         length: An int or int64 [].
         query_len: How many they are.
-        num_dropped: Tokens of a row that came before the stored ones.
+        num_dropped: Tokens of a row that came before those in the pages; 0 where the device knows the length.
         room: The most tokens of a row; None for any number.
         sizes: Tokens in full precision.
         window: Tokens that a token sees, itself included; None for all.
@@ -167,21 +173,25 @@ def seen(
         num_rows: Rows.
         device: Where they are.
     """
-    if starts is not None and num_dropped:
-        starts = (starts - num_dropped).clamp(min=0)
+    if row_starts is not None and window is not None:
+        # Padding that has left the window is not shown, whether or not the mask still says where rows begin.
+        starts = (torch.zeros_like(row_starts) if starts is None else starts).clamp(min=length - query_len - window + 1)
     num_coded = length - sizes.recent
     if isinstance(num_coded, torch.Tensor):
         lengths = num_coded.clamp(0, room).int().repeat(num_rows)
     else:
-        lengths = torch.full((num_rows,), max(0, num_coded), dtype=torch.int32, device=device)
+        lengths = torch.full((num_rows,), max(0, num_coded - num_dropped), dtype=torch.int32, device=device)
     # The codes that a token sees end before its recent tokens, as if it came as many tokens earlier.
     has_codes = window is None or window > sizes.recent
     if has_codes and isinstance(num_coded, int):
         has_codes = num_coded > num_uncoded(sizes, row_starts)
+    code_starts = _code_starts(length, sizes, starts, row_starts, num_rows, device)
+    if code_starts is not None and num_dropped:
+        code_starts = (code_starts - num_dropped).clamp(min=0)
     return Seen(
         has_codes,
         lengths,
-        _code_starts(length, sizes, starts, row_starts, num_rows, device),
+        code_starts,
         None if window is None else window - sizes.recent,
         None if sizes == CODES_ONLY else _bias(length, query_len, sizes, window, starts, row_starts, device),
         overflow(length, room),

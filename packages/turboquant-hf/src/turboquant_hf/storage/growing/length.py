@@ -40,21 +40,16 @@ class GrowingLength(Length):
         length.row_starts = row_starts
         return length
 
-    @property
-    def num_seen(self) -> int:
-        """Tokens of a row so far, those dropped included."""
-        return self.num_dropped + self.stop
-
     def num_slots(self, num_new: int = 0) -> int:
         """See `Length`."""
-        return self.stop + num_new
+        return self.num_tokens + num_new
 
     def num_read(self, num_new: int | None = None) -> int:
         """See `Length`; of a window what the tokens of the call see together."""
         if self.window is None:
             return self.stop
         num_new = self.num_new if num_new is None else num_new
-        return min(self.num_seen - num_new, self.window - 1) + num_new
+        return min(self.stop - num_new, self.window - 1) + num_new
 
     @property
     def num_first(self) -> int:
@@ -77,7 +72,7 @@ class GrowingLength(Length):
         self._claimed_from = self.stop + num_new - self._ring
         self._held_from = max(self._held_from, self._claimed_from)
         place = written.__wrapped__ if torch.compiler.is_compiling() else written
-        return place(self.stop, num_new, None, self.sizes, self.row_starts, device), missing
+        return place(self.stop, num_new, self.num_dropped, None, self.sizes, self.row_starts, device), missing
 
     def advance(self) -> None:
         """See `Length`."""
@@ -121,8 +116,7 @@ class GrowingLength(Length):
         """See `Length`."""
         if self.window is None:
             return 0
-        blocks = max(0, self.stop - (self.window - 1)) // BLOCK_SIZE
-        self.stop -= blocks * BLOCK_SIZE
+        blocks = max(0, self.num_tokens - (self.window - 1)) // BLOCK_SIZE
         self.num_dropped += blocks * BLOCK_SIZE
         return blocks
 

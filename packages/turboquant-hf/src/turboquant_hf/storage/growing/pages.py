@@ -54,15 +54,15 @@ class GrowingPages(Pages):
         # Nobody knows whether a prompt is followed by anything; what has grown once will grow again.
         held = needed if length.is_empty else _grown(needed)
         grown = self.tensor.new_empty(held, *self.tensor.shape[1:])
-        used = num_blocks(length.num_tokens)
+        used = num_blocks(length.num_slots())
         grown[:used] = self.tensor[:used]
         self.tensor = grown
 
     def crop(self, length: Length) -> None:
         """Keep what is left of a row; what that leaves unused beyond twice a growth is freed."""
-        if length.num_tokens <= length.num_uncoded:
+        if length.num_seen <= length.num_uncoded:
             self.codec = None
-        used = num_blocks(length.num_tokens)
+        used = num_blocks(length.num_slots())
         # Drafts that are verified around the end of a block must not make it shrink and grow each time.
         if len(self.tensor) > _grown(_grown(used)):
             self.tensor = self.tensor[:used].clone()
@@ -82,22 +82,23 @@ class GrowingPages(Pages):
     def _prepare(
         self, keys: torch.Tensor, values: torch.Tensor, length: Length, row_starts: torch.Tensor | None
     ) -> None:
-        start, stop, num_first = length.num_tokens, length.num_tokens + len(keys), length.sizes.first
-        self.reserve(stop, length)
+        start, stop, num_first = length.num_seen, length.num_seen + len(keys), length.sizes.first
+        self.reserve(length.num_slots(len(keys)), length)
         # First tokens may come in several calls, and where rows start with the first.
         row_starts = row_starts if length.row_starts is None else length.row_starts
         if start <= num_first < stop:
             # First tokens are far from all others, and take no part in the mean. Those of padded rows have codes.
-            before = self._by_token(start, keys.dtype) if self.codec is not None and start else None
+            num_slots = length.num_slots()
+            before = self._by_token(num_slots, keys.dtype) if self.codec is not None and num_slots else None
             self.codec = self._calibrated(keys, values, num_first - start, row_starts)
             if before is not None:
-                self._put(*before, torch.arange(start, device=self.device))
+                self._put(*before, torch.arange(num_slots, device=self.device))
         elif self.codec is None and length.num_uncoded < stop:
             self.codec = self._calibrated(keys, values, 0, row_starts)
 
-    def _by_token(self, num_tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [num_tokens, batch_size * num_kv_heads, head_dim] of the first tokens."""
-        keys, values = (tokens_first(x) for x in self.read(0, num_tokens, dtype))
+    def _by_token(self, num_slots: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [num_slots, batch_size * num_kv_heads, head_dim] of the first slots."""
+        keys, values = (tokens_first(x) for x in self.read(0, num_slots, dtype))
         return keys, values
 
 

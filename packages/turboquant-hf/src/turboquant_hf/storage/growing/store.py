@@ -29,8 +29,8 @@ def growing_store(
         dtype: Type of keys and values.
         device: Where they are.
         sizes: Tokens that are stored as they are.
-        window: Tokens that a token sees, itself included, where those before may be dropped, and none are stored as
-            they are; None to keep all.
+        window: Tokens that a token sees, itself included, at least as many as `sizes.recent`, where those before may be
+            dropped; None to keep all.
     """
     heads = (batch_size, num_kv_heads, config.head_dim)
     full_precision = None if sizes == CODES_ONLY else FullPrecision.empty(sizes, heads, dtype, device)

@@ -58,7 +58,7 @@ class StaticLength(Length):
             self._tears = num_new > MAX_STEP_TOKENS and not self.is_empty
             self._is_torn = missing is not None or self._tears
         start = 0 if self.is_empty else self.stop
-        return written.__wrapped__(start, num_new, self.room, self.sizes, self.row_starts, device), missing
+        return written.__wrapped__(start, num_new, 0, self.room, self.sizes, self.row_starts, device), missing
 
     def advance(self) -> None:
         """See `Length`."""
