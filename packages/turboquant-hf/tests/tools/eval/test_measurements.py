@@ -171,13 +171,37 @@ def test_an_error_is_that_of_the_layers_own_attention(tiny_model, text_ids):
         cache = TurboQuantCache(tiny_model.config, key_bits=2, value_bits=4, recent_tokens=0)
         cache.update(key, value, 0)
         stored = cache.layers[0].store.dequantize(key.dtype)
-        exact, actual = (
-            torch.nn.functional.scaled_dot_product_attention(query, *states, is_causal=True, enable_gqa=True)
-            for states in ((key, value), stored)
-        )
-    expected = float((actual - exact).square().sum() / exact.square().sum())
+        outputs = []
+        for token in range(80):
+            newest = max(0, token - 7)
+            # The first token is stored as it is.
+            read = [
+                torch.cat([codes[:, :, :newest], raw[:, :, newest : token + 1]], dim=2)
+                for codes, raw in zip(stored, (key, value), strict=True)
+            ]
+            outputs.append(
+                [
+                    torch.nn.functional.scaled_dot_product_attention(
+                        query[:, :, token : token + 1], *states, enable_gqa=True
+                    )
+                    for states in (read, [x[:, :, : token + 1] for x in (key, value)])
+                ]
+            )
+        actual, exact = (torch.cat(part, dim=2) for part in zip(*outputs, strict=True))
     found = layer_errors(tiny_model, ids, {"k2v4": (2, 4)})["k2v4"][0]
-    assert found.output_error == pytest.approx(expected, rel=1e-3)
+    assert found.output_error == pytest.approx(relative(actual, exact), rel=1e-3)
+    # Keys and values are as the token after the text reads them.
+    last = [
+        torch.cat([codes[:, :, :73], raw[:, :, 73:]], dim=2) for codes, raw in zip(stored, (key, value), strict=True)
+    ]
+    assert found.value_error == pytest.approx(relative(last[1], value), rel=1e-3)
+    assert found.key_error == pytest.approx(
+        relative(last[0], key) * float(key.square().sum() / (key - key.mean(2, keepdim=True)).square().sum()), rel=1e-3
+    )
+
+
+def relative(found, exact):
+    return float((found - exact).square().sum() / exact.square().sum())
 
 
 @pytest.mark.parametrize(("make", "indices"), [(gemma, [0, 1, 2]), (qwen3_next, [1])])

@@ -15,13 +15,16 @@ from turboquant_hf._compat import (
     with_cache,
 )
 from turboquant_hf.attending import attending
-from turboquant_hf.attention.dense import dense_attention
-from turboquant_hf.layers.build import DEFAULT_SINK_TOKENS
+from turboquant_hf.attention.function import turboquant_attention
+from turboquant_hf.attention.handover import Stored, hand_over
+from turboquant_hf.layers.build import kept_tokens
 from turboquant_hf.storage.growing.store import growing_store
+from turboquant_hf.storage.tables import FullPrecisionSizes
 from turboquant_hf.tools.caches import compressed_layers
 from turboquant_hf.tools.eval.results import LayerError
 
 PROBE = "turboquant_probe"
+_KEPT = FullPrecisionSizes(*kept_tokens(None, None).values())
 
 Bits = tuple[float, float]
 
@@ -33,8 +36,8 @@ def layer_errors(
     """The errors of every layer that `TurboQuantCache` compresses, each on its true inputs.
 
     A text is run uncompressed. Beside its output, each layer's attention is computed once more for every pair of bits,
-    with that layer's keys and values quantised, but for the first tokens that a cache keeps as they are, so that no
-    error of one layer reaches another.
+    with that layer's keys and values as `TurboQuantCache` would have every token read them, so that no error of one
+    layer reaches another: the first token and the newest before it are as they are.
 
     Args:
         model: The model.
@@ -77,8 +80,8 @@ class _Probe:
         """See `turboquant_attention`."""
 
         def attention(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            output, _ = dense_attention(
-                module, query, keys, values, attention_mask, dropout, scaling, softcap=softcap, sinks=s_aux, **kwargs
+            output, _ = turboquant_attention(
+                module, query, keys, values, attention_mask, dropout, scaling, softcap, s_aux, **kwargs
             )
             return output
 
@@ -87,24 +90,19 @@ class _Probe:
         if index in self._layers:
             for name, (key_bits, value_bits) in self._bits.items():
                 config = TurboQuantConfig(key.shape[-1], key_bits, value_bits)
-                store = growing_store(config, key.shape[0], key.shape[1], key.dtype, key.device)
-                store.append(key, value)
-                keys, values = store.dequantize(key.dtype)
-                keys, values = _with_sinks(keys, key), _with_sinks(values, value)
+                store = growing_store(config, key.shape[0], key.shape[1], key.dtype, key.device, _KEPT)
+                given = Stored(store, store.append_parts(key, value))
+                output = attention(*hand_over(given, key.shape, key.dtype, key.device))
+                keys, values = store.stored(key.dtype)
                 self.errors[name].append(
                     LayerError(
                         index=int(index),
                         key_error=_relative(keys - key, key - key.float().mean(-2, keepdim=True)),
                         value_error=_relative(values - value, value),
-                        output_error=_relative(attention(keys, values) - exact, exact),
+                        output_error=_relative(output - exact, exact),
                     )
                 )
         return exact, None
-
-
-def _with_sinks(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    first = DEFAULT_SINK_TOKENS
-    return torch.cat([exact[:, :, :first], stored[:, :, first:]], dim=-2)
 
 
 def _relative(error: torch.Tensor, whole: torch.Tensor) -> float:

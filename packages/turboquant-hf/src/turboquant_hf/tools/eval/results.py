@@ -32,9 +32,9 @@ class LayerError(Result):
 
     Attributes:
         index: Layer index.
-        key_error: Of keys, relative to what differs between the keys of a head.
-        value_error: Of values.
-        output_error: Of the attention's output.
+        key_error: Of keys as the token after them reads them, relative to what differs between the keys of a head.
+        value_error: Of values, read alike.
+        output_error: Of the attention's output, where every token reads the first and its newest as they are.
     """
 
     index: int
