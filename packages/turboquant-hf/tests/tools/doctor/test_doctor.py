@@ -274,6 +274,19 @@ def test_heads_below_128_get_more_key_bits(model):
     assert found(model("llama"))[1]["recommended"]["preset"] == "tq4"
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "llama", "gemma3"])
+def test_what_a_preset_loses_is_not_claimed_but_measured(model, name):
+    folder = model(name)
+    recommended = found(folder)[1]["recommended"]
+    command = f"turboquant eval {folder} --cache tq4 --cache k6v4 --measure quality"
+    assert recommended["measure"] == command
+    assert recommended["reason"].endswith("has to be measured")
+    outcome = run(folder)
+    assert "lose little" not in said(outcome)
+    # To be copied: not wrapped.
+    assert command in outcome.output
+
+
 def test_what_fits_a_card(model):
     folder = model("qwen2", {"model.norm.weight": torch.ones(4)})
     assert "H200" in said(run(folder, "--gpu", "h200"))

@@ -16,8 +16,10 @@ from turboquant_hf.tools.doctor.key_bias import KeyBias, key_biases
 from turboquant_hf.tools.doctor.sizes import CACHES, token_bytes
 from turboquant_hf.tools.models import model_source
 
-# Below it, 4-bit keys average out too little: `turboquant demo` measures it on SmolLM2, whose head_dim is 64.
-ENOUGH_HEAD_DIM = 128
+# Below it, to start with 6-bit keys: `turboquant demo` measures what 4-bit ones lose on SmolLM2, whose head_dim is 64.
+# From it on some models lose little at 4 bits and some much, whatever their head_dim.
+FINE_KEYS_BELOW = 128
+_HAS_TO_BE_MEASURED = "what a preset loses on this model is not in its files, and has to be measured"
 # Models whose image tokens see each other; vLLM's backend serves their text.
 BIDIRECTIONAL_IMAGES = ("gemma3", "molmo2", "paligemma")
 CALIBRATION_FILE = "turboquant.safetensors"
@@ -48,8 +50,8 @@ class Diagnosis:
         card: The card it was asked for; None for any that vLLM's backend takes.
         groups: Bytes for every sort of layer.
         biases: Key biases of layers that have one.
-        preset: The recommended preset.
-        reason: Why that one.
+        preset: The recommended preset, to start with.
+        reason: Why that one, and what is not known.
         verdicts: Engine to what it makes of the model with that preset.
     """
 
@@ -81,6 +83,13 @@ class Diagnosis:
                 return None
             total += nbytes * count
         return total
+
+    @property
+    def measurement(self) -> str | None:
+        """What measures how much presets lose; None where transformers does not hold the model's cache."""
+        if not self.verdicts["transformers"].is_served:
+            return None
+        return f"turboquant eval {shlex.quote(self.checkpoint.name)} --cache tq4 --cache k6v4 --measure quality"
 
     def commands(self) -> dict[str, str]:
         """Engine to what runs the model with the recommended preset."""
@@ -115,7 +124,7 @@ class Diagnosis:
                     for group in self.groups
                 ],
             },
-            "recommended": {"preset": self.preset, "reason": self.reason},
+            "recommended": {"preset": self.preset, "reason": self.reason, "measure": self.measurement},
             "engines": {
                 engine: {
                     "served": verdict.is_served,
@@ -199,13 +208,10 @@ def _bytes_or_none(cache: str, layer: LayerAttention) -> int | None:
 
 
 def _recommend(attention: ModelAttention) -> tuple[str, str]:
-    head_dim = min((layer.head_dim for layer in attention.layers if layer.has_heads), default=ENOUGH_HEAD_DIM)
-    if head_dim >= ENOUGH_HEAD_DIM:
-        return (
-            "tq4",
-            f"head_dim is {head_dim}: 4 bits lose little here while keys are centred, and 3 several times as much",
-        )
+    head_dim = min((layer.head_dim for layer in attention.layers if layer.has_heads), default=FINE_KEYS_BELOW)
+    if head_dim >= FINE_KEYS_BELOW:
+        return "tq4", f"head_dim is {head_dim}, where 4 bits are a start and no promise: {_HAS_TO_BE_MEASURED}"
     return "k6v4", (
-        f"head_dim is {head_dim}: below {ENOUGH_HEAD_DIM} 4-bit keys lose several times as much as 6-bit ones, which "
-        "`turboquant demo` measures; tq4 where memory matters more"
+        f"head_dim is {head_dim}: on SmolLM2, whose head_dim is 64, 4-bit keys lose several times as much as 6-bit "
+        f"ones; {_HAS_TO_BE_MEASURED}"
     )

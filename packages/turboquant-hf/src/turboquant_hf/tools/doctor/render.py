@@ -24,8 +24,11 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
     commands = diagnosis.commands()
     if commands:
         console.print(Text.assemble(("recommended: ", "bold"), f"{diagnosis.preset}. {diagnosis.reason}."))
-    for engine, command in commands.items():
-        console.print(Text(f"\n{ENGINE_NAMES[engine]}:", "bold"))
+    titled = {ENGINE_NAMES[engine]: command for engine, command in commands.items()}
+    if diagnosis.measurement:
+        titled = {"what it loses": diagnosis.measurement, **titled}
+    for title, command in titled.items():
+        console.print(Text(f"\n{title}:", "bold"))
         # Lines are to be copied: none may be wrapped.
         console.print(Text(command), soft_wrap=True)
 
