@@ -24,26 +24,27 @@ from side_by_side.weights import file_stem, find_model
 from turboquant_core.calibration import write_calibration
 from turboquant_hf.scoring import kl_divergence
 from turboquant_hf.tools.article import article
-from turboquant_hf.tools.calibrate.mean_keys import mean_keys
+from turboquant_hf.tools.calibrate.measure import measure
+from turboquant_hf.tools.calibrate.texts import split_tokens
 from turboquant_hf.tools.models import load_model
 
 CALIBRATION_TOKENS = 2048
 
 
 def prepare(model: str, num_tokens: int, folder: Path) -> tuple[list[int], int]:
-    """Write the model as vLLM loads it and its key means into a folder.
+    """Write the model as vLLM loads it and its calibration into a folder.
 
     Returns:
-        The tokens to score, and how many the means were taken from.
+        The tokens to score, and how many the calibration was measured on.
     """
     loaded = load_model(find_model(model), "cpu")
     input_ids = loaded.tokenizer(article(), return_tensors="pt")["input_ids"]
-    means = mean_keys(loaded, input_ids[:, num_tokens : num_tokens + CALIBRATION_TOKENS])
-    write_calibration(folder / "means.safetensors", means)
+    calibration = measure(loaded, *split_tokens([input_ids[0, num_tokens:]], CALIBRATION_TOKENS)).calibration
+    write_calibration(folder / "calibration.safetensors", calibration)
     if hasattr(loaded.model.config, "quantization_config"):
         del loaded.model.config.quantization_config
     loaded.model.save_pretrained(folder / "model")
-    return input_ids[0, :num_tokens].tolist(), means.num_tokens
+    return input_ids[0, :num_tokens].tolist(), calibration.num_tokens
 
 
 def engines(preset: str, folder: Path) -> dict[str, dict[str, Any]]:
@@ -55,7 +56,7 @@ def engines(preset: str, folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "uncompressed": {},
         "means of the texts that ship": turboquant(),
-        "means of a calibration file": turboquant(calibration=str(folder / "means.safetensors")),
+        "means of a calibration file": turboquant(calibration=str(folder / "calibration.safetensors")),
         "not centred": turboquant(center_keys=False),
     }
 

@@ -36,7 +36,7 @@ def pair_transform(
         A scale whose geometric mean is 1 in each head, and an order by what channels cost, the dearest first. Channels
         of a pair lie together, and in one half of the channels.
     """
-    _, pair_of, sizes = pairs.cpu().unique(return_inverse=True, return_counts=True)
+    _, pair_of, sizes = torch.unique(pairs.cpu(), return_inverse=True, return_counts=True)
     keys, queries = (_pair_energy(x, pair_of, sizes) for x in (key_energy, query_energy))
     scale = (queries / keys)[:, pair_of] ** 0.25
     scale, costs = scale / scale.log().mean(-1, keepdim=True).exp(), keys * queries
@@ -69,7 +69,8 @@ def _pair_energy(energy: torch.Tensor, pair_of: torch.Tensor, sizes: torch.Tenso
 
 def _dearest_first(cost: torch.Tensor, pair_of: torch.Tensor) -> torch.Tensor:
     """The channels of the dearest pairs that fill a half, then all others."""
-    half, others = [], []
+    half: list[int] = []
+    others: list[int] = []
     for pair in cost.argsort(descending=True, stable=True):
         channels = (pair_of == pair).nonzero().flatten().tolist()
         # Where room for one channel is left, the next that is not rotated takes it.

@@ -4,24 +4,13 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
+from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from turboquant_core.calibration import read_calibration
 from turboquant_core.commands import app
 from turboquant_core.model_identity import ModelIdentity
-from turboquant_hf import TurboQuantCache
 from turboquant_hf.tools.calibrate.command import calibrate
-from turboquant_hf.tools.calibrate.mean_keys import CHUNK_SIZE, mean_keys
-from turboquant_hf.tools.models import LoadedModel
 
 
 def run(*arguments):
@@ -30,27 +19,6 @@ def run(*arguments):
 
 def said(outcome):
     return " ".join(outcome.output.split())
-
-
-def loaded(model):
-    return LoadedModel("a/model", model.eval(), PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel())))
-
-
-def keys_of_layer(model, layer, input_ids):
-    """The keys that a layer's attention gets in one forward pass, [num_kv_heads, num_tokens, head_dim]."""
-    seen = []
-
-    class Watched(type(TurboQuantCache(model.config).layers[layer])):
-        def update(self, key_states, value_states, *args, **kwargs):
-            seen.append(key_states)
-            return super().update(key_states, value_states, *args, **kwargs)
-
-    cache = TurboQuantCache(model.config)
-    cache.layers[layer].__class__ = Watched
-    with torch.inference_mode():
-        model(input_ids=input_ids, past_key_values=cache)
-    (keys,) = seen
-    return keys[0]
 
 
 def test_core_finds_the_command():
@@ -63,9 +31,9 @@ def test_a_file_that_belongs_to_the_model(tiny_model, tiny_model_folder, tmp_pat
     outcome = run(tiny_model_folder, "--out", path, "--tokens", 600, "--device", "cpu")
     assert outcome.exit_code == 0, outcome.output
     assert "key means of 2 layers" in said(outcome)
-    assert "over 600 tokens" in said(outcome)
+    assert "over 480 tokens" in said(outcome)
     calibration = read_calibration(path, ModelIdentity.of(tiny_model.config, "LlamaForCausalLM"))
-    assert (calibration.num_tokens, calibration.source) == (600, str(tiny_model_folder))
+    assert (calibration.num_tokens, calibration.source) == (480, str(tiny_model_folder))
     assert {index: tuple(transform.mean.shape) for index, transform in calibration.layers.items()} == {
         0: (2, 64),
         1: (2, 64),
@@ -85,73 +53,26 @@ def test_only_its_own_file_is_replaced(tiny_model_folder, tmp_path):
     assert "this command did not write it" in " ".join(outcome.output.split())
     assert weights.read_bytes() == before
     assert run(tiny_model_folder, "--out", weights, *options, "--force").exit_code == 0
-    assert read_calibration(weights).num_tokens == 300
+    assert read_calibration(weights).num_tokens == 240
 
 
 def test_json_alone(tiny_model_folder, tmp_path):
     path = tmp_path / "turboquant.safetensors"
     outcome = run(tiny_model_folder, "--out", path, "--tokens", 300, "--json", "-", "--device", "cpu")
-    assert json.loads(outcome.stdout) == {
+    found = json.loads(outcome.stdout)
+    layers = found.pop("layers")
+    assert found == {
         "format": "turboquant calibrate --json",
         "file": str(path),
         "model": str(tiny_model_folder),
-        "num_tokens": 300,
-        "layers": {"0": [2, 64], "1": [2, 64]},
+        "num_tokens": 240,
+        "num_held_out": 60,
     }
-
-
-def test_means_are_those_of_the_keys_that_attention_sees(tiny_model):
-    input_ids = torch.randint(1500, (1, CHUNK_SIZE + 90), generator=torch.Generator().manual_seed(3))
-    layers = mean_keys(loaded(tiny_model), input_ids).layers
-    for layer in (0, 1):
-        keys = keys_of_layer(tiny_model, layer, input_ids)
-        torch.testing.assert_close(layers[layer].mean, keys.double().mean(1).float(), atol=1e-5, rtol=1e-4)
-
-
-def test_sliding_windows_count_and_so_do_tokens_that_have_left_them():
-    config = Gemma3TextConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=24,
-        layer_types=["sliding_attention", "full_attention"],
-    )
-    torch.manual_seed(1)
-    model = Gemma3ForCausalLM(config).eval()
-    input_ids = torch.randint(100, (1, 300))
-    layers = mean_keys(loaded(model), input_ids).layers
-    assert layers.keys() == {0, 1}
-    for layer in layers:
-        expected = keys_of_layer(model, layer, input_ids).mean(1)
-        torch.testing.assert_close(layers[layer].mean, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_layers_without_keys_have_no_mean():
-    config = Qwen3NextConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        linear_num_key_heads=1,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=2,
-        num_experts_per_tok=1,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        layer_types=["linear_attention", "full_attention"],
-    )
-    torch.manual_seed(1)
-    layers = mean_keys(loaded(Qwen3NextForCausalLM(config)), torch.randint(100, (1, 300))).layers
-    assert layers.keys() == {1}
+    assert layers.keys() == {"0", "1"}
+    for layer in layers.values():
+        assert layer.keys() == {"shape", "kind", "errors", "left"}
+        assert layer["shape"] == [2, 64]
+        assert layer["errors"][layer["kind"]] == min(layer["errors"].values())
 
 
 def test_a_text_of_ones_own(tiny_model_folder, tmp_path):
@@ -159,7 +80,7 @@ def test_a_text_of_ones_own(tiny_model_folder, tmp_path):
     text.write_text("Shakespeare was born " * 100, encoding="utf-8")
     outcome = run(tiny_model_folder, "--out", path, "--text", text, "--device", "cpu")
     assert outcome.exit_code == 0, outcome.output
-    assert read_calibration(path).num_tokens == 300
+    assert read_calibration(path).num_tokens == 240
 
 
 def test_a_text_is_cut_to_the_models_context(tiny_config, tiny_model_folder, tmp_path):
@@ -168,7 +89,7 @@ def test_a_text_is_cut_to_the_models_context(tiny_config, tiny_model_folder, tmp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tiny_model_folder / name).read_bytes())
     assert run(folder, "--out", path, "--device", "cpu").exit_code == 0
-    assert read_calibration(path).num_tokens == 400
+    assert read_calibration(path).num_tokens == 320
 
 
 @pytest.mark.parametrize(

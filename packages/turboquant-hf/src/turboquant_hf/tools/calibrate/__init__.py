@@ -1,1 +1,1 @@
-"""`turboquant calibrate`: the mean key of every layer, taken from a text, for turboquant-vllm."""
+"""`turboquant calibrate`: what keys of every layer go through, measured on texts, in a file."""
