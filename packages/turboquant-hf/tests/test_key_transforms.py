@@ -42,13 +42,15 @@ def transform_in_use(cache, index=0):
 
 
 def assert_goes_through(cache, transform, index=0):
-    """Every row of a layer goes through this."""
+    """Every row of a layer goes through this, and where it has no mean, each through one of its own."""
     used = transform_in_use(cache, index)
-    for part, given in zip(used.parts, transform.parts, strict=True):
-        if given is None:
-            assert part is None
-        else:
+    for name, part, given in zip(("mean", "scale", "order"), used.parts, transform.parts, strict=True):
+        if given is not None:
             assert torch.equal(part, torch.cat([given] * (len(part) // len(given))))
+        elif name == "mean":
+            assert len({tuple(mean.tolist()) for mean in part}) == len(part)
+        else:
+            assert part is None
 
 
 @pytest.mark.parametrize(
@@ -69,11 +71,19 @@ def test_keys_of_all_rows_go_through_the_given_transform_and_come_back(
             assert_goes_through(cache, transform, index)
 
 
-def test_it_takes_the_place_of_the_mean(tiny_model, prompt):
-    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms={0: WITHOUT_MEAN}))
-    assert transform_in_use(cache).mean is None
-    assert transform_in_use(cache, 1).mean is not None
-    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms={0: IDENTITY}))
+@pytest.mark.parametrize("given", [WITHOUT_MEAN, IDENTITY], ids=["no mean", "none"])
+def test_without_a_mean_it_is_left_to_the_prompt(tiny_model, prompt, given):
+    plain = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config))
+    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms={0: given}))
+    assert torch.equal(transform_in_use(cache).mean, transform_in_use(plain).mean)
+    assert_goes_through(cache, given)
+    uncentred = TurboQuantCache(tiny_model.config, key_transforms={0: given}, center_keys=False)
+    assert transform_in_use(filled(tiny_model, prompt, uncentred)).mean is None
+
+
+def test_with_a_mean_it_takes_the_place_of_the_prompts(tiny_model, prompt):
+    given = KeyTransform(torch.zeros(2, 64))
+    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms={0: given}))
     plain = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, center_keys=False))
     assert torch.equal(cache.layers[0].keys, plain.layers[0].keys)
 
@@ -144,7 +154,11 @@ def test_a_saved_cache_keeps_it_for_good(model, prompt, tmp_path, num_tokens, tr
     in_file = load_file(path)
     for name in ("key_mean", "key_scale", "key_channel_order"):
         given, kept = transform.tensors().get(name), in_file.get(f"layers.1.{name}")
-        assert kept is None if given is None else torch.equal(kept, given)
+        if given is not None:
+            assert torch.equal(kept, given)
+        else:
+            # A mean of each row, where there are codes.
+            assert (kept is None) is (name != "key_mean" or num_tokens == 1)
     loaded = TurboQuantCache.load(path, model.config)
     assert loaded.nbytes == cache.nbytes
     for _ in range(2):
@@ -168,10 +182,22 @@ def calibrated(tiny_config, tmp_path):
     return write
 
 
-def test_those_of_a_file(tiny_model, prompt, calibrated):
-    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms=calibrated(TRANSFORMS)))
-    for index, transform in TRANSFORMS.items():
-        assert_goes_through(cache, transform, index)
+def test_scale_and_order_of_a_file_and_the_mean_of_the_prompt(tiny_model, prompt, calibrated):
+    path = calibrated(TRANSFORMS)
+    cache = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config, key_transforms=path))
+    plain = filled(tiny_model, prompt, TurboQuantCache(tiny_model.config))
+    assert_goes_through(cache, TRANSFORMS[0].without_mean())
+    assert torch.equal(transform_in_use(cache).mean, transform_in_use(plain).mean)
+    uncentred = TurboQuantCache(tiny_model.config, key_transforms=path, center_keys=False)
+    assert transform_in_use(filled(tiny_model, prompt, uncentred)).mean is None
+    assert_goes_through(cache, TRANSFORMS[1].without_mean(), 1)
+
+
+def test_a_file_of_means_alone_changes_nothing(tiny_model, prompt, calibrated, next_logits):
+    path = calibrated({0: MEAN, 1: MEAN})
+    cache, plain = TurboQuantCache(tiny_model.config, key_transforms=path), TurboQuantCache(tiny_model.config)
+    found, expected = (next_logits(tiny_model, prompt, filled(tiny_model, prompt, each)) for each in (cache, plain))
+    assert torch.equal(found, expected)
 
 
 def test_a_file_serves_its_model_and_all_of_its_layers(tiny_config, calibrated, tmp_path):
@@ -205,8 +231,7 @@ def test_a_file_serves_its_model_and_all_of_its_layers(tiny_config, calibrated, 
         ({0: MEAN.map(lambda part: part * torch.nan)}, {}, "key_transforms of layer 0: key_mean holds nan"),
         ({0: MEAN}, {"preset": "tq2.5"}, r"layer 0 is given, and key_bits are 2.5: .* Give whole key_bits"),
         ({0: MEAN}, {"layer_bits": {0: (3.5, 4)}}, "layer 0 is given, and key_bits are 3.5"),
-        ({0: MEAN}, {"center_keys": False}, "layer 0 has a mean, and center_keys is False.*leave center_keys out"),
-        ({0: WITHOUT_MEAN}, {"center_keys": True}, "layer 0 has no mean, and center_keys is True"),
+        ({0: MEAN}, {"center_keys": False}, "layer 0 has a mean, and center_keys is False. Leave center_keys out"),
     ],
 )
 def test_what_cannot_be_a_layers_transform_is_refused_at_once(tiny_config, transforms, options, message):

@@ -207,9 +207,12 @@ def with_more(tensors):
         ({"change_header": kept(recent_tokens=20)}, "num_kept is 16, and .* it is 21 to 30"),
         ({"change_header": kept(num_kept=0)}, "num_kept is 0, and .* it is 7 to 16"),
         (
-            {"change_header": all_layers(key_transform_is_given=True)},
+            {"change_header": all_layers(given=["key_mean"])},
             r"key_mean is F32 \[4, 64\] and must be F32 \[2, 64",
         ),
+        ({"change_header": all_layers(given=["key_scale"])}, "layers.0.key_scale is missing"),
+        ({"change_header": all_layers(given=[{}])}, r"given names \{\}; keys go through key_mean, key_scale"),
+        ({"change_header": all_layers(given="key_mean")}, "given of layer 0 is 'key_mean'"),
         ({"change_header": config(head_dim=64.0)}, "head_dim of the configuration of layer 0 is 64.0"),
         ({"change_header": config(head_dim=72)}, "layers.0.key_codes is U8"),
         ({"change_header": config(key_bits=3, value_bits=5)}, r"layers.0.key_codes is U8 \[4, 40, 32\]"),

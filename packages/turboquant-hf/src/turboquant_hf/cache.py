@@ -45,9 +45,9 @@ class TurboQuantCache(GuardedCache):
         skip_layers: Layers that keep full precision, by index; negative ones count from the last.
         layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's; or the path of a file
             that `turboquant tune` wrote, which has them for every layer.
-        key_transforms: What keys of single layers go through before codes, by index, in place of the mean that the
-            prompt would give: `turboquant_core.KeyTransform`s; or the path of a file that `turboquant calibrate` wrote,
-            which has one for every layer.
+        key_transforms: What keys of single layers go through before codes, by index: `turboquant_core.KeyTransform`s.
+            One without a mean leaves it to the prompt. Or the path of a file that `turboquant calibrate` wrote, which
+            has a scale and an order for every layer; its means are for vLLM, and the prompt's own are used instead.
         sink_tokens: First tokens of every sequence that layers keep as they are. Those with a window read them as long
             as it shows them.
         recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it. Other
@@ -56,7 +56,8 @@ class TurboQuantCache(GuardedCache):
         value_bits: The same for values.
         key_scale: How scales of keys are made, instead of the preset's, as for `TurboQuantConfig`.
         value_scale: The same for values.
-        center_keys: Whether keys are stored less the mean that the prompt gives, instead of the preset's.
+        center_keys: Whether keys are stored less the mean that the prompt gives, instead of the preset's. Layers whose
+            transform has a mean are stored less that one.
         **unknown: Refused.
 
     Raises:

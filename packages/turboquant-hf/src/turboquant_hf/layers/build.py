@@ -84,7 +84,13 @@ def build_layers(
 
     def transforms_of(path: str | PathLike[str]) -> Callable[[int], KeyTransform]:
         calibration = read_calibration(path, ModelIdentity.of(text_config, architecture))
-        return lambda index: calibration.of_layer(index, attention[index].num_kv_heads, attention[index].head_dim)
+
+        def of_layer(index: int) -> KeyTransform:
+            held = attention[index]
+            # The prompt's own mean is nearer to its keys.
+            return calibration.of_layer(index, held.num_kv_heads, held.head_dim).without_mean()
+
+        return of_layer
 
     given_to = partial(of_layers, layers=layers, compressed=compressed, skipped=skipped)
     bits = given_to("layer_bits", layer_bits, bits_of, example="(key_bits, value_bits)", command="tune")
@@ -193,9 +199,7 @@ def _check_transform(
             f"{name} is given, and key_bits are {config.key_bits}: fractional bits choose channels by the first keys "
             "instead. Give whole key_bits, or leave key_transforms out."
         )
-    has_mean = transform.mean is not None
-    if center_keys is not None and center_keys != has_mean:
+    if transform.mean is not None and center_keys is False:
         raise ValueError(
-            f"{name} has {'a' if has_mean else 'no'} mean, and center_keys is {center_keys}. A transform takes the "
-            "place of the mean that a prompt gives; leave center_keys out."
+            f"{name} has a mean, and center_keys is False. Leave center_keys out, or give transform.without_mean()."
         )

@@ -6,7 +6,7 @@ from typing import Any, Self
 import torch
 
 from turboquant_core import TurboQuantConfig
-from turboquant_core.key_transform import KeyTransform
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops._dispatch import VECTOR_DTYPES
 from turboquant_core.scale import ScaleRule
 from turboquant_hf._compat import CacheLayerMixin, PreTrainedConfig
@@ -47,8 +47,8 @@ class TurboQuantLayer(CacheLayerMixin):
         key_scale: The same.
         value_scale: The same.
         center_keys: The same.
-        key_transform: What keys go through before codes, of tensors [num_kv_heads, ...], whatever center_keys says;
-            None for the mean of the first ones, if that says so.
+        key_transform: What keys go through before codes, of tensors [num_kv_heads, ...]. With a mean they are stored
+            less that one, whatever center_keys says; without one less that of the first ones, if center_keys says so.
     """
 
     config: TurboQuantConfig
@@ -70,7 +70,7 @@ class TurboQuantLayer(CacheLayerMixin):
         key_scale: ScaleRule | None = None,
         value_scale: ScaleRule | None = None,
         center_keys: bool | None = None,
-        key_transform: KeyTransform | None = None,
+        key_transform: KeyTransform = IDENTITY,
     ) -> None:
         super().__init__()
         self.sink_tokens = sink_tokens
@@ -82,7 +82,7 @@ class TurboQuantLayer(CacheLayerMixin):
             "value_bits": value_bits,
             "key_scale": key_scale,
             "value_scale": value_scale,
-            "center_keys": center_keys if key_transform is None else key_transform.mean is not None,
+            "center_keys": center_keys if key_transform.mean is None else True,
         }
         self._codes: dict[str, Any] = {name: value for name, value in codes.items() if value is not None}
         self.key_transform = key_transform
@@ -95,7 +95,7 @@ class TurboQuantLayer(CacheLayerMixin):
         store: Store,
         dtype: torch.dtype,
         text_config: PreTrainedConfig | None,
-        key_transform: KeyTransform | None,
+        key_transform: KeyTransform,
     ) -> Self:
         """A layer with this store of keys and values in `dtype`; the other arguments are those of a new one."""
         config, sizes = store.config, store.length.sizes

@@ -145,9 +145,8 @@ def _tensors(layer: TurboQuantLayer) -> dict[str, torch.Tensor]:
     named = {name: fields[field] for field, name in slot_tensors(store.config).items()}
     if pages.codec is not None:
         named |= pages.codec.named()
-    if layer.key_transform is not None:
-        # Once, and not for every row; also where there are no codes yet.
-        named |= layer.key_transform.tensors()
+    # Once, and not for every row; also where there are no codes yet.
+    named |= layer.key_transform.tensors()
     if full_precision is not None:
         named |= dict(
             zip(
@@ -172,7 +171,7 @@ def _described(layer: TurboQuantLayer, checksums: dict[str, int]) -> SavedLayer:
         num_kv_heads=store.num_kv_heads,
         num_tokens=length.num_tokens,
         dtype=dtype,
-        key_transform_is_given=layer.key_transform is not None,
+        given=list(layer.key_transform.tensors()),
         kept=kept,
         checksums=checksums,
     )
@@ -216,11 +215,11 @@ def _restore(
 ) -> TurboQuantLayer:
     config, num_tokens, full_precision = layer.config, layer.num_tokens, None
     fields = {field: tensors[name] for field, name in slot_tensors(config).items()}
-    given = KeyTransform.from_tensors(tensors) if layer.key_transform_is_given else None
+    given = KeyTransform.from_tensors({name: tensors[name] for name in layer.given})
     codec = None
     if layer.has_codes(row_starts is not None):
-        of_heads = None if given is None else of_equal_rows(given, layer.batch_size, fields["key_codes"].device)
-        codec = LayerCodec.of_named(config, tensors, of_heads)
+        of_heads = of_equal_rows(given, layer.batch_size, fields["key_codes"].device)
+        codec = LayerCodec.of_named(config, tensors | of_heads.tensors())
     pages = GrowingPages.restored(config, layer.batch_size, fields, codec)
     sizes, num_kept = CODES_ONLY, 0
     if layer.kept is not None:

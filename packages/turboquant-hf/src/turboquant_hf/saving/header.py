@@ -11,7 +11,7 @@ import torch
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core.files import parse_json
-from turboquant_core.key_transform import tensor_types
+from turboquant_core.key_transform import PART_DTYPES, tensor_types
 from turboquant_core.model_identity import ModelIdentity, architecture_of
 from turboquant_core.scale import SCALE_DTYPE, ScaleRule
 from turboquant_core.vector_format import OUTLIER_BITS, STORAGE_FORMAT
@@ -60,8 +60,7 @@ class SavedLayer:
         num_kv_heads: Heads of a row.
         num_tokens: Tokens of a row.
         dtype: Type of keys and values, one of `DTYPES`.
-        key_transform_is_given: Whether keys go through what the layer was made with, the same in every row, and not
-            through what its first tokens say.
+        given: Names of the parts of the transform of keys that the layer was made with, the same in every row.
         kept: What is kept as it is; None for nothing.
         checksums: Name of each of its tensors to their crc32.
     """
@@ -71,7 +70,7 @@ class SavedLayer:
     num_kv_heads: int
     num_tokens: int
     dtype: str
-    key_transform_is_given: bool
+    given: list[str]
     kept: SavedKept | None
     checksums: dict[str, int]
 
@@ -95,13 +94,11 @@ class SavedLayer:
         if self.kept is not None:
             kept = (self.batch_size, self.num_kv_heads, self.kept.num_kept, config.head_dim)
             tensors |= dict.fromkeys(KEPT_TENSORS, (DTYPES[self.dtype], kept))
-        if self.key_transform_is_given or self.has_codes(is_padded):
-            transformed = self.num_kv_heads if self.key_transform_is_given else num_heads
-            for name, stored in tensor_types(transformed, config.head_dim).items():
-                # The checksums say what else keys went through.
-                if name in self.checksums or (name == "key_mean" and config.center_keys):
-                    tensors[name] = stored
+        types = tensor_types(self.num_kv_heads, config.head_dim)
+        tensors |= {name: types[name] for name in self.given}
         if self.has_codes(is_padded):
+            if config.center_keys and "key_mean" not in self.given:
+                tensors["key_mean"] = tensor_types(num_heads, config.head_dim)["key_mean"]
             for name, bits in (("key_order", config.key_bits), ("value_order", config.value_bits)):
                 if bits in OUTLIER_BITS:
                     tensors[name] = (torch.int64, (num_heads, config.head_dim))
@@ -116,6 +113,9 @@ class SavedLayer:
         for name in ("batch_size", "num_kv_heads", "num_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}")
+        known = tuple(PART_DTYPES)
+        if unknown := [name for name in self.given if name not in known]:
+            raise ValueError(f"given names {unknown[0]!r:.100}; keys go through {', '.join(known)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; keys and values are one of {', '.join(DTYPES)}")
         if self.kept is None:
@@ -279,6 +279,7 @@ _JSON_TYPES: dict[Any, tuple[type, ...]] = {
     TurboQuantConfig: (dict,),
     SavedKept | None: (dict, NoneType),
     dict[str, int]: (dict,),
+    list[str]: (list,),
     list[SavedLayer]: (list,),
 }
 """What a field of each type is in JSON."""

@@ -45,7 +45,7 @@ class LayerCodec:
         keys: torch.Tensor,
         values: torch.Tensor,
         counts: torch.Tensor | None = None,
-        key_transform: KeyTransform | None = None,
+        key_transform: KeyTransform = IDENTITY,
     ) -> "LayerCodec":
         """The codec of a layer whose first keys and values are these.
 
@@ -55,12 +55,11 @@ class LayerCodec:
             values: The same for values.
             counts: bool [num_tokens, heads], which of them to take it from, some of each head; None for all. Vectors
                 that do not come back finite never count.
-            key_transform: What keys go through first, of tensors [heads, ...]; None to take their mean, if `config`
-                says so.
+            key_transform: What keys go through first, of tensors [heads, ...]; without a mean they are stored less that
+                of these keys, if `config` says so.
         """
-        if key_transform is None:
-            mean = mean_key(keys, counts) if config.center_keys else None
-            key_transform = KeyTransform.of_parts(mean, None, None)
+        if key_transform.mean is None and config.center_keys:
+            key_transform = KeyTransform.of_parts(mean_key(keys, counts), key_transform.scale, key_transform.order)
         return cls(
             config,
             key_transform,
@@ -69,22 +68,13 @@ class LayerCodec:
         )
 
     @classmethod
-    def of_named(
-        cls, config: TurboQuantConfig, tensors: Mapping[str, torch.Tensor], key_transform: KeyTransform | None = None
-    ) -> "LayerCodec":
+    def of_named(cls, config: TurboQuantConfig, tensors: Mapping[str, torch.Tensor]) -> "LayerCodec":
         """The codec that `named` named tensors of; other names are passed over.
 
-        Args:
-            config: What is stored for one head.
-            tensors: The tensors by name.
-            key_transform: The transform in place of that in `tensors`; None for that.
-
         Raises:
-            ValueError: If an order does not name every channel once.
+            ValueError: If a transform of keys has wrong values, or an order does not name every channel once.
         """
-        if key_transform is None:
-            key_transform = KeyTransform.from_tensors(tensors)
-        codec = cls(config, key_transform, *(tensors.get(name) for name in _ORDERS))
+        codec = cls(config, KeyTransform.from_tensors(tensors), *(tensors.get(name) for name in _ORDERS))
         for bits, order in ((config.key_bits, codec.key_order), (config.value_bits, codec.value_order)):
             if order is not None:
                 OutlierQuantizer(bits, order)

@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
-from turboquant_core.key_transform import KeyTransform
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_hf.storage.codec import LayerCodec, has_whole_bits, of_equal_rows
 from turboquant_hf.storage.length import Length
@@ -41,7 +41,7 @@ class Pages(ABC):
 
     What depends on data, the transform of keys and the outlier channels, comes from the first tokens that are not read
     in full precision and not known to be padding, for each row and head apart. It is kept from then on: every token is
-    read with what it was written with. A transform that `settle` takes is that of all rows instead.
+    read with what it was written with. What `settle` takes of a transform is that of all rows instead.
 
     Args:
         config: What is stored for one head.
@@ -62,7 +62,7 @@ class Pages(ABC):
         # One of its own where that has to stay where it is.
         self._table: torch.Tensor | None = None
         self.codec: LayerCodec | None = None
-        self._key_transform: KeyTransform | None = None
+        self._key_transform = IDENTITY
         # Of the codec beside it.
         self._row_transform: tuple[LayerCodec, KeyTransform] | None = None
         self.has_kernel = has_whole_bits(config)
@@ -77,17 +77,16 @@ class Pages(ABC):
         """Allocated bytes of the pages."""
         return self.tensor.untyped_storage().nbytes()
 
-    def settle(self, key_transform: KeyTransform | None) -> None:
+    def settle(self, key_transform: KeyTransform) -> None:
         """Say what keys of every row go through, those that are stored already included.
 
         Args:
-            key_transform: A transform of tensors [num_kv_heads, ...]; None to let the first tokens say it.
+            key_transform: A transform of tensors [num_kv_heads, ...]; without a mean, the first tokens of a row say it.
 
         Raises:
-            ValueError: If it is for other sizes, or not finite.
+            ValueError: If it is for other sizes, or has wrong values.
         """
-        if key_transform is not None:
-            key_transform.check(self.num_kv_heads, self.config.head_dim)
+        key_transform.check(self.num_kv_heads, self.config.head_dim)
         self._key_transform = key_transform
 
     def write(
@@ -188,14 +187,14 @@ class Pages(ABC):
         mapped.tensor = function(self.tensor)
         mapped._table = None if self._table is None else function(self._table)
         mapped.codec = None if self.codec is None else self.codec.map(function)
-        mapped._key_transform = None if self._key_transform is None else self._key_transform.map(function)
+        mapped._key_transform = self._key_transform.map(function)
         return mapped
 
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor that is kept."""
         codec = [] if self.codec is None else self.codec.tensors()
-        given = () if self._key_transform is None else self._key_transform.parts
-        return [self.tensor, *codec, *(tensor for tensor in (*given, self._table) if tensor is not None)]
+        given = self._key_transform.tensors().values()
+        return [self.tensor, *codec, *given, *([] if self._table is None else [self._table])]
 
     @abstractmethod
     def _prepare(
@@ -211,9 +210,7 @@ class Pages(ABC):
         self, keys: torch.Tensor, values: torch.Tensor, num_first: int, row_starts: torch.Tensor | None
     ) -> LayerCodec:
         """The codec of [num_new, batch_size * num_kv_heads, head_dim], of which the first `num_first` do not count."""
-        transform = self._key_transform
-        if transform is not None:
-            transform = of_equal_rows(transform, self.batch_size, keys.device)
+        transform = of_equal_rows(self._key_transform, self.batch_size, keys.device)
         if row_starts is None:
             return LayerCodec.calibrate(self.config, keys[num_first:], values[num_first:], None, transform)
         # A row of first tokens and padding alone has to have a mean, too.
