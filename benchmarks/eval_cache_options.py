@@ -1,11 +1,11 @@
 """KL per token of every preset and option of TurboQuantCache on real weights; the defaults follow from it."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.progress import Progress
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from figure_text import bold_if, nats, table
 from results_file import read_result, write_result
@@ -28,7 +28,15 @@ KEPT_TOKENS = ((0, 0), (1, 0), (4, 0), (1, 4), (1, 8), (1, 16), (1, 32), (4, 16)
 CODES_ONLY = {"sink_tokens": 0, "recent_tokens": 0}
 
 
-def kept_tokens() -> dict[str, dict[str, Any]]:
+def with_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
+    """A Llama's weights whose tokens see a window: but for that a Mistral is the same."""
+    fields = {name: value for name, value in model.config.to_dict().items() if name != "model_type"}
+    windowed = MistralForCausalLM(MistralConfig(**{**fields, "sliding_window": window})).eval()
+    windowed.load_state_dict(model.state_dict())
+    return windowed
+
+
+def kept_tokens(numbers: Iterable[tuple[int, int]] = KEPT_TOKENS) -> dict[str, dict[str, Any]]:
     """Numbers of sinks and of recent tokens."""
     return {
         f"{preset}, sink_tokens={sinks}, recent_tokens={recent}": {
@@ -37,7 +45,7 @@ def kept_tokens() -> dict[str, dict[str, Any]]:
             "recent_tokens": recent,
         }
         for preset in ("tq4", "tq2")
-        for sinks, recent in KEPT_TOKENS
+        for sinks, recent in numbers
     }
 
 
@@ -90,29 +98,36 @@ def kept_table(scores: Mapping[str, Any]) -> str:
 FIGURES = {
     "scale-rules": lambda: scale_table(read_result("cache_options")["scores"]),
     "kept-tokens": lambda: kept_table(read_result("kept_tokens_smollm2")["scores"]),
+    "kept-tokens-window": lambda: kept_table(read_result("kept_tokens_window_smollm2")["scores"]),
 }
 
 
 def main() -> None:
-    """Score all variants and write results/cache_options.json, or with --kept results/kept_tokens_MODEL.json."""
+    """Score all variants and write results/cache_options.json, with --kept results/kept_tokens[_window]_MODEL.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2", help="smollm2, qwen2.5-coder-1.5b, hub id, folder or GGUF file")
     parser.add_argument("--kept", action="store_true", help="numbers of sinks and recent tokens")
+    parser.add_argument("--window", type=int, help="with --kept, defaults and codes only, where tokens see a window")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--num-tokens", type=int, default=3072)
     arguments = parser.parse_args()
 
+    if arguments.window and not arguments.kept:
+        parser.error("--window needs --kept")
+
     loaded = load_model(find_model(arguments.model), "cpu")
+    model = with_window(loaded.model, arguments.window) if arguments.window else loaded.model
     encoded = loaded.tokenizer(article(), return_tensors="pt")
     input_ids = encoded["input_ids"][:, : arguments.num_tokens]
-    config = loaded.model.config
-    variants = kept_tokens() if arguments.kept else options()
+    config = model.config
+    numbers = ((0, 0), (1, 8)) if arguments.window else KEPT_TOKENS
+    variants = kept_tokens(numbers) if arguments.kept else options()
     caches = {name: TurboQuantCache(config, **kwargs) for name, kwargs in variants.items()}
     num_forwards = -(-input_ids.shape[1] // arguments.chunk_size) * (len(caches) + 1)
     with Progress() as progress:
         task = progress.add_task("scoring", total=num_forwards)
         scores = score_caches(
-            loaded.model,
+            model,
             input_ids,
             DynamicCache(config=config),
             caches,
@@ -128,10 +143,12 @@ def main() -> None:
     }
     for name, row in rows.items():
         print(f"{name:58s} KL {row['mean_kl']:.4f}  top-1 {row['top1_agreement']:.3f}")
+    kind = "kept_tokens_window" if arguments.window else "kept_tokens"
     path = write_result(
-        f"kept_tokens_{file_stem(arguments.model)}" if arguments.kept else "cache_options",
+        f"{kind}_{file_stem(arguments.model)}" if arguments.kept else "cache_options",
         {
             "model": loaded.name,
+            **({"window": arguments.window} if arguments.window else {}),
             "text": "Encyclopaedia Britannica, 1911, Shakespeare",
             "num_tokens": input_ids.shape[1],
             "chunk_size": arguments.chunk_size,
