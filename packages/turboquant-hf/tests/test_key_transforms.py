@@ -202,7 +202,7 @@ def test_a_file_of_means_alone_changes_nothing(tiny_model, prompt, calibrated, n
 
 def test_a_file_serves_its_model_and_all_of_its_layers(tiny_config, calibrated, tmp_path):
     path = calibrated({0: TRANSFORMS[0]})
-    with pytest.raises(ValueError, match=r"a/model have none for layer 1\. .*turboquant calibrate"):
+    with pytest.raises(ValueError, match=r"a/model has none for layer 1\. .*turboquant calibrate"):
         TurboQuantCache(tiny_config(), key_transforms=path)
     TurboQuantCache(tiny_config(), key_transforms=str(path), skip_layers=[-1])
     with pytest.raises(ValueError, match="hidden_size 64 and 128"):

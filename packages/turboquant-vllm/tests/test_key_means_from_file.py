@@ -28,7 +28,10 @@ def model_config(folder):
 def write_means(path, folder):
     # Unlike one another, and so large that a head with the mean of another one is hardly stored at all.
     random = torch.Generator().manual_seed(0)
-    layers = {layer: KeyTransform(5 * torch.randn(2, 64, generator=random)) for layer in range(4)}
+    layers = {}
+    for layer in range(4):
+        mean, scale, order = torch.randn(3, 2, 64, generator=random)
+        layers[layer] = KeyTransform(5 * mean, (scale / 2).exp(), order.argsort(-1))
     write_calibration(path, Calibration(layers, identity(folder), str(folder), num_tokens=100))
     return str(path)
 
@@ -64,7 +67,7 @@ def test_a_missing_a_truncated_and_a_foreign_file_are_refused(tiny_model, means_
     cut.write_bytes(Path(whole).read_bytes()[:-9])
     with pytest.raises(ValueError, match="is truncated"):
         calibration_of(config, str(cut))
-    with pytest.raises(ValueError, match="holds no key means that can be used: its format is"):
+    with pytest.raises(ValueError, match="holds no calibration that can be used: its format is"):
         calibration_of(config, str(folder / "model.safetensors"))
 
 
@@ -107,8 +110,9 @@ def test_a_stage_of_two_ranks_gives_its_layers_their_means(monkeypatch, tiny_mod
     )
     from_file.give_key_means(path, layers, config)
     for index, layer in zip((2, 3), layers.values(), strict=True):
-        expected = read_calibration(path).layers[index].mean[rank : rank + 1]
-        torch.testing.assert_close(layer.impl.key_transform.settled.mean, expected, rtol=0, atol=0)
+        expected = read_calibration(path).layers[index].shard(slice(rank, rank + 1))
+        for part, of_file in zip(layer.impl.key_transform.settled.parts, expected.parts, strict=True):
+            assert torch.equal(part, of_file)
 
 
 EIGHT_BITS = {"key_bits": 8, "value_bits": 8}

@@ -30,7 +30,7 @@ class Calibration:
         layers: Layer index to transform, of tensors without rows; sizes may differ between layers.
         model: The model whose keys they are.
         source: What that model was called when they were taken: a hub id or a path. Informs only.
-        num_tokens: Tokens that each was taken over.
+        num_tokens: Tokens that it was measured on.
     """
 
     layers: Mapping[int, KeyTransform]
@@ -40,9 +40,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not self.layers:
-            raise ValueError("there is no layer with a key mean")
+            raise ValueError("there is no layer with a transform of keys")
         if self.num_tokens < 1:
-            raise ValueError(f"num_tokens is {self.num_tokens}; a mean is taken over at least 1")
+            raise ValueError(f"num_tokens is {self.num_tokens}; a calibration is measured on at least 1")
         for layer_index, transform in self.layers.items():
             _check_layer(layer_index, transform, self.model.num_layers)
 
@@ -59,7 +59,7 @@ class Calibration:
         """
         transform = self.layers.get(layer_index)
         if transform is None:
-            raise ValueError(f"the key means of {self.source} have none for layer {layer_index}. {_REMEDY}")
+            raise ValueError(f"the calibration of {self.source} has none for layer {layer_index}. {_REMEDY}")
         try:
             transform.check(num_kv_heads, head_dim)
         except ValueError as error:
@@ -96,7 +96,7 @@ def read_calibration(path: str | os.PathLike[str], model: ModelIdentity | None =
         ValueError: If the file is damaged, something else, or belongs to another model.
     """
     path = Path(path)
-    with reading(path, "key means", _REMEDY), open_safetensors(path) as file:
+    with reading(path, "calibration", _REMEDY), open_safetensors(path) as file:
         metadata = file.metadata() or {}
         check_format(metadata, FORMAT, str(FORMAT_VERSION))
         if missing := [name for name in ("model", "source", "num_tokens") if name not in metadata]:
@@ -112,7 +112,7 @@ def read_calibration(path: str | os.PathLike[str], model: ModelIdentity | None =
             source=metadata["source"],
             num_tokens=_number(metadata["num_tokens"]),
         )
-    calibration.model.check_is(model, f"{path} holds the key means of {calibration.source:.200}", _REMEDY)
+    calibration.model.check_is(model, f"{path} holds the calibration of {calibration.source:.200}", _REMEDY)
     return calibration
 
 
@@ -137,7 +137,7 @@ def _number(text: str) -> int:
 
 def _check_layer(layer_index: int, transform: KeyTransform, num_layers: int) -> None:
     if not 0 <= layer_index < num_layers:
-        raise ValueError(f"there is a key mean for layer {layer_index} of a model of {num_layers} layers")
+        raise ValueError(f"there is a transform of keys for layer {layer_index} of a model of {num_layers} layers")
     shapes = [tuple(tensor.shape) for tensor in transform.tensors().values()]
     if not shapes:
         raise ValueError(f"the transform of layer {layer_index} is the identity, which is not written to a file")

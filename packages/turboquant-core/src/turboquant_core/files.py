@@ -94,7 +94,7 @@ def reading(path: Path, content: str, remedy: str) -> Iterator[None]:
 
     Args:
         path: The file, which has to be there.
-        content: What it is to hold, such as "key means".
+        content: What it is to hold, such as "calibration".
         remedy: What to do about a file that is missing or refused, a sentence.
 
     Raises:

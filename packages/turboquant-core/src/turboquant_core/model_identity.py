@@ -145,7 +145,7 @@ class ModelIdentity:
 
         Args:
             model: The model that it is to be used for.
-            found: What belongs to this model, such as "FILE holds the key means of MODEL".
+            found: What belongs to this model, such as "FILE holds the calibration of MODEL".
             remedy: What to do about it, a sentence.
 
         Raises:

@@ -9,7 +9,7 @@ from turboquant_core.model_identity import ModelIdentity
 
 
 def calibration_of(model_config: Any, path: str) -> Calibration:
-    """The key means in a file, for the model that vLLM's `model_config` describes.
+    """The calibration in a file, for the model that vLLM's `model_config` describes.
 
     Raises:
         FileNotFoundError: If there is no such file.

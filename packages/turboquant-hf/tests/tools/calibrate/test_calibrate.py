@@ -30,7 +30,7 @@ def test_a_file_that_belongs_to_the_model(tiny_model, tiny_model_folder, tmp_pat
     path = tmp_path / "turboquant.safetensors"
     outcome = run(tiny_model_folder, "--out", path, "--tokens", 600, "--device", "cpu")
     assert outcome.exit_code == 0, outcome.output
-    assert "key means of 2 layers" in said(outcome)
+    assert "calibration of 2 layers" in said(outcome)
     assert "over 480 tokens" in said(outcome)
     calibration = read_calibration(path, ModelIdentity.of(tiny_model.config, "LlamaForCausalLM"))
     assert (calibration.num_tokens, calibration.source) == (480, str(tiny_model_folder))

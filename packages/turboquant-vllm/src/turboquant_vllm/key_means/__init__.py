@@ -1,1 +1,1 @@
-"""Key means, given to layers before anything is stored: of a calibration file, or of the texts that ship."""
+"""What keys go through, settled before anything is stored: of a calibration file, or means of the texts that ship."""

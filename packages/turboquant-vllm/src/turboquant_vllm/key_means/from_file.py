@@ -1,4 +1,4 @@
-"""Key means of a calibration file, for the layers and heads of this process."""
+"""What keys go through by a calibration file, for the layers and heads of this process."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from turboquant_vllm.artifacts import calibration_of
 
 
 def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> None:
-    """Give the layers of one group their means, whichever of the model's layers and KV heads they are.
+    """Give the layers of one group their transforms, whichever of the model's layers and KV heads they are.
 
     Raises:
         FileNotFoundError: If there is no such file.

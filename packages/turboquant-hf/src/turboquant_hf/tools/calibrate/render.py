@@ -25,7 +25,7 @@ def summary(
     path: str, model: str, layers: Mapping[int, MeasuredLayer], *, num_tokens: int, num_held_out: int
 ) -> Iterator[str]:
     """Lines that say what was written, what it gains, and what was left."""
-    yield f"{path}: key means of {len(layers)} layers of {model}, over {num_tokens:,} tokens"
+    yield f"{path}: calibration of {len(layers)} layers of {model}, over {num_tokens:,} tokens"
     scaled = [layer for layer in layers.values() if layer.kind != CENTRED]
     if scaled:
         before, after = (
