@@ -227,6 +227,22 @@ def test_dense_attention_keeps_to_the_type_of_its_keys(tiny_model, options):
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"s_aux": torch.zeros(4, device=DEVICE)}], ids=str)
+@pytest.mark.parametrize("sizes", [FullPrecisionSizes(), FullPrecisionSizes(1, 8), FullPrecisionSizes(20, 20)])
+@pytest.mark.parametrize("query_len", [1, 3, 12])
+def test_a_model_may_take_a_view_of_the_output(tiny_model, sizes, query_len, options):
+    # As AFMoE does.
+    module = tiny_model.model.layers[0].self_attn
+    store = growing_store(TurboQuantConfig(64, 4, 4), 2, 2, torch.float32, DEVICE, sizes)
+    keys = torch.randn(2, 2, 10 + query_len, 64, device=DEVICE)
+    store.append(keys[:, :, :10], keys[:, :, :10])
+    given = Stored(store, store.append_parts(keys[:, :, 10:], keys[:, :, 10:]))
+    query = torch.randn(2, 4, query_len, 64, device=DEVICE)
+    for states in (hand_over(given, keys.shape, keys.dtype, DEVICE), (keys, keys)):
+        output, _ = turboquant_attention(module, query, *states, None, **options)
+        assert output.view(2, query_len, -1).shape == (2, query_len, 256)
+
+
 def test_a_position_bias_with_softcap_is_refused(tiny_model):
     states = torch.randn(1, 2, 5, 64, device=DEVICE)
     module, bias = tiny_model.model.layers[0].self_attn, torch.zeros(1, 2, 5, 5, device=DEVICE)

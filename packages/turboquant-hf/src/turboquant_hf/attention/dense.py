@@ -38,7 +38,7 @@ def dense_attention(
         **kwargs: What `sdpa_attention_forward` takes.
 
     Returns:
-        [batch_size, query_len, num_heads, head_dim], and None for weights.
+        [batch_size, query_len, num_heads, head_dim], contiguous, and None for weights.
     """
     num_heads, query_len = query.shape[1:3]
     num_tokens = key.shape[2]
@@ -61,7 +61,7 @@ def dense_attention(
         part = query[:, :, first : first + step]
         mask = None if attention_mask is None else attention_mask[:, :, first : first + step]
         outputs.append(_attend(part, key, value, mask, dropout, scaling, softcap, sinks))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def is_causal(module: torch.nn.Module, *, is_causal: bool | None = None, **_: Any) -> bool:

@@ -64,7 +64,8 @@ def turboquant_attention(
         **kwargs: What `sdpa_attention_forward` takes.
 
     Returns:
-        [batch_size, query_len, num_heads, head_dim], and None for weights, which are never formed.
+        [batch_size, query_len, num_heads, head_dim], contiguous, for some models take a view of it, and None for
+        weights, which are never formed.
 
     Raises:
         TypeError: If the mask is no bool or additive tensor.

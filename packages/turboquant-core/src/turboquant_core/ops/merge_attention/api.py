@@ -33,7 +33,7 @@ def merge_attention(
         sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
 
     Returns:
-        [batch_size, query_len, num_heads, head_dim], of the query's type.
+        [batch_size, query_len, num_heads, head_dim], of the query's type, contiguous.
     """
     # What torch.compile traces it fuses by itself.
     if query.is_cuda and not torch.compiler.is_compiling():

@@ -32,4 +32,4 @@ def merge_attention(
     output = output.view(query.shape).transpose(1, 2)
     if codes is not None:
         output = output + weights[..., num_dense].transpose(1, 2)[..., None] * codes[0]
-    return output.to(query.dtype)
+    return output.to(query.dtype).contiguous()
