@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from transformers import QuantizedCache
 
@@ -18,7 +20,8 @@ WINDOW = 128
 UNCOMPRESSED = "uncompressed"
 TURBOQUANT = "turboquant"
 
-NewCache = Callable[[PreTrainedConfig], Cache]
+NewCache = Callable[..., Cache]
+"""Makes an empty cache for a model's configuration; ours take options of `TurboQuantCache` too."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class NamedCache:
         name: How it is asked for.
         family: Whose it is: "uncompressed", "turboquant", "quanto", "hqq" or "fp8".
         made_with: What it is made with, for the reader.
-        new: An empty one for a model's configuration.
+        new: Makes an empty one.
         package: The distribution that it needs.
         module: The module by which that is found.
     """
@@ -40,6 +43,10 @@ class NamedCache:
     new: NewCache
     package: str | None = None
     module: str = ""
+
+    def calibrated(self, config: PreTrainedConfig, calibration: Path | None) -> Cache:
+        """An empty cache for a model, if it is ours with the file of `turboquant calibrate`, where there is one."""
+        return self.new(config, key_transforms=calibration) if self.is_ours and calibration else self.new(config)
 
     @property
     def is_ours(self) -> bool:
@@ -62,7 +69,10 @@ class NamedCache:
 
 
 def _ours(preset: str) -> NamedCache:
-    return NamedCache(preset, TURBOQUANT, f"preset {preset}", lambda config: TurboQuantCache(config, preset))
+    def new(config: PreTrainedConfig, **options: Any) -> Cache:
+        return TurboQuantCache(config, preset, **options)
+
+    return NamedCache(preset, TURBOQUANT, f"preset {preset}", new)
 
 
 def quantized_cache(backend: str, nbits: int, axis_key: int, axis_value: int) -> NewCache:

@@ -4,8 +4,12 @@ from dataclasses import replace
 from importlib.metadata import entry_points
 
 import pytest
+import torch
 from transformers import BertConfig, DynamicCache, LlamaForCausalLM
 
+from turboquant_core.calibration import Calibration, write_calibration
+from turboquant_core.key_transform import KeyTransform
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf import TurboQuantCache
 from turboquant_hf._compat import HAS_FP8_CACHE
 from turboquant_hf.scoring import score_caches
@@ -54,6 +58,50 @@ def test_quality_is_what_scoring_says_and_bytes_are_those_of_bfloat16(finished, 
     # Codes of 4 bits and a scale for each vector, tokens that are kept as they are, and room for those to come.
     codes = 2 * 2 * 2 * (64 * 4 / 8 + 2)
     assert codes < found["bytes_per_token"] < 1.5 * codes
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_model, tmp_path_factory):
+    """A calibration file whose scale makes every key worse."""
+    path = tmp_path_factory.mktemp("calibration") / "turboquant.safetensors"
+    transform = KeyTransform(scale=torch.linspace(-3, 3, 64).exp().repeat(2, 1))
+    identity = ModelIdentity.of(tiny_model.config, "LlamaForCausalLM")
+    write_calibration(path, Calibration({0: transform, 1: transform}, identity, "a/model", num_tokens=9))
+    return path
+
+
+def test_presets_are_measured_with_a_calibration_file(
+    finished, run_eval, tiny_model, tiny_model_folder, tmp_path, calibration, said
+):
+    path, options = tmp_path / "run.json", ("--measure", "quality", "--measure", "layers", "--calibration", calibration)
+    outcome = run_eval(tiny_model_folder, "--out", path, *options)
+    assert outcome.exit_code == 0, outcome.output
+    found, plain = results(path), results(finished[0])
+    assert found["quality/uncompressed"] == plain["quality/uncompressed"]
+    for name in ("tq4", "k8v4"):
+        assert found[f"quality/{name}"]["mean_kl"] > plain[f"quality/{name}"]["mean_kl"]
+        for layer, without in zip(found[f"layers/{name}"]["layers"], plain[f"layers/{name}"]["layers"], strict=True):
+            assert layer["key_error"] > 1.5 * without["key_error"]
+            assert layer["value_error"] == without["value_error"]
+    refused = run_eval(tiny_model_folder, "--out", path, *options[:-2])
+    assert refused.exit_code == 2
+    assert "calibration sha256" in said(refused)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--calibration", "none.safetensors"), "cannot read none.safetensors"),
+        (("--cache", "tq2.5"), "key_bits are 2.5"),
+    ],
+)
+def test_a_calibration_that_does_not_do_is_refused_at_once(
+    run_eval, tiny_model_folder, tmp_path, calibration, said, options, reason
+):
+    outcome = run_eval(tiny_model_folder, "--out", tmp_path / "run.json", "--calibration", calibration, *options)
+    assert outcome.exit_code == 2
+    assert reason in said(outcome)
+    assert not any("results" in file.read_text() and results(file) for file in tmp_path.iterdir())
 
 
 def test_again_gives_the_same(finished, run_eval, tiny_model_folder, tmp_path):

@@ -34,6 +34,9 @@ def evaluate(
     measure: Annotated[
         list[str] | None, typer.Option(help=f"Measurement, repeatable: {', '.join(MEASUREMENTS)}. Default: all.")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of `turboquant calibrate` with which presets are measured.")
+    ] = None,
     text: TextOption = None,
     tokens: Annotated[
         int,
@@ -59,7 +62,8 @@ def evaluate(
     same command goes on from there.
     """
     outputs = [Output("--out", out, None), json_output("eval", json_target)]
-    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
+    inputs = {"MODEL": model, "--text": text, "--calibration": calibration}
+    check_outputs(outputs, inputs, force=force)
     measurements = _measurements(measure)
 
     from turboquant_hf.tools.eval.evaluation import Evaluation
@@ -76,7 +80,7 @@ def evaluate(
         refuse_differences,
         typed_command,
     )
-    from turboquant_hf.tools.run_files.provenance import environment, model_identity, text_digest
+    from turboquant_hf.tools.run_files.provenance import environment, file_digest, model_identity, text_digest
     from turboquant_hf.tools.terminal import consoles
 
     console, errors = consoles()
@@ -93,6 +97,7 @@ def evaluate(
         needle_depths=tuple(number / (needle_depths - 1) for number in range(needle_depths)),
         greedy_tokens=greedy_tokens,
         seed=seed,
+        calibration_sha256=None if calibration is None else file_digest(calibration),
     )
     header = {"settings": settings.to_dict(), "environment": environment(device)}
     begun = has_begun(out, EVAL, force=force) or resume
@@ -104,11 +109,11 @@ def evaluate(
         run = begin(out, EVAL, whole, "--out", summarise, force=force)
     refuse_differences(run, {"model": identity}, "--out")
     with keeping(run, out, f"measure {loaded.name}"):
-        evaluation = Evaluation(loaded, settings, content)
+        evaluation = Evaluation(loaded, settings, content, calibration)
         _measure(evaluation, run, len(missing_units(settings, run.results)), errors)
     summary = summarise(run)
     # Another program may have written there meanwhile.
-    check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
+    check_outputs(outputs, inputs, force=force)
     if json_target is not None:
         write_json("eval", summary.to_dict(), json_target)
     if json_target != STDOUT:

@@ -1,6 +1,7 @@
 """Measure what is missing in a run file."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from turboquant_core.command_output import not_finite
 from turboquant_core.config import preset_bits
 from turboquant_hf._compat import Cache, with_cache
+from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.scoring import score_caches
 from turboquant_hf.tools.caches import CACHES, UNCOMPRESSED, WINDOW
 from turboquant_hf.tools.eval.cache_bytes import bytes_per_token
@@ -31,17 +33,22 @@ class Evaluation:
         loaded: The model.
         settings: What is measured.
         text: The text.
+        calibration: The file of `turboquant calibrate` that our caches are made with, or None.
 
     Raises:
-        ValueError: If the text is too short, the model's context is, or a needle does not fit.
+        ValueError: If the text is too short, the model's context is, a needle does not fit, or a cache cannot be made
+            with the file.
     """
 
-    def __init__(self, loaded: LoadedModel, settings: EvalSettings, text: str) -> None:
+    def __init__(self, loaded: LoadedModel, settings: EvalSettings, text: str, calibration: Path | None = None) -> None:
         self._model = loaded.model
         self._tokenizer = loaded.tokenizer
         self._settings = settings
+        self._calibration = calibration
         self._text_ids: torch.Tensor = loaded.tokenizer(text, return_tensors="pt")["input_ids"][0]
         _check_lengths(loaded, settings, len(self._text_ids))
+        for name in settings.caches if calibration else ():
+            self._new(name)
         for unit in all_units(settings):
             if unit.measurement == "needle":
                 self._needle(unit)
@@ -111,7 +118,9 @@ class Evaluation:
         return {**score.to_dict(), "bytes_per_token": nbytes}
 
     def _layers(self, name: str) -> dict[str, Any]:
-        errors = layer_errors(self._model, self._ids(self._settings.layer_tokens), {name: preset_bits(name)})
+        layers = enumerate(self._new(name).layers)
+        given = {index: layer.key_transform for index, layer in layers if isinstance(layer, TurboQuantLayer)}
+        errors = layer_errors(self._model, self._ids(self._settings.layer_tokens), {name: preset_bits(name)}, given)
         return {"layers": [error.to_dict() for error in errors[name]]}
 
     def _greedy(self, name: str) -> dict[str, Any]:
@@ -129,7 +138,7 @@ class Evaluation:
         return needle_prompt(self._tokenizer, self._text_ids, unit.length, unit.depth, self._settings.seed)
 
     def _new(self, name: str) -> Cache:
-        return CACHES[name].new(self._model.config)
+        return CACHES[name].calibrated(self._model.config, self._calibration)
 
     def _ids(self, num_tokens: int) -> torch.Tensor:
         """The first tokens of the text, int64 [1, num_tokens]."""

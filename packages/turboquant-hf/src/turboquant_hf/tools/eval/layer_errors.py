@@ -1,12 +1,14 @@
 """What quantising does to each attention layer alone: keys, values and the layer's output."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_hf._compat import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -31,7 +33,10 @@ Bits = tuple[float, float]
 
 @torch.no_grad()
 def layer_errors(
-    model: PreTrainedModel, input_ids: torch.Tensor, bits: Mapping[str, Bits]
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    bits: Mapping[str, Bits],
+    key_transforms: Mapping[int, KeyTransform] = MappingProxyType({}),
 ) -> dict[str, list[LayerError]]:
     """The errors of every layer that `TurboQuantCache` compresses, each on its true inputs.
 
@@ -43,11 +48,12 @@ def layer_errors(
         model: The model.
         input_ids: int64 [1, num_tokens].
         bits: Name to (key_bits, value_bits).
+        key_transforms: Layer index to what its keys go through, as `TurboQuantCache` is given it.
 
     Returns:
         The errors by name, in the order of the layers.
     """
-    probe = _Probe(compressed_layers(model.config), bits)
+    probe = _Probe(compressed_layers(model.config), bits, key_transforms)
     AttentionInterface.register(PROBE, probe.attend)
     AttentionMaskInterface.register(PROBE, sdpa_mask)
     with attending(model, PROBE):
@@ -59,10 +65,13 @@ def layer_errors(
 class _Probe:
     """An attention function that measures on the way."""
 
-    def __init__(self, layers: frozenset[int], bits: Mapping[str, Bits]) -> None:
+    def __init__(
+        self, layers: frozenset[int], bits: Mapping[str, Bits], key_transforms: Mapping[int, KeyTransform]
+    ) -> None:
         self.errors: dict[str, list[LayerError]] = {name: [] for name in bits}
         self._layers = layers
         self._bits = bits
+        self._key_transforms = key_transforms
 
     def attend(
         self,
@@ -91,6 +100,7 @@ class _Probe:
             for name, (key_bits, value_bits) in self._bits.items():
                 config = TurboQuantConfig(key.shape[-1], key_bits, value_bits)
                 store = growing_store(config, key.shape[0], key.shape[1], key.dtype, key.device, _KEPT)
+                store.pages.settle(self._key_transforms.get(index, IDENTITY))
                 given = Stored(store, store.append_parts(key, value))
                 output = attention(*hand_over(given, key.shape, key.dtype, key.device))
                 keys, values = store.stored(key.dtype)

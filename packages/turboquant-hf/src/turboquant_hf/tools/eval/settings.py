@@ -27,6 +27,7 @@ class EvalSettings:
         needle_depths: Depths at which it lies, 0 to 1.
         greedy_tokens: Tokens of a greedy continuation.
         seed: Picks the needles.
+        calibration_sha256: Digest of the calibration file that our caches are made with; None without one.
     """
 
     caches: tuple[str, ...]
@@ -39,10 +40,13 @@ class EvalSettings:
     needle_depths: tuple[float, ...]
     greedy_tokens: int
     seed: int
+    calibration_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        data = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        # As it was before there was the setting.
+        return {key: value for key, value in data.items() if value is not None}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "EvalSettings":
@@ -51,6 +55,7 @@ class EvalSettings:
         Raises:
             ValueError: If a field is missing, unknown, of another type, or nothing that can be measured.
         """
+        data = {"calibration_sha256": None, **data}
         names = [field.name for field in fields(cls)]
         if sorted(data) != sorted(names):
             raise ValueError(f"settings are {', '.join(names)}")
@@ -66,7 +71,8 @@ class EvalSettings:
             raise ValueError("a setting is no number of tokens")
         if not all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in settings.needle_depths):
             raise ValueError("a depth is none from 0 to 1")
-        if not all(isinstance(name, str) for name in (*settings.caches, *settings.measurements)):
+        digests = (settings.text_sha256, settings.calibration_sha256 or "")
+        if not all(isinstance(name, str) for name in (*settings.caches, *settings.measurements, *digests)):
             raise ValueError("a name is no text")
         if unknown := [name for name in settings.measurements if name not in MEASUREMENTS]:
             raise ValueError(f"there is no measurement {unknown[0]!r}")

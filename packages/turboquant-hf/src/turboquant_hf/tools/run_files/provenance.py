@@ -3,10 +3,12 @@
 import hashlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from turboquant_core.command_output import CommandError
 from turboquant_hf.tools.models import LoadedModel
 
 PACKAGES = ("torch", "transformers", "turboquant-core", "turboquant-hf", "optimum-quanto", "hqq")
@@ -17,6 +19,19 @@ FINGERPRINT_WEIGHTS = 8
 def text_digest(text: str) -> str:
     """The digest of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file.
+
+    Raises:
+        CommandError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CommandError(f"cannot read {path}: {error}") from error
 
 
 def environment(device: str) -> dict[str, Any]:
