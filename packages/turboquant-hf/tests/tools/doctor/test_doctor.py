@@ -20,7 +20,10 @@ from transformers import (
 from typer.testing import CliRunner
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
+from turboquant_core.calibration import Calibration, write_calibration
 from turboquant_core.commands import app
+from turboquant_core.key_transform import KeyTransform
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_hf._compat import CACHE_ARGUMENT, gguf_weights_in_full
 from turboquant_hf.tools import models
 from turboquant_hf.tools.doctor import checkpoint as checkpoints
@@ -33,6 +36,7 @@ from turboquant_hf.tools.doctor.key_bias import key_biases as read_key_biases
 from turboquant_hf.tools.models import load_model
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 16}
+MEANS_ALONE = KeyTransform(torch.zeros(4, 64))
 
 
 def run(*arguments):
@@ -148,9 +152,6 @@ def test_large_key_biases_raise_the_alarm(model, key_biases):
     assert [layer["alarm"] for layer in data["key_bias"]["layers"]] == [True, False, False]
     # The bias times the root of the distortion of 4 bits at head_dim 128.
     assert data["key_bias"]["layers"][0]["logit_error"] == pytest.approx(80 * 0.009315**0.5, rel=1e-3)
-    command = data["engines"]["vllm"]["command"]
-    assert command.startswith(f"turboquant calibrate {folder} --out turboquant.safetensors\nvllm serve")
-    assert '"calibration": "turboquant.safetensors"' in command
     assert "ALARM" in said(run(folder))
     assert "leave center_keys on" in said(run(folder))
 
@@ -160,7 +161,6 @@ def test_small_biases_or_none_do_not(model, key_biases):
         data = found(model("qwen2", tensors))[1]
         assert not data["key_bias"]["alarm"]
         assert data["key_bias"]["read"] == are_read
-        assert data["engines"]["vllm"]["command"].startswith("vllm serve")
 
 
 def test_the_keys_of_a_fused_bias_lie_after_the_queries(model):
@@ -247,10 +247,14 @@ def test_a_gguf_file_that_is_cut_off(gguf_file, kept):
         load_model(str(gguf_file), "cpu")
 
 
-def test_the_code_for_transformers_runs(tmp_path):
-    LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=64)).save_pretrained(tmp_path / "tiny")
+def test_the_code_for_transformers_runs(tmp_path, monkeypatch):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, head_dim=64))
+    model.save_pretrained(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    identity, transforms = ModelIdentity.of(model.config, "LlamaForCausalLM"), dict.fromkeys((0, 1), MEANS_ALONE)
+    write_calibration("turboquant.safetensors", Calibration(transforms, identity, "tiny", num_tokens=9))
     code = found(tmp_path / "tiny")[1]["engines"]["transformers"]["command"]
-    assert f"{CACHE_ARGUMENT}=TurboQuantCache(" in code
+    assert f"{CACHE_ARGUMENT}=cache)" in code
     exec(code, {"inputs": {"input_ids": torch.ones(1, 8, dtype=torch.long), "max_new_tokens": 2}})
 
 
@@ -270,8 +274,20 @@ def test_without_a_network_the_cache_is_read(model, monkeypatch, key_biases):
 def test_heads_below_128_get_more_key_bits(model):
     data = found(model("gpt-oss"))[1]
     assert data["recommended"]["preset"] == "k6v4"
-    assert '{"turboquant": {"preset": "k6v4"}}' in data["engines"]["vllm"]["command"]
+    assert '{"turboquant": {"preset": "k6v4", "calibration": ' in data["engines"]["vllm"]["command"]
     assert found(model("llama"))[1]["recommended"]["preset"] == "tq4"
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "llama", "gemma3"])
+def test_both_engines_are_given_a_calibration_file(model, name):
+    folder = model(name)
+    calibrate = f"turboquant calibrate {folder} --out turboquant.safetensors\n"
+    engines = found(folder)[1]["engines"]
+    serve, code = (engines[engine]["command"] for engine in ("vllm", "transformers"))
+    assert serve.startswith(f"{calibrate}vllm serve")
+    assert '"calibration": "turboquant.safetensors"' in serve
+    assert code.startswith(f"# First, in a shell: {calibrate}")
+    assert 'key_transforms="turboquant.safetensors"' in code
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "llama", "gemma3"])

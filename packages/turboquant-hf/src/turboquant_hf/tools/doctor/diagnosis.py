@@ -93,11 +93,12 @@ class Diagnosis:
 
     def commands(self) -> dict[str, str]:
         """Engine to what runs the model with the recommended preset."""
+        calibrate = f"turboquant calibrate {shlex.quote(self.checkpoint.name)} --out {CALIBRATION_FILE}"
         commands = {}
         if self.verdicts["vllm"].is_served:
-            commands["vllm"] = self._vllm_command()
+            commands["vllm"] = f"{calibrate}\n{self._vllm_command()}"
         if self.verdicts["transformers"].is_served:
-            commands["transformers"] = self._transformers_code()
+            commands["transformers"] = f"# First, in a shell: {calibrate}\n{self._transformers_code()}"
         return commands
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,18 +139,11 @@ class Diagnosis:
 
     def _vllm_command(self) -> str:
         name = shlex.quote(self.checkpoint.name)
-        settings = {} if self.preset == "tq4" else {"preset": self.preset}
-        lines = []
-        if self.alarms:
-            # Means of a file do not depend on which prompt comes first.
-            settings["calibration"] = CALIBRATION_FILE
-            lines.append(f"turboquant calibrate {name} --out {CALIBRATION_FILE}")
+        settings = ({} if self.preset == "tq4" else {"preset": self.preset}) | {"calibration": CALIBRATION_FILE}
         serve = f"vllm serve {name} --attention-backend CUSTOM"
         if self.checkpoint.config.model_type in BIDIRECTIONAL_IMAGES:
             serve += " --language-model-only"
-        if settings:
-            serve += f" --additional-config {shlex.quote(json.dumps({'turboquant': settings}))}"
-        return "\n".join([*lines, serve])
+        return f"{serve} --additional-config {shlex.quote(json.dumps({'turboquant': settings}))}"
 
     def _transformers_code(self) -> str:
         source, kwargs = model_source(self.checkpoint.name)
@@ -164,7 +158,8 @@ class Diagnosis:
             f"from transformers import {', '.join(imported)}\n"
             "from turboquant_hf import TurboQuantCache\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
-            f'model.generate(**inputs, {CACHE_ARGUMENT}=TurboQuantCache(model.config, "{self.preset}"))'
+            f'cache = TurboQuantCache(model.config, "{self.preset}", key_transforms="{CALIBRATION_FILE}")\n'
+            f"model.generate(**inputs, {CACHE_ARGUMENT}=cache)"
         )
 
 

@@ -23,7 +23,13 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
             console.print(Text.assemble((f"{ENGINE_NAMES[engine]} refuses: ", "bold red"), refusal))
     commands = diagnosis.commands()
     if commands:
-        console.print(Text.assemble(("recommended: ", "bold"), f"{diagnosis.preset}. {diagnosis.reason}."))
+        console.print(
+            Text.assemble(
+                ("recommended: ", "bold"),
+                f"{diagnosis.preset} and a calibration file, with which keys lose less at the same bytes. "
+                f"{diagnosis.reason}.",
+            )
+        )
     titled = {ENGINE_NAMES[engine]: command for engine, command in commands.items()}
     if diagnosis.measurement:
         titled = {"what it loses": diagnosis.measurement, **titled}
