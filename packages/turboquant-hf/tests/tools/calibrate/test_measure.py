@@ -190,8 +190,8 @@ def test_what_is_said_of_it():
         sum(layer.errors[kind] for layer in found.layers.values()) / 2 for kind in ("mean", "scale and order")
     )
     assert said(found) == (
-        "a.safetensors: calibration of 2 layers of a/model, over 690 tokens 2 of them scaled: with keys of 3 bits "
-        f"their attention errs by {after:.2%} instead of {before:.2%} (squares, on 200 tokens that were held out)"
+        "a.safetensors: calibration of 2 layers of a/model, over 690 tokens 2 of them scaled: with keys of 3 bits the "
+        f"squared error of their attention is {after:.2%} instead of {before:.2%}, on 200 tokens that were held out"
     )
 
 

@@ -32,8 +32,8 @@ def summary(
             sum(layer.errors[name or layer.kind] for layer in scaled) / len(scaled) for name in (CENTRED, None)
         )
         yield (
-            f"{len(scaled)} of them scaled: with keys of {KEY_BITS} bits their attention errs by {after:.2%} instead "
-            f"of {before:.2%} (squares, on {num_held_out:,} tokens that were held out)"
+            f"{len(scaled)} of them scaled: with keys of {KEY_BITS} bits the squared error of their attention is "
+            f"{after:.2%} instead of {before:.2%}, on {num_held_out:,} tokens that were held out"
         )
     places: dict[str, list[str]] = defaultdict(list)
     for index, layer in layers.items():
