@@ -59,12 +59,17 @@ class MSEQuantizer:
         Raises:
             ValueError: If the last dimension is not `head_dim`, or x is not floating point.
         """
+        codes, scales = self.codes_of(x)
+        return QuantizedTensor(pack(codes, self.bits, check=False), scales)
+
+    def codes_of(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `quantize` packs: codes uint8 [..., head_dim] and stored scales float16 [..., 1]."""
         norm, unit = split_norm(x, self.head_dim)
         unit = self.rotation.rotate(unit)
         tables = codebook_tables(self.head_dim, self.bits, unit.device, unit.dtype)
         nearest = torch.bucketize(unit, tables.boundaries, out_int32=True)
         scale = corrected_scale(norm, unit, _look_up(tables.centroids, nearest), self.scale)
-        return QuantizedTensor(pack(_look_up(tables.codes, nearest), self.bits, check=False), encode_scale(scale))
+        return _look_up(tables.codes, nearest), encode_scale(scale)
 
     def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The vectors x̂ [..., head_dim] in the given type.
@@ -78,9 +83,12 @@ class MSEQuantizer:
         """Πx̂, float32 [..., head_dim]: what attention on codes multiplies with a rotated query."""
         if q.scales.shape != (*q.shape, 1):
             raise ValueError(f"scales are {list(q.scales.shape)}; codes {list(q.codes.shape)} have {[*q.shape, 1]}")
-        codes = unpack(q.codes, self.bits, self.head_dim)
+        return self.of_codes(unpack(q.codes, self.bits, self.head_dim), q.scales)
+
+    def of_codes(self, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """`dequantize_rotated` of codes that are not packed, uint8 [..., head_dim], and scales [..., 1]."""
         centroids = codebook_tables(self.head_dim, self.bits, codes.device, torch.float32).by_code
-        return _look_up(centroids, codes.int()).mul_(decode_scale(q.scales))
+        return _look_up(centroids, codes.int()).mul_(decode_scale(scales))
 
 
 def split_norm(x: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

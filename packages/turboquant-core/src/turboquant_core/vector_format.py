@@ -14,6 +14,11 @@ STORAGE_FORMAT = 2
 OUTLIER_BITS = {2.5: (4, 2), 3.5: (5, 3)}
 OUTLIER_SHARE = 4
 
+# Halves of fewer channels fill no product of the tensor cores.
+MIN_SPLIT_HEAD_DIM = 48
+SPLIT_BITS = (2, 3, 4)
+"""Widths that a vector can be split at: half of its channels get one bit more, and the other half one less."""
+
 
 @dataclass(frozen=True)
 class ChannelGroup:
@@ -30,18 +35,29 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class VectorFormat:
-    """The storage of one vector: the code bytes of each group, in order, and one scale for each group.
+    """The storage of one vector: the codes of each group, and one scale for each group.
 
     Args:
-        head_dim: Channels of the vector, a multiple of 8 (of 32 for fractional bits).
+        head_dim: Channels of the vector, a multiple of 8 (of 32 for fractional bits; of 16, from 48 on, if split).
         bits: 1 to 8, or 2.5 or 3.5 for two groups, outlier channels first.
+        split: Whether 2, 3 or 4 bits are those of two groups together: the first half of the channels at one bit more,
+            and the second at one less. A code of either half make one code of twice the bits.
     """
 
     head_dim: int
     bits: float
+    split: bool = False
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
+        if self.split and self.bits not in SPLIT_BITS:
+            known = ", ".join(map(str, SPLIT_BITS))
+            raise ValueError(f"bits is {self.bits}; {known} can be split. Use one of these, or do not split.")
+        if self.split and (self.head_dim % 16 or self.head_dim < MIN_SPLIT_HEAD_DIM):
+            raise ValueError(
+                f"head_dim is {self.head_dim}; a vector can be split at multiples of 16 from {MIN_SPLIT_HEAD_DIM} on. "
+                "Do not split here."
+            )
         if self.bits not in OUTLIER_BITS:
             check_bits(int(self.bits) if self.bits == int(self.bits) else self.bits)
         elif self.head_dim % (8 * OUTLIER_SHARE):
@@ -52,7 +68,10 @@ class VectorFormat:
 
     @cached_property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """One group, or for fractional bits the outlier channels and the rest."""
+        """One group; for fractional bits the outlier channels and the rest; two halves if split."""
+        if self.split:
+            half, bits = self.head_dim // 2, int(self.bits)
+            return ChannelGroup(half, bits + 1), ChannelGroup(half, bits - 1)
         if self.bits in OUTLIER_BITS:
             high, low = OUTLIER_BITS[self.bits]
             outliers = self.head_dim // OUTLIER_SHARE

@@ -24,6 +24,7 @@ class Path:
         head_dims: Sizes of heads; None for all.
         key_bits: Bits of a key coordinate.
         value_bits: The same for values.
+        splits_keys: Whether it takes keys that are split.
         block_size_multiple: What pages have a multiple of tokens of.
         capability: The oldest NVIDIA card; None for every card that Triton compiles for, of NVIDIA or not.
         newest_capability: The newest one; None for all that come.
@@ -35,6 +36,7 @@ class Path:
     head_dims: tuple[int, ...] | None = None
     key_bits: tuple[int, ...] = ALL_BITS
     value_bits: tuple[int, ...] = ALL_BITS
+    splits_keys: bool = False
     block_size_multiple: int = 1
     capability: tuple[int, int] | None = None
     newest_capability: tuple[int, int] | None = None
@@ -50,6 +52,8 @@ class Path:
         ):
             if taken is not None and found not in taken:
                 return f"{name} is {found}, and it takes {', '.join(map(str, taken))}"
+        if config.key_split and not self.splits_keys:
+            return "keys are split, and it takes keys of one width"
         if layout.block_size % self.block_size_multiple:
             return f"block_size is {layout.block_size}, and it takes multiples of {self.block_size_multiple}"
         return None

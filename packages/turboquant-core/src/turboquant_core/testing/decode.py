@@ -27,6 +27,7 @@ class DecodeCase:
         head_dim: Dimension of every head.
         key_bits: Bits of a key coordinate.
         value_bits: Bits of a value coordinate.
+        key_split: Whether keys are split.
         num_heads: Query heads.
         num_kv_heads: KV heads.
         block_size: Tokens of a page; pages of a contiguous cache hold the longest row, rounded up to sixteen.
@@ -47,6 +48,7 @@ class DecodeCase:
     head_dim: int = 128
     key_bits: int = 4
     value_bits: int = 4
+    key_split: bool = False
     num_heads: int = 4
     num_kv_heads: int = 1
     block_size: int = 16
@@ -66,7 +68,7 @@ class DecodeCase:
     @property
     def layout(self) -> KVCacheLayout:
         """The layout of the pages."""
-        config = TurboQuantConfig(self.head_dim, self.key_bits, self.value_bits)
+        config = TurboQuantConfig(self.head_dim, self.key_bits, self.value_bits, key_split=self.key_split)
         longest = -(-max(1, *self.seq_lens) // 16) * 16
         return KVCacheLayout(config, self.num_kv_heads, self.block_size if self.paged else longest)
 

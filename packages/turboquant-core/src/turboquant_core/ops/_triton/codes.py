@@ -159,6 +159,43 @@ def store_codes(
 
 
 @triton.jit
+def store_halves(
+    code_rows,
+    first,
+    second,
+    keep,
+    bits: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+):
+    """Pack the codes of a split vector's halves, of ranks [rows, 8 * padded_octet] each; see `SplitQuantizer`."""
+    codes = _code(first, bits + 1) | (_code(second, bits - 1) << (bits + 1))
+    width: tl.constexpr = 2 * bits
+    for step in tl.static_range(4):
+        if width & (8 >> step):
+            pointers, mask = plane_bytes(code_rows, keep, 8 >> step, width & (-16 >> step), octet, padded_octet)
+            packed = pack_plane(codes, 8, 8 >> step, width & (-16 >> step), width)
+            tl.store(pointers, packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _code(ranks, bits: tl.constexpr):
+    if bits > MAX_TABLE_BITS:
+        return ranks ^ (1 << (bits - 1))
+    else:
+        return numbered(ranks, 1, bits)
+
+
+@triton.jit
+def load_halves(
+    code_rows, keep, bits: tl.constexpr, rows: tl.constexpr, octet: tl.constexpr, padded_octet: tl.constexpr
+):
+    """The codes of a split vector's halves, int32 [rows, 8 * padded_octet] each."""
+    codes = load_codes(code_rows, keep, 2 * bits, rows, octet, padded_octet)
+    return codes & ((1 << (bits + 1)) - 1), codes >> (bits + 1)
+
+
+@triton.jit
 def load_codes(
     code_rows, keep, bits: tl.constexpr, rows: tl.constexpr, octet: tl.constexpr, padded_octet: tl.constexpr
 ):
@@ -190,6 +227,16 @@ def scale_pointers(scale_bytes):
 def store_scales(scale_bytes, scale, keep):
     """Store scales, float32 [rows], as the float16 of their root."""
     tl.store(scale_pointers(scale_bytes), tl.sqrt(scale).to(tl.float16), mask=keep)
+
+
+@triton.jit
+def store_half_scales(scale_bytes, first, second, keep):
+    """Store the two scales of split vectors; neither where one would not come back finite."""
+    first_root = tl.sqrt(first).to(tl.float16)
+    second_root = tl.sqrt(second).to(tl.float16)
+    pointers = scale_pointers(scale_bytes)
+    tl.store(pointers, first_root + second_root * 0.0, mask=keep)
+    tl.store(pointers + 1, second_root + first_root * 0.0, mask=keep)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from turboquant_core.ops.cache_gather.paths import choose_path
 from turboquant_core.ops.cache_gather.reference import cache_gather as reference_cache_gather
 from turboquant_core.ops.cache_gather.values import check_gathered_values
 from turboquant_core.rotation import Rotation
+from turboquant_core.split import quantizer_of
 
 
 @not_traced
@@ -98,8 +99,10 @@ def cache_gather(
         cu_seqlens = cumulative_lengths(
             seq_lens, starts, row_capacity(len(pages), block_table.shape[1], layout.block_size)
         )
-    rotation, only_centres = Rotation(layout.config.head_dim), key_transform.only_centres
-    mean = key_transform.mean if only_centres else None
+    rotation = Rotation(layout.config.head_dim)
+    stored_rotation = quantizer_of(layout.config.key_format).rotation
+    as_stored = key_transform.only_centres and not layout.config.key_split
+    mean = key_transform.mean if as_stored else None
     if choose_path(path, layout, pages.device) is not None:
         from turboquant_core.ops.cache_gather.launch import launch as gather
     else:
@@ -111,11 +114,11 @@ def cache_gather(
         starts=starts,
         cu_seqlens=cu_seqlens,
         rotated_key_mean=None if mean is None else rotation.rotate(mean),
-        dtype=dtype if only_centres else torch.float32,
+        dtype=dtype if as_stored else torch.float32,
         max_tokens=max_tokens,
     )
-    if not only_centres:
-        keys = rotation.rotate(key_transform.restored(rotation.unrotate(keys))).to(dtype)
+    if not as_stored:
+        keys = rotation.rotate(key_transform.restored(stored_rotation.unrotate(keys))).to(dtype)
         values = values.to(dtype)
     return keys, values, cu_seqlens
 

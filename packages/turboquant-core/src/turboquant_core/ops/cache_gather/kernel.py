@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turboquant_core.ops._triton.bounds import clamped, existing_block
-from turboquant_core.ops._triton.codes import channels, load_codes, load_scales
+from turboquant_core.ops._triton.codes import channels, load_codes, load_halves, load_scales
 
 
 # A block table is as wide as the longest row may be, and where those that prefill begin in it is any entry.
@@ -20,7 +20,7 @@ def gather_kernel(
     cu_seqlens,
     starts,
     key_mean,
-    key_centroids,  # float32 [2^bits] in the order of codes, like the next
+    key_centroids,  # a tensor float32 [2^bits] in the order of codes for each group of channels, like the next
     value_centroids,
     batch,
     max_tokens,
@@ -83,9 +83,29 @@ def _gather_tile(
 ):  # fmt: skip
     """Write what is stored at every slot of a row's head."""
     code_rows = head_rows + stored.codes + slot * stored.code_stride
-    codes = load_codes(code_rows, keep, stored.bits, slot.shape[0], head_dim // 8, padded_octet)
-    scale = load_scales(head_rows + stored.scales + slot * stored.scale_stride, keep)
-    x = tl.load(centroids + codes) * scale[:, None]
+    scale_rows = head_rows + stored.scales + slot * stored.scale_stride
+    if stored.split:
+        half: tl.constexpr = head_dim // 2
+        first, second = load_halves(code_rows, keep, stored.bits, slot.shape[0], half // 8, padded_octet // 2)
+        _write_channels(
+            output_rows, first, scale_rows, keep, centroids[0], mean, half, padded_octet // 2, has_mean
+        )
+        _write_channels(
+            output_rows + half, second, scale_rows + 2, keep, centroids[1], mean + half, half, padded_octet // 2,
+            has_mean,
+        )  # fmt: skip
+    else:
+        codes = load_codes(code_rows, keep, stored.bits, slot.shape[0], head_dim // 8, padded_octet)
+        _write_channels(output_rows, codes, scale_rows, keep, centroids[0], mean, head_dim, padded_octet, has_mean)
+
+
+@triton.jit
+def _write_channels(
+    output_rows, codes, scale_rows, keep, centroids, mean,
+    head_dim: tl.constexpr, padded_octet: tl.constexpr, has_mean: tl.constexpr,
+):  # fmt: skip
+    """Write `head_dim` channels of codes with one scale each row."""
+    x = tl.load(centroids + codes) * load_scales(scale_rows, keep)[:, None]
     channel, real = channels(head_dim // 8, padded_octet)
     if has_mean:
         x += tl.load(mean + channel, mask=real, other=0)[None, :]

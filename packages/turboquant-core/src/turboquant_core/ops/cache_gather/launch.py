@@ -36,8 +36,11 @@ def launch(
         return keys, values
     compiled = page_layout(layout)
     key_centroids, value_centroids = (
-        codebook_tables(compiled.head_dim, stored.bits, pages.device, torch.float32).by_code
-        for stored in (compiled.stored_keys, compiled.stored_values)
+        tuple(
+            codebook_tables(group.num_channels, group.bits, pages.device, torch.float32).by_code
+            for group in stored.groups
+        )
+        for stored in (layout.config.key_format, layout.config.value_format)
     )
     octet = padded_octet(compiled.head_dim)
     block_tokens = min(MAX_BLOCK_TOKENS, BLOCK_ELEMENTS // (8 * octet))
@@ -51,7 +54,7 @@ def launch(
             block_table=block_table,
             cu_seqlens=cu_seqlens,
             starts=cu_seqlens if starts is None else starts.contiguous(),
-            key_mean=key_centroids if rotated_key_mean is None else rotated_key_mean,
+            key_mean=key_centroids[0] if rotated_key_mean is None else rotated_key_mean,
             key_centroids=key_centroids,
             value_centroids=value_centroids,
             batch=batch,

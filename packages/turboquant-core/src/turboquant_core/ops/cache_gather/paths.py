@@ -9,7 +9,7 @@ import torch
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._path import Path, choose
 
-TRITON = Path(name="triton")
+TRITON = Path(name="triton", splits_keys=True)
 PATHS = (TRITON,)
 
 

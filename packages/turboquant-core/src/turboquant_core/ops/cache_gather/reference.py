@@ -3,10 +3,10 @@
 import torch
 
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.mse import MSEQuantizer
 from turboquant_core.ops._bounds import existing_blocks, row_capacity
 from turboquant_core.ops.cache_gather.output import empty_output
 from turboquant_core.quantized import QuantizedTensor
+from turboquant_core.split import quantizer_of
 
 
 def cache_gather(
@@ -37,7 +37,7 @@ def cache_gather(
     slot = (block, slice(None), position % layout.block_size)
     key = QuantizedTensor(views.key_codes[slot], views.key_scales[slot])
     value = QuantizedTensor(views.value_codes[slot], views.value_scales[slot])
-    gathered = MSEQuantizer(config.head_dim, int(config.key_bits)).dequantize_rotated(key)
+    gathered = quantizer_of(config.key_format).dequantize_rotated(key)
     keys[: len(token)] = gathered if rotated_key_mean is None else gathered + rotated_key_mean
-    values[: len(token)] = MSEQuantizer(config.head_dim, int(config.value_bits)).dequantize_rotated(value)
+    values[: len(token)] = quantizer_of(config.value_format).dequantize_rotated(value)
     return keys, values

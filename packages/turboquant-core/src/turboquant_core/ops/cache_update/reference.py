@@ -4,7 +4,7 @@ import torch
 
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.mse import MSEQuantizer
+from turboquant_core.split import quantizer_of
 
 
 @torch.no_grad()
@@ -24,8 +24,8 @@ def cache_update(
     slots = slot_mapping[kept]
     block, position = slots // layout.block_size, slots % layout.block_size
     key, value = key_transform.of_keys(key[kept]), value[kept]
-    stored_key = MSEQuantizer(config.head_dim, int(config.key_bits), config.key_scale).quantize(key)
-    stored_value = MSEQuantizer(config.head_dim, int(config.value_bits), config.value_scale).quantize(value)
+    stored_key = quantizer_of(config.key_format, config.key_scale).quantize(key)
+    stored_value = quantizer_of(config.value_format, config.value_scale).quantize(value)
     views.key_codes[block, :, position] = stored_key.codes
     views.key_scales[block, :, position] = stored_key.scales
     views.value_codes[block, :, position] = stored_value.codes

@@ -40,10 +40,31 @@ class SplitRotation:
 @cache
 def split_rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> SplitRotation:
     """The format's rotation for that head_dim, in float16 or bfloat16."""
+    return _sum_of_parts(_padded(Rotation(head_dim).matrix.T), dtype, device)
+
+
+@cache
+def split_halves_rotation(head_dim: int, dtype: torch.dtype, device: torch.device) -> SplitRotation:
+    """The same of `HalvesRotation`; columns of the two halves take turns, each half padded by itself."""
+    half = _padded(Rotation(head_dim // 2).matrix.T)[: head_dim // 2]
+    size = 2 * half.shape[1]
+    matrix = torch.zeros(size, half.shape[1], 2, dtype=half.dtype, device="cpu")
+    for i in range(2):
+        matrix[i * len(half) : (i + 1) * len(half), :, i] = half
+    return _sum_of_parts(matrix.reshape(size, size), dtype, device)
+
+
+def _padded(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix of rows and columns of channels with both padded."""
+    head_dim = len(matrix)
     octet, padded = head_dim // 8, padded_octet(head_dim)
-    residue = torch.zeros(8 * padded, 8, padded, dtype=torch.float64, device="cpu")
-    residue[:head_dim, :, :octet] = (Rotation(head_dim).matrix.T * MATRIX_SCALE).reshape(head_dim, 8, octet)
-    residue = residue.reshape(8 * padded, 8 * padded)
+    result = torch.zeros(8 * padded, 8, padded, dtype=torch.float64, device="cpu")
+    result[:head_dim, :, :octet] = matrix.reshape(head_dim, 8, octet)
+    return result.reshape(8 * padded, 8 * padded)
+
+
+def _sum_of_parts(matrix: torch.Tensor, dtype: torch.dtype, device: torch.device) -> SplitRotation:
+    residue = matrix * MATRIX_SCALE
     parts: list[torch.Tensor] = []
     while len(parts) < MAX_PARTS and residue.norm(dim=0).max() > MAX_RESIDUE * MATRIX_SCALE:
         parts.append(residue.to(dtype))

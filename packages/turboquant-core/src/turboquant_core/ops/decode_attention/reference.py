@@ -4,9 +4,10 @@ import torch
 
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.mse import MSEQuantizer
 from turboquant_core.ops._bounds import existing_blocks, row_capacity
 from turboquant_core.quantized import QuantizedTensor
+from turboquant_core.split import quantizer_of
+from turboquant_core.vector_format import VectorFormat
 
 
 def decode_attention(
@@ -109,12 +110,13 @@ def stored_row(
     def take(plane: torch.Tensor) -> torch.Tensor:
         return plane[blocks].transpose(0, 1).flatten(1, 2)[:, :length]
 
-    def read(codes: torch.Tensor, scales: torch.Tensor, bits: float) -> torch.Tensor:
-        quantizer = MSEQuantizer(config.head_dim, int(bits))
+    def read(codes: torch.Tensor, scales: torch.Tensor, stored: VectorFormat) -> torch.Tensor:
+        quantizer = quantizer_of(stored)
         unit = quantizer.dequantize_rotated(QuantizedTensor(codes, torch.ones_like(scales))).to(dtype)
         # The stored root is exact in any type; squaring it in float32 is not.
-        return quantizer.rotation.unrotate(unit * scales.to(dtype).square())
+        by_channel = scales.to(dtype).square().repeat_interleave(config.head_dim // stored.num_scales, dim=-1)
+        return quantizer.rotation.unrotate(unit * by_channel)
 
-    keys = read(take(views.key_codes), take(views.key_scales), config.key_bits)
-    values = read(take(views.value_codes), take(views.value_scales), config.value_bits)
+    keys = read(take(views.key_codes), take(views.key_scales), config.key_format)
+    values = read(take(views.value_codes), take(views.value_scales), config.value_format)
     return keys, values

@@ -12,4 +12,4 @@ def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: to
     return plan(layout, dtype, num_tokens, device)
 
 
-TRITON = UpdatePath(name="triton", plan=_plan)
+TRITON = UpdatePath(name="triton", plan=_plan, splits_keys=True)

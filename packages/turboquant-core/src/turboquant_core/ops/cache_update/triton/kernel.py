@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from turboquant_core.ops._triton.codes import store_codes, store_scales
+from turboquant_core.ops._triton.codes import store_codes, store_half_scales, store_halves, store_scales
 from turboquant_core.ops.cache_update.quantize import (
     corrected_scale,
     decoded_sums,
@@ -33,6 +33,8 @@ def update_kernel(
     padded_octet: tl.constexpr,
     key_cells: tl.constexpr,
     key_shift: tl.constexpr,
+    second_cells: tl.constexpr,
+    second_shift: tl.constexpr,
     value_cells: tl.constexpr,
     value_shift: tl.constexpr,
     key_rule: tl.constexpr,
@@ -50,8 +52,10 @@ def update_kernel(
     octet: tl.constexpr = head_dim // 8
     halves: tl.constexpr = tensors.key.dtype.element_ty == tl.float32
     centred: tl.constexpr = tensors.key_mean is not None
-    parts = tables.parts
     head, is_key, first_block, step = program_share(layout.num_kv_heads)
+    parts = tables.value_parts
+    if keys.split:
+        parts = tl.where(is_key, tables.key_parts, tables.value_parts)
     wide_head = head.to(tl.int64)
     token_stride = tl.where(is_key, tensors.key_token_stride, tensors.value_token_stride)
     x = tl.where(is_key, tensors.key, tensors.value)
@@ -68,8 +72,12 @@ def update_kernel(
     offset = parts
     if centred and not halves:
         offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
+    first_bits: tl.constexpr = keys.bits + 1 if keys.split else keys.bits
     key_entries = tl.load(tables.key_grid + tl.arange(0, key_cells))
-    key_table = tl.load(tables.key_centroids + tl.arange(0, 2**keys.bits))
+    key_table = tl.load(tables.key_centroids + tl.arange(0, 2**first_bits))
+    if keys.split:
+        second_entries = tl.load(tables.second_grid + tl.arange(0, second_cells))
+        second_table = tl.load(tables.second_centroids + tl.arange(0, 2 ** (keys.bits - 1)))
     value_entries = tl.load(tables.value_grid + tl.arange(0, value_cells))
     value_table = tl.load(tables.value_centroids + tl.arange(0, 2**values.bits))
     # What does not change between tiles, hoisted, would spill: it costs less to compute it again.
@@ -115,25 +123,28 @@ def update_kernel(
                 )  # fmt: skip
         if centred and not halves:
             rotated = subtract_offset(rotated, offset, block_rows)
-        # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
-        squares = tl.sum(rotated * rotated, axis=1)
-        per_length = inverse_root(squares)
-        norm = vector_length(squares) / power
         code_rows = codes_at + page
-        if keys.bits == values.bits:
+        if keys.bits == values.bits and not keys.split:
             _store_tile(
-                rotated, per_length, norm, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
+                rotated, power, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
                 key_entries, key_table, octet, padded_octet, keys.bits, key_shift, key_rule, value_rule,
             )  # fmt: skip
         else:
             if is_key:
-                _store_tile(
-                    rotated, per_length, norm, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
-                    key_entries, key_table, octet, padded_octet, keys.bits, key_shift, key_rule, key_rule,
-                )  # fmt: skip
+                if keys.split:
+                    _store_split_tile(
+                        rotated, power, code_rows + position * keys.code_stride, scale_rows, keep,
+                        key_entries, key_table, key_shift, second_entries, second_table, second_shift,
+                        octet // 2, padded_octet // 2, keys.bits, key_rule,
+                    )  # fmt: skip
+                else:
+                    _store_tile(
+                        rotated, power, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
+                        key_entries, key_table, octet, padded_octet, keys.bits, key_shift, key_rule, key_rule,
+                    )  # fmt: skip
             else:
                 _store_tile(
-                    rotated, per_length, norm, code_rows + position * values.code_stride, scale_rows, keep, is_key,
+                    rotated, power, code_rows + position * values.code_stride, scale_rows, keep, is_key,
                     value_entries, value_table, octet, padded_octet, values.bits, value_shift, value_rule, value_rule,
                 )  # fmt: skip
 
@@ -147,8 +158,7 @@ def _start(pointer, first_token, stride):
 @triton.jit
 def _store_tile(
     rotated,
-    per_length,
-    norm,
+    power,
     code_rows,
     scale_rows,
     keep,
@@ -163,8 +173,51 @@ def _store_tile(
     value_rule: tl.constexpr,
 ):
     """Store codes and scales of rotated [rows, 8 * padded_octet]."""
+    ranks, norm, inner, squares = _quantized(
+        rotated, power, entries, centroids, octet, padded_octet, shift, key_rule, value_rule
+    )
+    store_codes(code_rows, ranks, keep, bits, octet, padded_octet)
+    scale = corrected_scale(norm, inner, squares, key_rule)
+    if key_rule != value_rule:
+        scale = tl.where(is_key, scale, corrected_scale(norm, inner, squares, value_rule))
+    store_scales(scale_rows, scale, keep)
+
+
+@triton.jit
+def _store_split_tile(
+    rotated, power, code_rows, scale_rows, keep,
+    entries, centroids, shift: tl.constexpr, second_entries, second_centroids, second_shift: tl.constexpr,
+    octet: tl.constexpr, padded_octet: tl.constexpr, bits: tl.constexpr, rule: tl.constexpr,
+):  # fmt: skip
+    """The same of halves [rows, 8 * padded_octet] whose columns take turns."""
+    # Neighbouring columns are in one thread: they part without moving.
+    first, second = tl.split(tl.reshape(rotated, [rotated.shape[0], 8 * padded_octet, 2]))
+    ranks, norm, inner, squares = _quantized(
+        first, power, entries, centroids, octet, padded_octet, shift, rule, rule
+    )
+    second_ranks, second_norm, second_inner, second_squares = _quantized(
+        second, power, second_entries, second_centroids, octet, padded_octet, second_shift, rule, rule
+    )
+    store_halves(code_rows, ranks, second_ranks, keep, bits, octet, padded_octet)
+    store_half_scales(
+        scale_rows,
+        corrected_scale(norm, inner, squares, rule),
+        corrected_scale(second_norm, second_inner, second_squares, rule),
+        keep,
+    )
+
+
+@triton.jit
+def _quantized(
+    rotated, power, entries, centroids, octet: tl.constexpr, padded_octet: tl.constexpr, shift: tl.constexpr,
+    key_rule: tl.constexpr, value_rule: tl.constexpr,
+):  # fmt: skip
+    """Ranks of rotated [rows, 8 * padded_octet], their length, and the sums that scales of either rule need."""
+    # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
+    squares = tl.sum(rotated * rotated, axis=1)
+    per_length = inverse_root(squares)
     ranks = nearest_ranks(rotated, per_length, entries, shift)
-    inner, squares = decoded_sums(
+    inner, decoded_squares = decoded_sums(
         rotated,
         ranks,
         centroids,
@@ -173,12 +226,7 @@ def _store_tile(
         octet,
         padded_octet,
     )
-    store_codes(code_rows, ranks, keep, bits, octet, padded_octet)
-    inner *= per_length
-    scale = corrected_scale(norm, inner, squares, key_rule)
-    if key_rule != value_rule:
-        scale = tl.where(is_key, scale, corrected_scale(norm, inner, squares, value_rule))
-    store_scales(scale_rows, scale, keep)
+    return ranks, vector_length(squares) / power, inner * per_length, decoded_squares
 
 
 @triton.jit

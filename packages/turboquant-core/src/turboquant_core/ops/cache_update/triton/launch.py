@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from turboquant_core.config import TurboQuantConfig
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.mse import codebook_tables
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
 from turboquant_core.ops._page_layout import page_layout
 from turboquant_core.ops.cache_update.grid_table import grid_table
-from turboquant_core.ops.cache_update.split_rotation import split_rotation
+from turboquant_core.ops.cache_update.split_rotation import split_halves_rotation, split_rotation
 from turboquant_core.ops.cache_update.triton.kernel import update_kernel
 from turboquant_core.ops.cache_update.triton.sizes import INTERPRETER, Processor, update_launch
 
@@ -20,53 +21,60 @@ class UpdateTables(NamedTuple):
     """What the kernel reads beside the call's tensors.
 
     Attributes:
-        parts: [num_parts, channels, channels], the rotation, see `split_rotation`.
-        key_grid: See `GridTable`.
+        key_parts: [num_parts, channels, channels], the rotation of keys, see `split_rotation`.
+        value_parts: The same for values.
+        key_grid: See `GridTable`; of the first half where keys are split.
+        second_grid: The same for the second half.
         value_grid: The same for values.
-        key_centroids: float32 [2^bits], ascending.
+        key_centroids: float32 [2^bits], ascending; of the first half where keys are split.
+        second_centroids: The same for the second half.
         value_centroids: The same for values.
     """
 
-    parts: torch.Tensor
+    key_parts: torch.Tensor
+    value_parts: torch.Tensor
     key_grid: torch.Tensor
+    second_grid: torch.Tensor
     value_grid: torch.Tensor
     key_centroids: torch.Tensor
+    second_centroids: torch.Tensor
     value_centroids: torch.Tensor
 
 
 def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> "partial[None]":
     """The kernel with its grid, tables and options: what `UpdatePath.plan` gives."""
     config, compiled = layout.config, page_layout(layout)
-    head_dim, key_bits, value_bits = config.head_dim, compiled.stored_keys.bits, compiled.stored_values.bits
-    octet = padded_octet(head_dim)
-    rotation = split_rotation(head_dim, torch.float16 if dtype == torch.float32 else dtype, device)
+    octet = padded_octet(config.head_dim)
+    key_parts, value_parts = _rotations(config, torch.float16 if dtype == torch.float32 else dtype, device)
+    first, second, values = config.key_format.groups[0], config.key_format.groups[-1], config.value_format.groups[0]
     sizes = update_launch(
         num_tokens,
         layout.num_kv_heads,
         8 * octet,
-        rotation.num_parts,
+        len(value_parts),
         2 if dtype == torch.float32 else 1,
         _processor(device),
-        one_path=key_bits == value_bits,
+        one_path=(first, second) == (values, values),
     )
-    key_grid, value_grid = grid_table(head_dim, key_bits, device), grid_table(head_dim, value_bits, device)
+    groups = (first, second, values)
+    grids = [grid_table(group.num_channels, group.bits, device) for group in groups]
     arguments: dict[str, Any] = {
         "layout": compiled,
         "tables": UpdateTables(
-            _multipliable(rotation.parts),
-            key_grid.entries,
-            value_grid.entries,
-            codebook_tables(head_dim, key_bits, device, torch.float32).centroids,
-            codebook_tables(head_dim, value_bits, device, torch.float32).centroids,
+            _multipliable(key_parts),
+            _multipliable(value_parts),
+            *(grid.entries for grid in grids),
+            *(codebook_tables(group.num_channels, group.bits, device, torch.float32).centroids for group in groups),
         ),
         "padded_octet": octet,
-        "key_cells": len(key_grid.entries),
-        "key_shift": key_grid.shift,
-        "value_cells": len(value_grid.entries),
-        "value_shift": value_grid.shift,
+        **{
+            f"{name}_{what}": value
+            for name, grid in zip(("key", "second", "value"), grids, strict=True)
+            for what, value in (("cells", len(grid.entries)), ("shift", grid.shift))
+        },
         "key_rule": config.key_scale,
         "value_rule": config.value_scale,
-        "num_parts": rotation.num_parts,
+        "num_parts": len(value_parts),
         "block_rows": sizes.block_rows,
         "block_k": sizes.block_k,
         "depth": sizes.depth,
@@ -75,6 +83,22 @@ def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: tor
         **sizes.compiler_options,
     }
     return partial(update_kernel[(sizes.num_programs,)], **arguments)
+
+
+def _rotations(
+    config: TurboQuantConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of the rotations of keys and of values, equally many."""
+    values = split_rotation(config.head_dim, dtype, device).parts
+    if not config.key_split:
+        return values, values
+    keys = split_halves_rotation(config.head_dim, dtype, device).parts
+    num_parts = max(len(keys), len(values))
+    # Parts of zeros add nothing.
+    keys, values = (
+        torch.nn.functional.pad(parts, (0, 0, 0, 0, 0, num_parts - len(parts))) for parts in (keys, values)
+    )
+    return keys, values
 
 
 def _multipliable(parts: torch.Tensor) -> torch.Tensor:

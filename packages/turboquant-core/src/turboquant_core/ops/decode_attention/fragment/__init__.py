@@ -22,6 +22,7 @@ FRAGMENT = DecodePath(
     head_dims=(64, 128, 256),
     key_bits=tuple(STREAMS),
     value_bits=tuple(STREAMS),
+    splits_keys=True,
     block_size_multiple=SUBTILE,
     capability=(8, 0),
     gluon="ampere",

@@ -41,13 +41,14 @@ def _shuffle(bit):
 
 
 @gluon.jit
-def rotated(x, negative, rounds: gl.constexpr):
+def rotated(x, negative, rounds: gl.constexpr, groups: gl.constexpr = 1):
     """Vectors, float32 [vectors, head_dim] in `vector_layout`, rotated, times head_dim^(rounds / 2).
 
-    Bit i of `negative`, int32 [head_dim], says whether a channel changes its sign before transform i.
+    Bit i of `negative`, int32 [head_dim], says whether a channel changes its sign before transform i. Two groups of
+    channels, halves, are each rotated by themselves.
     """
     for i in gl.static_range(rounds):
-        x = _transformed(_signed(x, negative, i))
+        x = _transformed(_signed(x, negative, i), groups)
     return x
 
 
@@ -55,7 +56,7 @@ def rotated(x, negative, rounds: gl.constexpr):
 def unrotated(x, negative, rounds: gl.constexpr):
     """Undo `rotated`, again times head_dim^(rounds / 2)."""
     for i in gl.static_range(rounds):
-        x = _signed(_transformed(x), negative, rounds - 1 - i)
+        x = _signed(_transformed(x, 1), negative, rounds - 1 - i)
     return x
 
 
@@ -66,8 +67,8 @@ def _signed(x, negative, bit: gl.constexpr):
 
 
 @gluon.jit
-def _transformed(x):
-    """The Hadamard transform of every vector."""
+def _transformed(x, groups: gl.constexpr):
+    """The Hadamard transform of every vector, or of its halves: one without the top bit."""
     warps: gl.constexpr = gl.num_warps()
     vectors: gl.constexpr = x.shape[0]
     head_dim: gl.constexpr = x.shape[1]
@@ -82,7 +83,7 @@ def _transformed(x):
     layout: gl.constexpr = vector_layout(vectors, head_dim, warps)
     x = gl.convert_layout(x, layout, assert_trivial=False)
     channel = gl.arange(0, head_dim, gl.SliceLayout(0, layout))
-    for bit in gl.static_range(bits_over_lanes(vectors)):
+    for bit in gl.static_range(bits_over_lanes(vectors) - groups + 1):
         other = gl.inline_asm_elementwise(_shuffle(bit), "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1)
         sign = gl.where((channel >> (in_lane + bit)) % 2 == 0, 1.0, -1.0)
         x = gl.fma(x, sign[None, :] + gl.zeros_like(x), other)

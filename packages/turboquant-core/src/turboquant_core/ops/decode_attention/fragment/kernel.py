@@ -9,6 +9,7 @@ from turboquant_core.ops.decode_attention.call import AttendCounts
 from turboquant_core.ops.decode_attention.fragment.operands import (
     column_of_heads,
     columns_of_heads,
+    half_operands,
     head_layout,
     head_of_column,
     key_operand,
@@ -27,6 +28,11 @@ from turboquant_core.ops.decode_attention.fragment.tiles import (
     allocate_roots,
     allocate_words,
     copy_tile,
+    packed_bits,
+    packed_channels,
+    read_half_roots,
+    read_halves,
+    read_roots,
     read_words,
     tile_pages,
 )
@@ -54,8 +60,9 @@ def fragment_kernel(
     sizes: gl.constexpr,  # see `AttendSizes`
     stages: gl.constexpr,
     rounds: gl.constexpr,
-    swaps: gl.constexpr,  # from channels to positions of keys, see `bit_swaps`
-    key_offset: gl.constexpr,  # see `query_operand`
+    swaps: gl.constexpr,  # from channels to positions of keys, see `bit_swaps`; of each group, like the next two
+    key_offsets: gl.constexpr,  # see `query_operand`
+    key_units: gl.constexpr,  # of products, over the first one's
     key_asm: gl.constexpr,
     key_constraints: gl.constexpr,
     key_constants: gl.constexpr,
@@ -71,8 +78,8 @@ def fragment_kernel(
     tile_tokens: gl.constexpr = sizes.tile
     subtiles: gl.constexpr = tile_tokens // 16
     head_dim: gl.constexpr = layout.head_dim
-    key_bits: gl.constexpr = layout.stored_keys.bits
-    value_bits: gl.constexpr = layout.stored_values.bits
+    keys: gl.constexpr = layout.stored_keys
+    values: gl.constexpr = layout.stored_values
     num_columns: gl.constexpr = sizes.num_columns
     columns: gl.constexpr = sizes.columns
     window: gl.constexpr = sizes.window
@@ -110,10 +117,10 @@ def fragment_kernel(
 
     pages = tensors.pages + head.to(gl.int64) * tensors.page_head_stride
     buffers = (
-        allocate_words(stages, subtiles, head_dim, key_bits),
-        allocate_words(stages, subtiles, head_dim, value_bits),
-        allocate_roots(stages, subtiles),
-        allocate_roots(stages, subtiles),
+        allocate_words(stages, subtiles, packed_channels(keys, head_dim), packed_bits(keys)),
+        allocate_words(stages, subtiles, head_dim, values.bits),
+        allocate_roots(stages, subtiles, keys.split),
+        allocate_roots(stages, subtiles, False),
     )
     column = first_column + gl.arange(0, columns, by_head)
     channel = gl.arange(0, head_dim, gl.SliceLayout(1, mma))[:, None]
@@ -166,8 +173,8 @@ def fragment_kernel(
                         tensors.page_stride, buffers, layout, block_size, subtiles,
                     )  # fmt: skip
             # While the first tiles are on their way.
-            operand, lacking, factor, bias = query_operand(
-                stored, mean, signs, scale, score_scale, rounds, swaps, key_offset
+            operands, lackings, factor, bias = query_operand(
+                stored, mean, signs, scale, score_scale, rounds, swaps, key_offsets
             )
             if tensors.bias is not None:
                 # Every worker of the row writes the same.
@@ -189,8 +196,8 @@ def fragment_kernel(
                         gl.minimum(full + stages, last), False, length, blocks, last_block, block_size, subtiles
                     )
                     top, total, result = _attend_tile(
-                        full, turn % stages, buffers, False, length, start, position, operand, lacking, factor, bias,
-                        softcap, top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns,
+                        full, turn % stages, buffers, False, length, start, position, operands, lackings, factor, bias,
+                        softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units, columns,
                         subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                     )  # fmt: skip
                 async_copy.wait_group(0)
@@ -205,8 +212,8 @@ def fragment_kernel(
                 )  # fmt: skip
                 async_copy.wait_group(0)
                 top, total, result = _attend_tile(
-                    edge, 0, buffers, True, length, start, position, operand, lacking, factor, bias,
-                    softcap, top, total, result, key_table, value_table, head_dim, key_bits, value_bits, columns,
+                    edge, 0, buffers, True, length, start, position, operands, lackings, factor, bias,
+                    softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units, columns,
                     subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
                 )  # fmt: skip
 
@@ -230,9 +237,10 @@ def _plus(a, b):
 
 @gluon.jit
 def _attend_tile(
-    index, stage, buffers, masked: gl.constexpr, length, start, position, query, lacking, scale, shift, softcap,
+    index, stage, buffers, masked: gl.constexpr, length, start, position, queries, lackings, scale, shift, softcap,
     top, total, result, key_table, value_table,
-    head_dim: gl.constexpr, key_bits: gl.constexpr, value_bits: gl.constexpr, columns: gl.constexpr,
+    head_dim: gl.constexpr, stored_keys: gl.constexpr, value_bits: gl.constexpr, key_units: gl.constexpr,
+    columns: gl.constexpr,
     subtiles: gl.constexpr, window: gl.constexpr, has_softcap: gl.constexpr, key_asm: gl.constexpr,
     key_constraints: gl.constexpr, value_asm: gl.constexpr, value_constraints: gl.constexpr,
 ):  # fmt: skip
@@ -249,18 +257,23 @@ def _attend_tile(
     scores = ()
     value_scale = ()
     scale_tile = scale[None, :] + zeros
-    lacking_tile = lacking[None, :] + gl.zeros([16, 2 * columns], gl.int32, mma_layout())
     for j in gl.static_range(subtiles):
         at = stage * subtiles + j
-        key_words = read_words(buffers[0], at, key_word_layout(words), head_dim, key_bits)
-        keys = key_operand(key_words, key_table, head_dim, key_asm, key_constraints, key_bits > 4)
-        high, low = parts_of_heads(mma_v2(keys, query, lacking_tile), columns)
-        score = (high * 128 + low).to(gl.float32)
         token_at = (index * subtiles + j) * 16 + token
-        root = buffers[2].index(at).load(row_layout).to(gl.float32)
-        if masked:
-            root = gl.where(token_at < length, root, 0.0)
-        score = score * score_scale(root * root)[:, None]
+        if stored_keys.split:
+            key_words = read_halves(buffers[0], at, key_word_layout(words // 2), stored_keys.bits)
+            first, second = half_operands(
+                key_words, key_table, head_dim // 2, key_asm, key_constraints, stored_keys.bits > 2
+            )
+            root, second_root = read_half_roots(buffers[2], at, row_layout, masked, token_at < length)
+            score = _products(first, queries[0], lackings[0], columns) * score_scale(root * root)[:, None]
+            second_scale = score_scale(second_root * second_root) * key_units[1]
+            score += _products(second, queries[1], lackings[1], columns) * second_scale[:, None]
+        else:
+            key_words = read_words(buffers[0], at, key_word_layout(words), head_dim, stored_keys.bits)
+            keys = key_operand(key_words, key_table, head_dim, key_asm, key_constraints, stored_keys.bits > 4)
+            root = read_roots(buffers[2], at, row_layout, masked, token_at < length)
+            score = _products(keys, queries[0], lackings[0], columns) * score_scale(root * root)[:, None]
         if has_softcap:
             score = softcapped(score * scale_tile + shift[None, :], softcap)
         elif masked:
@@ -271,9 +284,7 @@ def _attend_tile(
             if window > 0:
                 seen = seen & (token_at[:, None] > position[None, :] - window)
             score = gl.where(seen, score, float("-inf"))
-        root = buffers[3].index(at).load(row_layout).to(gl.float32)
-        if masked:
-            root = gl.where(token_at < length, root, 0.0)
+        root = read_roots(buffers[3], at, row_layout, masked, token_at < length)
         weight_scale = root * root
         exponent = scale_exponents(weight_scale)
         if has_softcap or masked:
@@ -304,3 +315,11 @@ def _attend_tile(
         values = value_operand(value_words, value_table, head_dim, value_asm, value_constraints, value_bits > 4)
         result = mma_v2(values, right, result)
     return highest, total, result
+
+
+@gluon.jit
+def _products(keys, query, lacking, columns: gl.constexpr):
+    """Products of keys with both parts of every query, float32 [16 tokens, columns]."""
+    lacking_tile = lacking[None, :] + gl.zeros([16, 2 * columns], gl.int32, mma_layout())
+    high, low = parts_of_heads(mma_v2(keys, query, lacking_tile), columns)
+    return (high * 128 + low).to(gl.float32)

@@ -6,11 +6,12 @@ from typing import Any, cast
 
 import torch
 
+from turboquant_core.ops._page_layout import PageLayout
 from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors, query_strides
 from turboquant_core.ops.decode_attention.card import overlapped
 from turboquant_core.ops.decode_attention.fragment.combine import combine_kernel
 from turboquant_core.ops.decode_attention.fragment.kernel import fragment_kernel
-from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, value_lookup
+from turboquant_core.ops.decode_attention.fragment.lookup import Lookup, key_lookup, split_key_lookup, value_lookup
 from turboquant_core.ops.decode_attention.fragment.positions import bit_swaps, key_channels, value_channels
 from turboquant_core.ops.decode_attention.fragment.query import STEPS
 from turboquant_core.ops.decode_attention.fragment.sizes import FragmentLaunch
@@ -39,20 +40,23 @@ def plan(call: AttendCall) -> FragmentAttend:
     """The kernels with their grids, tables and options."""
     layout, sizes, counts = call.layout, call.sizes, call.counts
     launch = cast(FragmentLaunch, call.launch)
-    head_dim, key_bits, value_bits = layout.head_dim, layout.stored_keys.bits, layout.stored_values.bits
-    key, value = key_lookup(head_dim, key_bits), value_lookup(head_dim, value_bits)
-    tables = _tables(head_dim, key_bits, value_bits, call.device)
-    common: dict[str, Any] = {"rounds": tables.rounds, **overlapped(launch)}
+    head_dim, value_bits = layout.head_dim, layout.stored_values.bits
+    key, value = _key_lookup(layout), value_lookup(head_dim, value_bits)
+    group_dim = head_dim // len(key.groups)
+    tables = _tables(head_dim, key, value_bits, call.device)
+    common: dict[str, Any] = overlapped(launch)
     attend = partial(
         fragment_kernel[call.grid],
         **call.arguments(),
         negative=tables.query_negative,
         scale=call.scale,
-        score_scale=call.scale * key.unit / STEPS.value,
+        score_scale=call.scale * key.groups[0].unit / STEPS.value,
         table=tables.lookup,
         stages=launch.stages,
-        swaps=bit_swaps(key_channels(head_dim, key_bits)),
-        key_offset=key.offset,
+        rounds=tables.query_rounds,
+        swaps=tuple(bit_swaps(key_channels(group_dim, numbers)) for numbers in key.groups),
+        key_offsets=tuple(numbers.offset for numbers in key.groups),
+        key_units=tuple(numbers.unit / key.groups[0].unit for numbers in key.groups),
         key_asm=key.asm,
         key_constraints=key.constraints,
         key_constants=len(key.table),
@@ -72,7 +76,8 @@ def plan(call: AttendCall) -> FragmentAttend:
         negative=tables.output_negative,
         channels=tables.output_channels,
         # A power of two.
-        unit=value.unit * head_dim ** (-common["rounds"] / 2),
+        unit=value.groups[0].unit * head_dim ** (-tables.output_rounds / 2),
+        rounds=tables.output_rounds,
         layout=layout,
         sizes=sizes,
         slots=launch.merge_slots,
@@ -82,36 +87,51 @@ def plan(call: AttendCall) -> FragmentAttend:
     return FragmentAttend(attend, combine)
 
 
+def _key_lookup(layout: PageLayout) -> Lookup:
+    keys = layout.stored_keys
+    return (split_key_lookup if keys.split else key_lookup)(layout.head_dim, keys.bits)
+
+
 @dataclass(frozen=True)
 class _Tables:
     """What the kernels read beside the cache.
 
     Attributes:
-        rounds: Of signs and transforms.
         lookup: int32 [constants, 32], the look-up constants of keys, then of values, for every lane.
-        query_negative: int32 [head_dim], the signs of the rotation, a bit for every round.
-        output_negative: The same in the order of partial results.
+        query_rounds: Of signs and transforms, in the rotation of keys.
+        query_negative: int32 [head_dim], its signs, a bit for every round.
+        output_rounds: The same of values.
+        output_negative: The same of values, in the order of partial results.
         output_channels: int32 [head_dim], that order.
     """
 
-    rounds: int
     lookup: torch.Tensor
+    query_rounds: int
     query_negative: torch.Tensor
+    output_rounds: int
     output_negative: torch.Tensor
     output_channels: torch.Tensor
 
 
 @cache
-def _tables(head_dim: int, key_bits: int, value_bits: int, device: torch.device) -> _Tables:
-    constants = (*key_lookup(head_dim, key_bits).table, *value_lookup(head_dim, value_bits).table)
-    signs = Rotation(head_dim).signs
-    bit = torch.arange(len(signs), dtype=torch.int32, device="cpu")[:, None]
-    negative = ((signs < 0).int() << bit).sum(0, dtype=torch.int32)
+def _tables(head_dim: int, key: Lookup, value_bits: int, device: torch.device) -> _Tables:
+    num_groups = len(key.groups)
+    query_rounds, query_negative = _signs(head_dim // num_groups)
+    output_rounds, output_negative = _signs(head_dim)
     channels = torch.tensor(value_channels(head_dim, value_bits), dtype=torch.int32, device="cpu")
+    constants = (*key.table, *value_lookup(head_dim, value_bits).table)
     return _Tables(
-        len(signs),
         torch.tensor(constants, dtype=torch.int32, device=device)[:, None].repeat(1, 32),
-        negative.to(device),
-        negative[channels].to(device),
+        query_rounds,
+        query_negative.repeat(num_groups).to(device),
+        output_rounds,
+        output_negative[channels].to(device),
         channels.to(device),
     )
+
+
+def _signs(head_dim: int) -> tuple[int, torch.Tensor]:
+    """Rounds of a rotation, and where it changes signs, a bit for every round, int32 [head_dim]."""
+    signs = Rotation(head_dim).signs
+    bit = torch.arange(len(signs), dtype=torch.int32, device="cpu")[:, None]
+    return len(signs), ((signs < 0).int() << bit).sum(0, dtype=torch.int32)

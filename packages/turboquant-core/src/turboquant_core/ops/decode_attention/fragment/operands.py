@@ -63,12 +63,33 @@ def value_pair_layout(words):
 @gluon.jit
 def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr):
     """Words of 16 tokens to operand A, int8 [16 tokens, head_dim]; `pair` says whether codes come in two words."""
-    count: gl.constexpr = head_dim // 8
     if pair:
         args = (_twice(_twice(words[0])), _twice(_twice(words[1]))) + table
     else:
         args = (_twice(_twice(words[0])),) + table
     a, b = gl.inline_asm_elementwise(asm, constraints, args, dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
+    return _key_positions(a, b, head_dim)
+
+
+@gluon.jit
+def half_operands(
+    words, table, half: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr
+):
+    """Words of 16 tokens of split keys to an operand A of each half, int8 [16 tokens, half]."""
+    if pair:
+        args = (_twice(_twice(words[0])), _twice(_twice(words[1]))) + table
+    else:
+        args = (_twice(_twice(words[0])),) + table
+    a, b, c, d = gl.inline_asm_elementwise(
+        asm, constraints, args, dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
+    )
+    return _key_positions(a, b, half), _key_positions(c, d, half)
+
+
+@gluon.jit
+def _key_positions(a, b, head_dim: gl.constexpr):
+    """Numbers of the two words of eight codes as operand A, int8 [16 tokens, head_dim]."""
+    count: gl.constexpr = head_dim // 8
     # token, word over lanes, word in a lane, code, half of the word
     x = gl.reshape(gl.join(a, b), [16, 4, count // 4, 4, 2])
     x = gl.reshape(gl.permute(x, [0, 2, 4, 1, 3]), [16, head_dim])

@@ -1,11 +1,11 @@
 """Which channel every position of an operand is."""
 
-from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, value_lookup
+from turboquant_core.ops.decode_attention.fragment.lookup import Numbers, value_lookup
 
 
-def key_channels(head_dim: int, bits: int) -> tuple[int, ...]:
-    """The channels of the operand of keys, in the order of its positions."""
-    order, words = key_lookup(head_dim, bits).order, head_dim // 8
+def key_channels(head_dim: int, numbers: Numbers) -> tuple[int, ...]:
+    """The channels of the operand of keys, or of one of their halves, in the order of its positions."""
+    order, words = numbers.order, head_dim // 8
     return tuple(
         _channel(head_dim, lane * (words // 4) + inner, order[4 * half + code])
         for inner in range(words // 4)
@@ -17,7 +17,7 @@ def key_channels(head_dim: int, bits: int) -> tuple[int, ...]:
 
 def value_channels(head_dim: int, bits: int) -> tuple[int, ...]:
     """The channels of the operand of values, and so of partial results, in the order of its positions."""
-    order, words = value_lookup(head_dim, bits).order, head_dim // 8
+    order, words = value_lookup(head_dim, bits).groups[0].order, head_dim // 8
     return tuple(
         _channel(head_dim, lane * (words // 8) + inner, order[place])
         for inner in range(words // 8)

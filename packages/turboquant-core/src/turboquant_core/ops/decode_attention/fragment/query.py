@@ -13,9 +13,15 @@ STEPS = gl.constexpr(127 * 128)
 
 
 @gluon.constexpr_function
-def _around_bits(columns, head_dim, bits):
-    """[columns, head_dim] with dimensions of their own for two bits of a channel."""
-    low, high = sorted(bits)
+def _count(groups, group):
+    """How many entries one of the groups has."""
+    return len(groups[group])
+
+
+@gluon.constexpr_function
+def _around_bits(columns, head_dim, swaps, group, i):
+    """[columns, head_dim] with dimensions of their own for the two bits of a channel that a swap is of."""
+    low, high = sorted(swaps[group][i])
     return [columns, head_dim >> (high + 1), 2, 1 << (high - low - 1), 2, 1 << low]
 
 
@@ -44,16 +50,18 @@ def load_channels(pointer, columns: gl.constexpr, head_dim: gl.constexpr):
 
 @gluon.jit
 def query_operand(
-    query, mean, negative, scale, score_scale, rounds: gl.constexpr, swaps: gl.constexpr, key_offset: gl.constexpr
+    query, mean, negative, scale, score_scale, rounds: gl.constexpr, swaps: gl.constexpr, key_offsets: gl.constexpr
 ):
     """What products with keys take of queries [columns, head_dim].
 
-    The operand, int8 [head_dim positions, 2 * columns]: a query has two neighbours, the high and the low part of its
-    coordinates. What products lack, int32 [2 * columns]. What scores are multiplied with, and the score of the key
-    mean, float32 [columns], both in log2 units.
+    For each group of channels, of which `swaps` and `key_offsets` have one entry each, the operand, int8 [positions,
+    2 * columns], in which a query has two neighbours, the high and the low part of its coordinates; and what products
+    lack, int32 [2 * columns]. What scores are multiplied with, and the score of the key mean, float32 [columns], both
+    in log2 units.
     """
     columns: gl.constexpr = query.shape[0]
-    head_dim: gl.constexpr = query.shape[1]
+    groups: gl.constexpr = len(swaps)
+    group_dim: gl.constexpr = query.shape[1] // groups
     by_head: gl.constexpr = gl.SliceLayout(0, head_layout(columns))
     q = query.to(gl.float32)
     size = gl.sqrt(gl.sum(q * q, axis=1))
@@ -63,22 +71,41 @@ def query_operand(
     if mean is not None:
         bias = gl.sum(q * mean[None, :], axis=1) * (scale * LOG2_E)
     # A rotation keeps lengths: over the query's length every coordinate is at most one.
-    growth: gl.constexpr = head_dim ** (rounds // 2)
-    x = rotated(q, negative, rounds) * (STEPS / growth / size)[:, None]
-    lacking = gl.floor(gl.sum(x, axis=1) * key_offset + 0.5).to(gl.int32)
-    # Low parts lack it.
-    lacking = gl.reshape(gl.join(gl.zeros_like(lacking), lacking), [2 * columns])
-    # Channels change their names alone.
-    for i in gl.static_range(len(swaps)):
-        apart = gl.reshape(x, _around_bits(columns, head_dim, swaps[i]))
-        x = gl.reshape(gl.permute(apart, [0, 1, 4, 3, 2, 5]), [columns, head_dim])
-    whole = gl.floor(x + 0.5).to(gl.int32)
-    high = (whole + 64) >> 7
-    parts = gl.join(high.to(gl.int8), (whole - (high << 7)).to(gl.int8))
-    parts = gl.reshape(gl.permute(parts, [1, 0, 2]), [head_dim, 2 * columns])
+    growth: gl.constexpr = group_dim ** (rounds // 2)
+    x = rotated(q, negative, rounds, groups) * (STEPS / growth / size)[:, None]
+    if groups == 1:
+        operand, lacking = _parts(x, swaps, key_offsets, 0)
+        operands = (operand,)
+        lackings = (lacking,)
+    else:
+        halves = gl.permute(gl.reshape(x, [columns, 2, group_dim]), [0, 2, 1])
+        first, second = gl.split(gl.convert_layout(halves, gl.BlockedLayout([1, 4, 2], [4, 8, 1], [1, 1, 1], [2, 1, 0])))
+        operand, lacking = _parts(first, swaps, key_offsets, 0)
+        second_operand, second_lacking = _parts(second, swaps, key_offsets, 1)
+        operands = (operand, second_operand)
+        lackings = (lacking, second_lacking)
     return (
-        gl.convert_layout(parts, right_layout(4)),
-        gl.convert_layout(lacking, gl.SliceLayout(0, mma_layout())),
+        operands,
+        lackings,
         gl.convert_layout(size * (score_scale * LOG2_E), by_head),
         gl.convert_layout(bias, by_head),
     )
+
+
+@gluon.jit
+def _parts(x, swaps: gl.constexpr, key_offsets: gl.constexpr, group: gl.constexpr):
+    """The operand of a group of channels, and what its products lack."""
+    columns: gl.constexpr = x.shape[0]
+    channels: gl.constexpr = x.shape[1]
+    lacking = gl.floor(gl.sum(x, axis=1) * key_offsets[group] + 0.5).to(gl.int32)
+    # Low parts lack it.
+    lacking = gl.reshape(gl.join(gl.zeros_like(lacking), lacking), [2 * columns])
+    # Channels change their names alone.
+    for i in gl.static_range(_count(swaps, group)):
+        apart = gl.reshape(x, _around_bits(columns, channels, swaps, group, i))
+        x = gl.reshape(gl.permute(apart, [0, 1, 4, 3, 2, 5]), [columns, channels])
+    whole = gl.floor(x + 0.5).to(gl.int32)
+    high = (whole + 64) >> 7
+    parts = gl.join(high.to(gl.int8), (whole - (high << 7)).to(gl.int8))
+    parts = gl.reshape(gl.permute(parts, [1, 0, 2]), [channels, 2 * columns])
+    return gl.convert_layout(parts, right_layout(4)), gl.convert_layout(lacking, gl.SliceLayout(0, mma_layout()))

@@ -17,6 +17,18 @@ from turboquant_core.ops.decode_attention.fragment.widths import STREAMS
 
 
 @gluon.constexpr_function
+def packed_bits(stored):
+    """Bits of a code as it is packed: a code of either half of split keys make one."""
+    return 2 * stored.bits if stored.split else stored.bits
+
+
+@gluon.constexpr_function
+def packed_channels(stored, head_dim):
+    """How many such codes a vector has."""
+    return head_dim // 2 if stored.split else head_dim
+
+
+@gluon.constexpr_function
 def streams(bits):
     """How many streams codes of `bits` bits have."""
     return len(STREAMS[bits])
@@ -72,9 +84,10 @@ def allocate_words(stages: gl.constexpr, subtiles: gl.constexpr, head_dim: gl.co
 
 
 @gluon.jit
-def allocate_roots(stages: gl.constexpr, subtiles: gl.constexpr):
-    """Room for the scale roots of `stages` tiles."""
-    return gl.allocate_shared_memory(gl.float16, [stages * subtiles, 16], scale_buffer_layout())
+def allocate_roots(stages: gl.constexpr, subtiles: gl.constexpr, split: gl.constexpr):
+    """Room for the scale roots of `stages` tiles; two of split vectors are a word."""
+    kind: gl.constexpr = gl.int32 if split else gl.float16
+    return gl.allocate_shared_memory(kind, [stages * subtiles, 16], scale_buffer_layout())
 
 
 @gluon.jit
@@ -130,20 +143,26 @@ def copy_tile(
 
 @gluon.jit
 def _copy_words(pages, page, slot, buffers, at, stored: gl.constexpr, head_dim: gl.constexpr):
+    bits: gl.constexpr = packed_bits(stored)
+    channels: gl.constexpr = packed_channels(stored, head_dim)
     row_words: gl.constexpr = stored.code_stride // 4
     rows = pages + stored.codes + page + slot.to(gl.int64) * stored.code_stride
     words = rows.to(gl.pointer_type(gl.int32), bitcast=True)
     _copy_stream(words, buffers[0], at, row_words)
-    if streams(stored.bits) == 2:
-        _copy_stream(words + stream_words(head_dim, stored.bits, 0), buffers[1], at, row_words)
+    if streams(bits) == 2:
+        _copy_stream(words + stream_words(channels, bits, 0), buffers[1], at, row_words)
 
 
 @gluon.jit
 def _copy_roots(pages, page, slot, buffer, at, stored: gl.constexpr):
-    stride: gl.constexpr = stored.scale_stride // 2
-    token = gl.arange(0, 16, gl.BlockedLayout([2], [32], [1], [0]))
-    roots = scale_pointers(pages + stored.scales + page) + slot * stride
-    async_load(buffer.index(at), roots + token * stride)
+    scales = pages + stored.scales + page
+    if stored.split:
+        words = scales.to(gl.pointer_type(gl.int32), bitcast=True) + slot
+        async_load(buffer.index(at), words + gl.arange(0, 16, gl.BlockedLayout([1], [32], [1], [0])))
+    else:
+        stride: gl.constexpr = stored.scale_stride // 2
+        token = gl.arange(0, 16, gl.BlockedLayout([2], [32], [1], [0]))
+        async_load(buffer.index(at), scale_pointers(scales) + slot * stride + token * stride)
 
 
 @gluon.jit
@@ -179,6 +198,37 @@ def read_words(buffers, at, layout: gl.constexpr, head_dim: gl.constexpr, bits: 
             even = (first & 0x0F0F0F0F) | ((high & 0x0F0F0F0F) << 4)
             odd = ((first >> 4) & 0x0F0F0F0F) | (high & ~0x0F0F0F0F)
             return even, odd
+
+
+@gluon.jit
+def read_halves(buffers, at, layout: gl.constexpr, bits: gl.constexpr):
+    """What `split_key_lookup` takes of eight codes of either half, int32 [16 tokens, head_dim / 16]."""
+    if bits == 2:
+        codes = buffers[0].index(at).load(layout)
+        return codes, codes
+    elif bits == 3:
+        return buffers[0].index(at).load(layout), _nibbles(buffers[1], at, layout, 2)
+    else:
+        return buffers[0].index(at).load(layout), buffers[1].index(at).load(layout)
+
+
+@gluon.jit
+def read_roots(buffer, at, layout: gl.constexpr, masked: gl.constexpr, stored_here):
+    """Scale roots, float32 [16 tokens], zeros where `masked` and nothing is `stored_here`."""
+    root = buffer.index(at).load(layout).to(gl.float32)
+    if masked:
+        root = gl.where(stored_here, root, 0.0)
+    return root
+
+
+@gluon.jit
+def read_half_roots(buffer, at, layout: gl.constexpr, masked: gl.constexpr, stored_here):
+    """The same of both halves of split keys."""
+    word = buffer.index(at).load(layout)
+    if masked:
+        word = gl.where(stored_here, word, 0)
+    first = word.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    return first, (word >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
 
 
 @gluon.jit

@@ -15,7 +15,7 @@ def _plan(call: AttendCall, *, key_product: str, assembly: bool) -> Attend:
 
 def _path(name: str, key_product: str, capability: tuple[int, int] | None = None) -> DecodePath:
     plan = partial(_plan, key_product=key_product, assembly=capability is not None)
-    return DecodePath(name=name, plan=plan, launch_of=portable_launch, capability=capability)
+    return DecodePath(name=name, plan=plan, launch_of=portable_launch, capability=capability, splits_keys=True)
 
 
 FP16 = _path("fp16", "float16", (7, 5))

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from turboquant_core.ops._triton.bounds import existing_block
-from turboquant_core.ops._triton.codes import load_codes, load_scales, look_up
+from turboquant_core.ops._triton.codes import load_codes, load_halves, load_scales, look_up
 from turboquant_core.ops.decode_attention.call import AttendCounts
 from turboquant_core.ops.decode_attention.portable.lookup import (
     PARTS,
@@ -28,15 +28,15 @@ def portable_kernel(
     operand,  # see `prepare_kernel`, like the next
     factor,
     batch, num_tokens, query_len, row_capacity, last_block, block_table_stride,  # see `AttendCounts`
-    key_entries,  # centroids: float16 [2^key_bits], or parts [2, 2^key_bits], or int32 words of sixteen
+    key_entries,  # of each group of channels its centroids: float16 [2^bits], or parts [2, 2^bits], or int32 words
     value_entries,  # float16 [2^value_bits], or int32 words of sixteen
     softcap,  # in log2 units; 0 for none
-    key_unit,  # what key entries are multiplied with
+    key_units,  # what key entries are multiplied with
     layout: tl.constexpr,
     sizes: tl.constexpr,  # see `AttendSizes`
     padded_octet: tl.constexpr,
     key_product: tl.constexpr,
-    key_permute: tl.constexpr,
+    key_permutes: tl.constexpr,
     value_permute: tl.constexpr,
     widen: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +82,17 @@ def portable_kernel(
             end = begin + tl.minimum(share_end, row_end) - at
             used = column < row_len * sizes.group
             place = (row.to(tl.int64) * layout.num_kv_heads + head) * num_columns + column
-            query = tl.load(operand + place[:, None] * num_positions + position[None, :], mask=used[:, None], other=0.0)
-            high, low, query_unit = _split_query(query, key_product)
-            scale = tl.load(factor + place, mask=used, other=0.0) * query_unit * key_unit
+            query_rows = operand + place * num_positions
+            scale = tl.load(factor + place, mask=used, other=0.0)
+            if keys.split:
+                high, low, query_unit = _load_query(query_rows, used, num_positions // 2, key_product)
+                second_high, second_low, second_unit = _load_query(
+                    query_rows + num_positions // 2, used, num_positions // 2, key_product
+                )
+                second_scale = scale * second_unit * key_units[1]
+            else:
+                high, low, query_unit = _load_query(query_rows, used, num_positions, key_product)
+            scale = scale * query_unit * key_units[0]
             shift = tl.zeros([columns], tl.float32)
             if sizes.has_softcap and tensors.bias is not None:
                 shift = tl.load(tensors.bias + place, mask=used, other=0.0)
@@ -105,10 +113,24 @@ def portable_kernel(
                     page = existing_block(block, last_block).to(tl.int64)
                     slot = (token % layout.block_size).to(tl.int64)
                 head_rows = pages + page * tensors.page_stride
-                codes = _load_codes(head_rows, slot, valid, keys, octet, padded_octet)
-                scales = load_scales(head_rows + keys.scales + slot * keys.scale_stride, valid)
-                score = _key_product(high, low, codes, key_entries, keys.bits, key_product, key_permute, widen)
-                score = score * scale[:, None] * score_scale(scales)[None, :]
+                code_rows = head_rows + keys.codes + slot * keys.code_stride
+                scale_rows = head_rows + keys.scales + slot * keys.scale_stride
+                if keys.split:
+                    first, second = load_halves(code_rows, valid, keys.bits, tile, octet // 2, padded_octet // 2)
+                    score = _scores(
+                        high, low, scale, first, scale_rows, valid, key_entries[0], keys.bits + 1, key_product,
+                        key_permutes[0], widen,
+                    )  # fmt: skip
+                    score += _scores(
+                        second_high, second_low, second_scale, second, scale_rows + 2, valid, key_entries[1],
+                        keys.bits - 1, key_product, key_permutes[1], widen,
+                    )  # fmt: skip
+                else:
+                    codes = load_codes(code_rows, valid, keys.bits, tile, octet, padded_octet)
+                    score = _scores(
+                        high, low, scale, codes, scale_rows, valid, key_entries[0], keys.bits, key_product,
+                        key_permutes[0], widen,
+                    )  # fmt: skip
                 if sizes.has_softcap:
                     score = softcapped(score + shift[:, None], softcap)
                 seen = (token[None, :] <= last[:, None]) & (token >= start)[None, :] & used[:, None]
@@ -121,7 +143,8 @@ def portable_kernel(
                 rescale = tl.exp2(top - highest)
                 weight = tl.exp2(score - highest[:, None])
                 total = total * rescale + tl.sum(weight, axis=1)
-                codes = _load_codes(head_rows, slot, valid, values, octet, padded_octet)
+                code_rows = head_rows + values.codes + slot * values.code_stride
+                codes = load_codes(code_rows, valid, values.bits, tile, octet, padded_octet)
                 looked_up = _look_up_halves(codes, value_entries, values.bits, value_permute)
                 # At most about one, whatever the value scales are: `top` counts them in.
                 weight = (weight * value_scale[None, :]).to(tl.float16)
@@ -137,10 +160,21 @@ def portable_kernel(
 
 
 @triton.jit
-def _load_codes(head_rows, slot, valid, stored: tl.constexpr, octet: tl.constexpr, padded_octet: tl.constexpr):
-    """Codes at some slots of pages, int32 [tokens, 8 * padded_octet]."""
-    rows = head_rows + stored.codes + slot * stored.code_stride
-    return load_codes(rows, valid, stored.bits, slot.shape[0], octet, padded_octet)
+def _load_query(rows, used, count: tl.constexpr, kind: tl.constexpr):
+    """`count` positions of rotated queries, as `_split_query` gives them."""
+    position = tl.arange(0, count)
+    return _split_query(tl.load(rows[:, None] + position[None, :], mask=used[:, None], other=0.0), kind)
+
+
+@triton.jit
+def _scores(
+    high, low, scale, codes, scale_rows, valid, entries,
+    bits: tl.constexpr, kind: tl.constexpr, permute: tl.constexpr, widen: tl.constexpr,
+):  # fmt: skip
+    """What a group of channels adds to scores, float32 [columns, tokens]."""
+    scales = load_scales(scale_rows, valid)
+    product = _key_product(high, low, codes, entries, bits, kind, permute, widen)
+    return product * scale[:, None] * score_scale(scales)[None, :]
 
 
 @triton.jit

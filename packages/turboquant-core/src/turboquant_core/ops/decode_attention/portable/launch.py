@@ -61,9 +61,11 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
     assembly = assembly and not interpreting()
     layout, sizes, counts, device = call.layout, call.sizes, call.counts, call.device
     launch = cast(PortableLaunch, call.launch)
-    head_dim, key_bits, value_bits = layout.head_dim, layout.stored_keys.bits, layout.stored_values.bits
-    key_permute, value_permute = (assembly and bits <= MAX_PERMUTED_BITS for bits in (key_bits, value_bits))
-    query_rotation, output_rotation = _rotations(head_dim, device)
+    head_dim, value_bits = layout.head_dim, layout.stored_values.bits
+    key_widths = layout.stored_keys.widths
+    group_dim = head_dim // len(key_widths)
+    key_permutes = tuple(assembly and bits <= MAX_PERMUTED_BITS for bits in key_widths)
+    value_permute = assembly and value_bits <= MAX_PERMUTED_BITS
     heads = counts.batch * counts.query_len * layout.num_kv_heads * sizes.group
     block_positions = min(launch.prepare_positions, sizes.num_positions)
     common: dict[str, Any] = {
@@ -78,10 +80,10 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
     }
     prepare = partial(
         prepare_kernel[(-(-heads // launch.prepare_heads), sizes.num_positions // block_positions)],
-        rotation=query_rotation,
+        rotation=_query_rotation(head_dim, len(key_widths), device),
         row_capacity=counts.row_capacity,
         scale=call.scale,
-        score_scale=call.scale * head_dim**-0.5,
+        score_scale=call.scale * group_dim**-0.5,
         block_heads=launch.prepare_heads,
         block_channels=min(launch.prepare_channels, sizes.num_positions),
         block_positions=block_positions,
@@ -91,12 +93,15 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
     attend = partial(
         portable_kernel[call.grid],
         **call.arguments(),
-        key_entries=(entry_words if key_permute else entries)(head_dim, key_bits, key_product, device),
+        key_entries=tuple(
+            (entry_words if permute else entries)(group_dim, bits, key_product, device)
+            for bits, permute in zip(key_widths, key_permutes, strict=True)
+        ),
         value_entries=(entry_words if value_permute else entries)(head_dim, value_bits, "float16", device),
-        key_unit=entry_unit(head_dim, key_bits, key_product),
+        key_units=tuple(entry_unit(group_dim, bits, key_product) for bits in key_widths),
         padded_octet=padded_octet(head_dim),
         key_product=key_product,
-        key_permute=key_permute,
+        key_permutes=key_permutes,
         value_permute=value_permute,
         widen=interpreting(),
         num_warps=launch.num_warps,
@@ -104,7 +109,7 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
     )
     combine = partial(
         combine_kernel[(-(-heads // launch.merge_heads),)],
-        rotation=output_rotation,
+        rotation=_output_rotation(head_dim, device),
         num_workers=launch.num_workers,
         block_heads=launch.merge_heads,
         block_slots=launch.merge_slots,
@@ -116,12 +121,20 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
 
 
 @cache
-def _rotations(head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Π for queries, and for outputs times the unit of centroids, whose entries are those of unit variance.
+def _query_rotation(head_dim: int, num_groups: int, device: torch.device) -> torch.Tensor:
+    """Π of each of the groups that channels are in, float32 [num_positions, head_dim]."""
+    group = _at_positions(head_dim // num_groups)
+    return torch.block_diag(*[group] * num_groups).float().to(device)
 
-    float32 [num_positions, head_dim], with rows of zeros where channels are padded after every eighth.
-    """
+
+@cache
+def _output_rotation(head_dim: int, device: torch.device) -> torch.Tensor:
+    """Π times the unit of centroids, whose entries are those of unit variance, float32 [num_positions, head_dim]."""
+    return (_at_positions(head_dim) * head_dim**-0.5).float().to(device)
+
+
+def _at_positions(head_dim: int) -> torch.Tensor:
+    """Π, float64 [num_positions, head_dim], with rows of zeros where channels are padded after every eighth."""
     octet, padded = head_dim // 8, padded_octet(head_dim)
     matrix = Rotation(head_dim).matrix.view(8, octet, head_dim)
-    matrix = torch.nn.functional.pad(matrix, (0, 0, 0, padded - octet)).flatten(0, 1)
-    return matrix.float().to(device), (matrix * head_dim**-0.5).float().to(device)
+    return torch.nn.functional.pad(matrix, (0, 0, 0, padded - octet)).flatten(0, 1)
