@@ -79,7 +79,9 @@ class SplitQuantizer:
             ValueError: If the last dimension is not `head_dim`, or x is not floating point.
         """
         if x.ndim == 0 or x.shape[-1] != self.head_dim:
-            raise ValueError(f"got {x.dtype} {list(x.shape)}; this quantiser takes floating-point [..., {self.head_dim}]")
+            raise ValueError(
+                f"got {x.dtype} {list(x.shape)}; this quantiser takes floating-point [..., {self.head_dim}]"
+            )
         halves = [q.codes_of(half) for q, half in zip(self._quantizers, x.chunk(2, dim=-1), strict=True)]
         (first, first_scale), (second, second_scale) = halves
         codes = pack(first | (second << (self.bits + 1)), 2 * self.bits, check=False)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, Rotation, TurboQuantConfig, grid_codebook, unpack
 from turboquant_core.codebook import ascending_codes
-from turboquant_core.key_transform import KeyTransform
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
 from turboquant_core.testing import gaussian
@@ -49,10 +49,15 @@ def make_case(device, head_dim, key_bits, value_bits, dtype, key_scale, value_sc
     return layout, key.to(device, dtype), value.to(device, dtype), slots.to(device), mean
 
 
+def obstacle(layout, key, value, pages):
+    """Why warpgroups cannot store these."""
+    return WARPGROUP.obstacle(layout, IDENTITY, key, value, pages)
+
+
 def update(path, layout, key, value, slots, mean):
     top = int(slots.max()) if len(slots) else 0
     pages = layout.allocate(max(top, 0) // layout.block_size + 2, key.device).fill_(POISON)
-    if path == "warpgroup" and (reason := WARPGROUP.obstacle(layout, key, value, pages)):
+    if path == "warpgroup" and (reason := obstacle(layout, key, value, pages)):
         pytest.skip(reason)
     cache_update(key, value, pages, slots, layout, key_transform=KeyTransform(mean), path=path)
     return pages
@@ -107,7 +112,7 @@ def assert_scales_agree(actual, expected, same_codes):
 def assert_paths_agree(layout, key, value, slots, mean):
     expected_pages = update("reference", layout, key, value, slots, mean)
     assert_rest_untouched(layout, expected_pages, slots)
-    for path in ["triton"] if WARPGROUP.obstacle(layout, key, value, expected_pages) else ["triton", "warpgroup"]:
+    for path in ["triton"] if obstacle(layout, key, value, expected_pages) else ["triton", "warpgroup"]:
         pages = update(path, layout, key, value, slots, mean)
         assert_rest_untouched(layout, pages, slots)
         assert_stored_agrees(layout, key, value, slots, mean, pages, expected_pages)
@@ -234,7 +239,7 @@ def test_any_shape(device, head_dim, bits, dtype, heads, num_tokens, centred):
 
 def test_auto_takes_the_path_of_the_device(device):
     layout, key, value, slots, mean = make_case(device, *CASES[0])
-    kernel = "triton" if WARPGROUP.obstacle(layout, key, value, layout.allocate(1, device)) else "warpgroup"
+    kernel = "triton" if obstacle(layout, key, value, layout.allocate(1, device)) else "warpgroup"
     chosen = update(kernel if device.type == "cuda" else "reference", layout, key, value, slots, mean)
     assert torch.equal(update("auto", layout, key, value, slots, mean), chosen)
 

@@ -58,6 +58,28 @@ CASES = {
     "mean and softcap": DecodeCase(seq_lens=(70, 0, 3), key_mean=True, softcap=2.0, num_heads=8, num_kv_heads=2),
     "key scale": DecodeCase(seq_lens=(70, 0, 3), key_scale=True, query_lens=2, num_heads=8, num_kv_heads=2),
     "key order": DecodeCase(seq_lens=(70, 0, 3), key_channel_order=True, query_lens=2, num_heads=8, num_kv_heads=2),
+    **{
+        f"split {bits} bits at {head_dim}": DecodeCase(
+            head_dim, bits, 6 - bits, True, seq_lens=(70, 0, 33), query_lens=2, num_heads=8, num_kv_heads=2
+        )
+        for bits, head_dim in ((2, 64), (3, 128), (4, 256))
+    },
+    "split, with a transform and all else": DecodeCase(
+        key_split=True,
+        seq_lens=(70, 100, 0, 66),
+        query_lens=(1, 3, 2, 0),
+        num_heads=8,
+        num_kv_heads=2,
+        seq_starts=(3, 70, 0, 0),
+        window=50,
+        softcap=3.0,
+        sinks=True,
+        key_mean=True,
+        key_scale=True,
+        key_channel_order=True,
+    ),
+    "split, contiguous": DecodeCase(80, 3, key_split=True, seq_lens=(80, 1, 79), paged=False, num_heads=2),
+    "split, 16 tokens": DecodeCase(64, key_split=True, seq_lens=(40, 90), query_lens=(16, 9)),
     "key scale, order and mean, all at once": DecodeCase(
         seq_lens=(70, 100, 0, 66),
         query_lens=(1, 3, 2, 0),

@@ -14,7 +14,7 @@ from turboquant_core.ops import _dispatch, _path
 from turboquant_core.ops._path import find_path
 from turboquant_core.ops.decode_attention.card import card_of
 from turboquant_core.ops.decode_attention.centroids import unit_variance_centroids
-from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, value_lookup
+from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, split_key_lookup, value_lookup
 from turboquant_core.ops.decode_attention.fragment.positions import bit_swaps, key_channels, value_channels
 from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
 from turboquant_core.ops.decode_attention.launch import plan
@@ -27,6 +27,7 @@ from turboquant_core.ops.decode_attention.schedule import owner, query_heads, sh
 from turboquant_core.ops.decode_attention.sizes import Card, DecodeShape, padded_batch, representative_batches
 from turboquant_core.testing import MODEL_SHAPES
 from turboquant_core.testing.decode import DecodeCase, build, relative_error
+from turboquant_core.vector_format import SPLIT_BITS
 
 # The interpreter computes in NumPy, which warns of the logarithm of zero.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -133,13 +134,36 @@ def test_key_assembly_looks_every_code_up_in_its_order(head_dim, bits):
     operands = [None] * 2 + words + table_operands(found.table, 4)
     assert found.constraints.count("=r") == 2
     assert found.constraints.count(",") + 1 == len(operands)
-    machine = Ptx(operands).run(found.asm)
+    (numbers,) = found.groups
+    assert_looked_up(Ptx(operands).run(found.asm), ("$0", "$1"), numbers, grid_codebook(head_dim, bits), codes)
+
+
+def assert_looked_up(machine, outputs, numbers, book, codes):
     shifts = np.arange(4, dtype=np.uint32) * 8
-    numbers = np.concatenate([machine.registers[name][:, None] >> shifts & 255 for name in ("$0", "$1")], axis=1)
-    numbers = numbers.astype(np.uint8).view(np.int8).astype(np.float64)
-    assert sorted(found.order) == list(range(8))
-    expected = grid_codebook(head_dim, bits).centroids_by_code.numpy()[codes][:, list(found.order)]
-    np.testing.assert_allclose((numbers + found.offset) * found.unit, expected, rtol=1e-12)
+    found = np.concatenate([machine.registers[name][:, None] >> shifts & 255 for name in outputs], axis=1)
+    found = found.astype(np.uint8).view(np.int8).astype(np.float64)
+    assert sorted(numbers.order) == list(range(8))
+    expected = book.centroids_by_code.numpy()[codes][:, list(numbers.order)]
+    np.testing.assert_allclose((found + numbers.offset) * numbers.unit, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("bits", SPLIT_BITS)
+def test_split_key_assembly_looks_both_halves_up(head_dim, bits):
+    found = split_key_lookup(head_dim, bits)
+    first, second = (random_codes(width, 256, seed) for seed, width in enumerate((bits + 1, bits - 1)))
+    first, second = (np.resize(codes, (256, 8)) for codes in (first, second))
+    if bits == 3:
+        words = [*code_words(first, 4), *code_words(second, 2)]
+    else:
+        words = code_words(first | second << bits + 1, 2 * bits)
+    operands = [None] * 4 + [word for word in words for _ in range(4)] + table_operands(found.table, 4)
+    assert found.constraints.count("=r") == 4
+    assert found.constraints.count(",") + 1 == len(operands)
+    machine = Ptx(operands).run(found.asm)
+    for i, (codes, width) in enumerate(((first, bits + 1), (second, bits - 1))):
+        book = grid_codebook(head_dim // 2, width)
+        assert_looked_up(machine, (f"${2 * i}", f"${2 * i + 1}"), found.groups[i], book, codes)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -151,12 +175,13 @@ def test_value_assembly_pairs_the_same_code_of_two_tokens(head_dim, bits):
     assert found.constraints.count("=r") == 8
     assert found.constraints.count(",") + 1 == len(operands)
     pairs = Ptx(operands).run(found.asm).halves([f"${i}" for i in range(8)]).astype(np.float64)
-    assert sorted(found.order) == list(range(8))
+    (numbers,) = found.groups
+    assert sorted(numbers.order) == list(range(8))
     # Subnormal: no exponent but that of zero.
     assert np.abs(pairs).max() < 2.0**-14
     for token in range(2):
-        expected = grid_codebook(head_dim, bits).centroids_by_code.numpy()[codes[token]][:, list(found.order)]
-        np.testing.assert_allclose(pairs[:, token].T * found.unit, expected, rtol=1e-12)
+        expected = grid_codebook(head_dim, bits).centroids_by_code.numpy()[codes[token]][:, list(numbers.order)]
+        np.testing.assert_allclose(pairs[:, token].T * numbers.unit, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("float16", 2**-11), ("int8", 0.501 / 127 / 254), ("fp8", 2**-8)])
@@ -200,11 +225,19 @@ def test_permute_assembly_looks_every_code_up(kind, bits):
         np.testing.assert_array_equal(found, table[part].view(torch.uint8).numpy()[codes])
 
 
-@pytest.mark.parametrize("channels", [key_channels, value_channels])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("bits", BITS)
-def test_operands_permute_the_bits_of_channels(head_dim, bits, channels):
-    order, count = channels(head_dim, bits), head_dim.bit_length() - 1
+def orders(head_dim):
+    """The orders of channels of every operand."""
+    for bits in BITS:
+        yield key_channels(head_dim, key_lookup(head_dim, bits).groups[0])
+        yield value_channels(head_dim, bits)
+    for bits in SPLIT_BITS:
+        for numbers in split_key_lookup(head_dim, bits).groups:
+            yield key_channels(head_dim // 2, numbers)
+
+
+@pytest.mark.parametrize("order", [order for head_dim in (64, 128, 256) for order in orders(head_dim)])
+def test_operands_permute_the_bits_of_channels(order):
+    head_dim, count = len(order), len(order).bit_length() - 1
     # A dimension for every bit, the highest first.
     moved = np.arange(head_dim).reshape([2] * count)
     for swap in bit_swaps(order):
@@ -381,8 +414,7 @@ def forced(inputs, path, **changes):
     planned = {name: options.pop(name) for name in ("query_len", "scale", "window", "softcap")}
     arguments = (inputs.query, inputs.pages, inputs.block_table)
     attention = plan(*arguments, layout, find_path(path, PATHS), launch, batch=len(inputs.seq_lens), **planned)
-    key_mean = options.pop("key_transform").mean
-    attention(*arguments, inputs.seq_lens, out=out, lse=lse, key_mean=key_mean, **options)
+    attention(*arguments, inputs.seq_lens, out=out, lse=lse, **options)
     return out, lse
 
 
@@ -579,7 +611,7 @@ def report(arch, case, folder):
     Attention(call, module.plan(call))(
         inputs.query, inputs.pages, inputs.block_table, inputs.seq_lens, out=inputs.query, lse=None,
         query_start_loc=inputs.options["query_start_loc"], seq_starts=inputs.options["seq_starts"], sinks=None,
-        key_mean=torch.empty(layout.num_kv_heads, case.head_dim) if case.key_mean else None,
+        key_transform=inputs.options["key_transform"],
     )
     compiled = recorder.compile(arch, Path(folder))
     buffers = getattr(launch, "stages", 0) * launch.tile * layout.slot_bytes
@@ -591,6 +623,10 @@ def report(arch, case, folder):
 """
 COMPILED = {
     **{f"4 bits on sm_{arch}": (arch, DecodeCase(seq_lens=(40, 40))) for arch in (80, 89, 90, 100, 120)},
+    **{
+        f"split {bits} bits on sm_{arch}": (arch, DecodeCase(128, bits, 4, True, seq_lens=(40, 40), key_scale=True))
+        for arch, bits in ((80, 2), (90, 4), (120, 3))
+    },
     "8 and 4 bits, contiguous": (90, DecodeCase(128, 8, 4, seq_lens=(40, 40), paged=False)),
     "3 bits, all options": (80, replace(LAUNCH_CASES["window"], head_dim=64, key_bits=3, value_bits=3, num_heads=4)),
 }
@@ -619,6 +655,7 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 from dataclasses import replace
 import torch
+from turboquant_core.key_transform import IDENTITY
 from turboquant_core.ops.decode_attention import launch as decode
 from turboquant_core.ops.decode_attention.fragment import launch as fragment
 from turboquant_core.ops.decode_attention.paths import PATHS
@@ -639,7 +676,7 @@ for path in (path for path in PATHS if path.name in ("fragment", "fp16")):
         launch = replace(decode.choose_launch(path, layout, 2, 4, 256, query.device), num_workers=batch)
         options = dict(query_len=1, scale=1.0, window=0, softcap=0.0)
         decode.plan(query, pages, table, layout, path, launch, batch=batch, **options)(
-            query, pages, table, lengths, query_start_loc=None, seq_starts=None, sinks=None, key_mean=None,
+            query, pages, table, lengths, query_start_loc=None, seq_starts=None, sinks=None, key_transform=IDENTITY,
             out=torch.empty_like(query), lse=None,
         )
         print(path.name, [signature(kernel.kernel, kernel.arguments) for kernel in kernels if kernel.arguments])

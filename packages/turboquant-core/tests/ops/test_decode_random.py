@@ -6,6 +6,7 @@ import torch
 from turboquant_core.ops import decode_attention
 from turboquant_core.ops.decode_attention.paths import FASTEST_FIRST
 from turboquant_core.testing.decode import DecodeCase, build, relative_error
+from turboquant_core.vector_format import SPLIT_BITS
 
 # head_dim, key_bits, value_bits, num_heads, num_kv_heads, block_size, query tokens, window: a kernel to compile each.
 KERNELS = [
@@ -50,6 +51,9 @@ def test_random_rows(device, kernel):
             paged=generator.random() < 0.8,
             sinks=seed % 2 == 0,
             key_mean=seed % 4 == 0,
+            key_split=seed % 3 == 2 and key_bits in SPLIT_BITS,
+            key_scale=seed % 5 == 0,
+            key_channel_order=seed % 5 == 0,
         )
         inputs = build(case, device, seed)
         path = next(path.name for path in FASTEST_FIRST if path.obstacle(case.layout, device) is None)

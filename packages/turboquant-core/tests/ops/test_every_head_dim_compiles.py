@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
-from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core import KVCacheLayout, KeyTransform, TurboQuantConfig
 from turboquant_core.ops.cache_gather import launch as gather
 from turboquant_core.ops.cache_update.tensors import UpdateTensors
 from turboquant_core.ops.cache_update.triton import launch as update
@@ -35,10 +35,13 @@ prepare, portable_kernel, combine = (
 )
 merge_kernel = record(merge, "merge_kernel")
 
-def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder):
-    layout = KVCacheLayout(TurboQuantConfig(head_dim, key_bits, 4), 2, 16)
+def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=False):
+    layout = KVCacheLayout(TurboQuantConfig(head_dim, key_bits, 4, key_split=split), 2, 16)
     pages = layout.allocate(1)
     ints, means = torch.zeros(BATCH + 1, dtype=torch.int32), torch.zeros(2, head_dim)
+    transform = KeyTransform(means)
+    if split:
+        transform = KeyTransform(means, means + 1, torch.arange(head_dim).repeat(2, 1))
     block_table, lengths = ints[:BATCH].view(BATCH, 1), ints[:BATCH]
     decode.card_of = portable.card_of = lambda device: Card(divmod(arch, 10), 132)
     update._processor = lambda device: Processor(132, shared_bytes)
@@ -49,8 +52,8 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder):
 
     for dtype in dtypes:
         key = torch.zeros(100, 2, head_dim, dtype=dtype)
-        tensors = UpdateTensors.of(key, key, means, torch.zeros(100, dtype=torch.int64), pages)
-        update.plan(layout, key.dtype, 100, key.device)(tensors, 100, 1)
+        tensors = UpdateTensors.of(key, key, transform, torch.zeros(100, dtype=torch.int64), pages)
+        update.plan(layout, key.dtype, 100, key.device, transform.scale is not None)(tensors, 100, 1)
         show(update_kernel)
     gather.launch(
         pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, dtype=torch.bfloat16,
@@ -67,7 +70,8 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder):
         launch = decode.choose_launch(path, layout, BATCH, 4, 16, query.device)
         options = {"batch": BATCH, "query_len": 1, "scale": 1.0, "window": 0, "softcap": 0.0}
         decode.plan(query, pages, block_table, layout, path, launch, **options)(
-            query, pages, block_table, lengths, query_start_loc=None, seq_starts=None, sinks=None, key_mean=means,
+            query, pages, block_table, lengths, query_start_loc=None, seq_starts=None, sinks=None,
+            key_transform=transform,
             out=torch.empty_like(query), lse=None,
         )
         show(portable_kernel)
@@ -78,10 +82,10 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder):
 SHARED_BYTES = 163 * 1024
 
 
-def compile_kernels(run_python, monkeypatch, folder, arguments):
+def compile_kernels(run_python, monkeypatch, folder, arguments, split=False):
     """The name, bytes of shared memory and bytes of stack of every kernel."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    printed = run_python(f"{COMPILE}\nreport({arguments}, {SHARED_BYTES}, {str(folder)!r})").splitlines()
+    printed = run_python(f"{COMPILE}\nreport({arguments}, {SHARED_BYTES}, {str(folder)!r}, {split})").splitlines()
     return [(name, int(shared_bytes), int(stack)) for name, shared_bytes, stack in map(str.split, printed)]
 
 
@@ -95,8 +99,10 @@ def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, 
 
 
 @pytest.mark.parametrize("arch", [80, 89, 100, 120])
-def test_kernels_compile_for_every_card(run_python, monkeypatch, tmp_path, arch):
-    compiled = compile_kernels(run_python, monkeypatch, tmp_path, f"128, 4, [torch.bfloat16], ['fp16'], {arch}")
+@pytest.mark.parametrize("split", [False, True])
+def test_kernels_compile_for_every_card(run_python, monkeypatch, tmp_path, arch, split):
+    arguments = f"128, 4, [torch.bfloat16], ['fp16'], {arch}"
+    compiled = compile_kernels(run_python, monkeypatch, tmp_path, arguments, split)
     assert len(compiled) == 6
 
 

@@ -33,7 +33,7 @@ for head_dim, key_bits, value_bits, dtype in shapes if device.type == "cuda" els
     pages = layout.allocate(6, device)
     mean = torch.randn(2, head_dim, device=device)
     for path in ("warpgroup", "triton"):
-        if path == "triton" or WARPGROUP.obstacle(layout, key, value, pages) is None:
+        if path == "triton" or WARPGROUP.obstacle(layout, KeyTransform(), key, value, pages) is None:
             for key_mean in (None, mean):
                 for given in (wrong_slots, slots):
                     cache_update(key, value, pages, given, layout, key_transform=KeyTransform(key_mean), path=path)

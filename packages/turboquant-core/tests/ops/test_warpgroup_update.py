@@ -180,7 +180,7 @@ import os
 from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
-from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core import KVCacheLayout, KeyTransform, TurboQuantConfig
 from turboquant_core.ops.cache_update.tensors import UpdateTensors
 from turboquant_core.ops.cache_update.warpgroup import launch as module
 from turboquant_core.testing.compiled import Recorder
@@ -190,9 +190,9 @@ def report(head_dim, key_bits, value_bits, dtype, centred, folder):
     x = torch.zeros(64, 8, head_dim, dtype=dtype)
     module._num_sms = lambda device: 132
     module.warpgroup_update_kernel = recorder = Recorder(module.warpgroup_update_kernel)
-    mean = torch.zeros(8, head_dim) if centred else None
+    transform = KeyTransform(torch.zeros(8, head_dim) if centred else None)
     launch = module.plan(layout, dtype, 64, x.device)
-    launch(UpdateTensors.of(x, x, mean, torch.arange(64), layout.allocate(4)), 64, 4)
+    launch(UpdateTensors.of(x, x, transform, torch.arange(64), layout.allocate(4)), 64, 4)
     compiled = recorder.compile(90, Path(folder))
     print(compiled.ptx.count("wgmma.mma_async"), compiled.shared_bytes, compiled.registers, compiled.stack_bytes)
 """

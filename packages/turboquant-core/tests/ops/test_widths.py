@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig, config
+from turboquant_core.key_transform import IDENTITY
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
 from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
 from turboquant_core.ops.decode_attention.fragment import FRAGMENT
-from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, value_lookup
+from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, split_key_lookup, value_lookup
 from turboquant_core.testing import gaussian
+from turboquant_core.vector_format import SPLIT_BITS
 
 
 @pytest.fixture
@@ -53,6 +55,8 @@ def test_fragments_look_up_what_they_say():
         assert key_lookup(64, bits).constraints.count("=r") == 2
     for bits in FRAGMENT.value_bits:
         assert value_lookup(64, bits).constraints.count("=r") == 8
+    for bits in SPLIT_BITS:
+        assert split_key_lookup(64, bits).constraints.count("=r") == 4
 
 
 @pytest.mark.parametrize("bits", [1, 7])
@@ -63,4 +67,6 @@ def test_warpgroups_name_a_width_that_they_do_not_look_up(monkeypatch, bits):
     monkeypatch.setattr(torch.version, "hip", None)
     layout = KVCacheLayout(TurboQuantConfig(64, 4, bits), 1, 16)
     on_card = SimpleNamespace(device=torch.device("cuda"))
-    assert WARPGROUP.obstacle(layout, on_card, on_card, on_card) == f"value_bits is {bits}, and it takes 2, 3, 4"
+    assert (
+        WARPGROUP.obstacle(layout, IDENTITY, on_card, on_card, on_card) == f"value_bits is {bits}, and it takes 2, 3, 4"
+    )

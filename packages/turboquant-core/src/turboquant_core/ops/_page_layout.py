@@ -57,4 +57,6 @@ def page_layout(layout: KVCacheLayout) -> PageLayout:
 
 
 def _stored(stored: VectorFormat, codes: Plane, scales: Plane) -> StoredVectors:
-    return StoredVectors(int(stored.bits), stored.split, codes.offset, codes.slot_stride, scales.offset, scales.slot_stride)
+    return StoredVectors(
+        int(stored.bits), stored.split, codes.offset, codes.slot_stride, scales.offset, scales.slot_stride
+    )

@@ -87,9 +87,7 @@ def _gather_tile(
     if stored.split:
         half: tl.constexpr = head_dim // 2
         first, second = load_halves(code_rows, keep, stored.bits, slot.shape[0], half // 8, padded_octet // 2)
-        _write_channels(
-            output_rows, first, scale_rows, keep, centroids[0], mean, half, padded_octet // 2, has_mean
-        )
+        _write_channels(output_rows, first, scale_rows, keep, centroids[0], mean, half, padded_octet // 2, has_mean)
         _write_channels(
             output_rows + half, second, scale_rows + 2, keep, centroids[1], mean + half, half, padded_octet // 2,
             has_mean,

@@ -53,8 +53,7 @@ def cache_update(
         pages: uint8 [num_blocks, num_kv_heads, head_bytes], written in place. Dimensions 0 and 1 may be strided.
         slot_mapping: int64 [num_tokens], block * block_size + position; negative for tokens that are not to be stored.
         layout: Where a slot's bytes lie. Its bits must be whole.
-        key_transform: What keys go through first, of tensors without rows. With a scale or an
-            order the kernels take keys and values as float32.
+        key_transform: What keys go through first, of tensors without rows.
         path: Which implementation, by name, or "auto" for the fastest that can run; see
             `turboquant_core.ops.cache_update.paths`.
 
@@ -78,12 +77,9 @@ def cache_update(
     if launch is None:
         reference_cache_update(key, value, pages, slot_mapping, layout, key_transform=key_transform)
         return
-    key_mean = key_transform.mean
-    if not key_transform.only_centres:
-        key, value, key_mean = key_transform.of_keys(key), value.float(), None
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(pages):  # type: ignore[no-untyped-call]
-        launch(UpdateTensors.of(key, value, key_mean, slot_mapping, pages), num_tokens, num_pages)
+        launch(UpdateTensors.of(key, value, key_transform, slot_mapping, pages), num_tokens, num_pages)
 
 
 _launches: KnownCalls[Launch | None] = KnownCalls()
@@ -110,7 +106,7 @@ def _plan(
     transform = key_transform.tensors()
     check_key_transform(transform, layout)
     check_one_device({"key": key, "value": value, "pages": pages, "slot_mapping": slot_mapping, **transform})
-    if not key_transform.only_centres:
-        key, value = key.float(), value.float()
-    chosen = choose_path(path, layout, key, value, pages)
-    return None if chosen is None else chosen.plan(layout, key.dtype, len(key), key.device)
+    chosen = choose_path(path, layout, key_transform, key, value, pages)
+    if chosen is None:
+        return None
+    return chosen.plan(layout, key.dtype, len(key), key.device, key_transform.scale is not None)

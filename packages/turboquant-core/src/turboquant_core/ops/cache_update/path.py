@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import VECTOR_DTYPES
 from turboquant_core.ops._path import Path
@@ -22,24 +23,30 @@ class UpdatePath(Path):
     """One way to quantise and store keys and values.
 
     Attributes:
-        plan: The launch for a layout, a type of keys, a number of them and a device: it takes tensors, how many tokens
-            those have, and how many pages.
+        plan: The launch for a layout, a type of keys, a number of them, a device, and whether keys have a scale: it
+            takes tensors, how many tokens those have, and how many pages.
         dtypes: Types of keys and values.
         vector_alignment: What addresses of keys and values, and strides in elements, are multiples of.
         page_alignment: What those of pages are, in bytes.
+        only_centres: Whether it takes no transform of keys but their mean.
         least_tokens: Fewer are left to the next path, unless this one is asked for.
     """
 
-    plan: Callable[[KVCacheLayout, torch.dtype, int, torch.device], Launch]
+    plan: Callable[[KVCacheLayout, torch.dtype, int, torch.device, bool], Launch]
     dtypes: tuple[torch.dtype, ...] = VECTOR_DTYPES
     vector_alignment: int = 1
     page_alignment: int = 1
+    only_centres: bool = False
     least_tokens: int = 0
 
-    def obstacle(self, layout: KVCacheLayout, key: Tensor, value: Tensor, pages: Tensor) -> str | None:
-        """Why it cannot run for a layout and these tensors; None if it can."""
+    def obstacle(
+        self, layout: KVCacheLayout, key_transform: KeyTransform, key: Tensor, value: Tensor, pages: Tensor
+    ) -> str | None:
+        """Why it cannot run for a layout, a transform and these tensors; None if it can."""
         if reason := self.device_obstacle(layout, key.device):
             return reason
+        if self.only_centres and not key_transform.only_centres:
+            return "keys go through a scale or an order, and it takes a mean alone"
         if key.dtype not in self.dtypes:
             return f"key is {key.dtype}, and it takes {', '.join(map(str, self.dtypes))}"
         for name, x, alignment in (

@@ -7,6 +7,7 @@
 
 import torch
 
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._path import choose
 from turboquant_core.ops.cache_update.path import UpdatePath
@@ -18,8 +19,17 @@ PATHS = (WARPGROUP, TRITON)
 
 
 def choose_path(
-    name: str, layout: KVCacheLayout, key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor
+    name: str,
+    layout: KVCacheLayout,
+    key_transform: KeyTransform,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
 ) -> UpdatePath | None:
     """The path that a name means for these tensors; see `turboquant_core.ops._path.choose`."""
     fastest_first = (path for path in PATHS if len(key) >= path.least_tokens)
-    return choose(name, PATHS, fastest_first, key.device, lambda path: path.obstacle(layout, key, value, pages))
+
+    def obstacle(path: UpdatePath) -> str | None:
+        return path.obstacle(layout, key_transform, key, value, pages)
+
+    return choose(name, PATHS, fastest_first, key.device, obstacle)

@@ -16,26 +16,73 @@ OFFSET_UNIT = tl.constexpr(2.0**12)
 
 
 @triton.jit
-def load_slices(parts, first, num_parts: tl.constexpr, block_k: tl.constexpr, channels: tl.constexpr):
+def scale_unit(scale, used, head_dim: tl.constexpr, channels: tl.constexpr):
+    """A power of two that takes the largest scale to [1, 2); 1 where it is not used.
+
+    Times it, no entry of a scaled matrix overflows.
+    """
+    channel = tl.arange(0, channels)
+    largest = tl.max(_load_scale(scale, used, channel, head_dim), axis=0)
+    exponent = largest.to(tl.int32, bitcast=True) >> FLOAT_MANTISSA_BITS
+    return ((-exponent + 2 * FLOAT_BIAS) << FLOAT_MANTISSA_BITS).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_scale(scale, used, channel, head_dim: tl.constexpr):
+    return tl.load(scale + channel, mask=channel < tl.where(used, head_dim, 0), other=1.0)
+
+
+@triton.jit
+def load_slices(
+    parts,
+    scale,
+    unit,
+    order,
+    used,
+    first,
+    head_dim: tl.constexpr,
+    stored_parts: tl.constexpr,
+    num_parts: tl.constexpr,
+    block_k: tl.constexpr,
+    channels: tl.constexpr,
+):
     """Rows first to first + block_k - 1 of every part [channels, channels], the largest first.
 
-    There are always three; those past num_parts repeat the first, and are not used.
+    A scale, in its unit, and an order of channels, where they are given and used, are multiplied in: the product with
+    such a matrix is that of scaled and ordered vectors. There are always three parts; those past num_parts repeat the
+    first, and are not used.
     """
-    high = _load_slice(parts, first, block_k, channels)
+    channel = first + tl.arange(0, block_k)
+    row = channel
+    if order is not None:
+        place = tl.arange(0, channels)
+        source = tl.load(order + place, mask=place < head_dim, other=-1).to(tl.int32)
+        found = tl.sum(tl.where(source[None, :] == channel[:, None], place[None, :], 0), axis=1)
+        row = tl.where(used & (channel < head_dim), found, channel)
+    high = _load_rows(parts, row, channels)
     middle = high
     low = high
-    if num_parts > 1:
-        middle = _load_slice(parts + channels * channels, first, block_k, channels)
-    if num_parts > 2:
-        low = _load_slice(parts + 2 * channels * channels, first, block_k, channels)
+    if stored_parts > 1:
+        middle = _load_rows(parts + channels * channels, row, channels)
+    if stored_parts > 2:
+        low = _load_rows(parts + 2 * channels * channels, row, channels)
+    if scale is not None:
+        rest = high.to(tl.float32)
+        if stored_parts > 1:
+            rest += middle.to(tl.float32)
+        if stored_parts > 2:
+            rest += low.to(tl.float32)
+        rest *= (_load_scale(scale, used, channel, head_dim) * unit)[:, None]
+        high = rest.to(parts.dtype.element_ty)
+        rest -= high.to(tl.float32)
+        middle = rest.to(parts.dtype.element_ty)
+        low = (rest - middle.to(tl.float32)).to(parts.dtype.element_ty)
     return high, middle, low
 
 
 @triton.jit
-def _load_slice(matrix, first, block_k: tl.constexpr, channels: tl.constexpr):
-    row = first + tl.arange(0, block_k)
-    column = tl.arange(0, channels)
-    return tl.load(matrix + row[:, None] * channels + column[None, :])
+def _load_rows(matrix, row, channels: tl.constexpr):
+    return tl.load(matrix + row[:, None] * channels + tl.arange(0, channels)[None, :])
 
 
 @triton.jit
@@ -47,9 +94,13 @@ def _load_mean(mean, used, channel, head_dim: tl.constexpr):
 @triton.jit
 def offset_factor(
     mean,
+    scale,
+    unit,
+    order,
     used,
     parts,
     head_dim: tl.constexpr,
+    stored_parts: tl.constexpr,
     num_parts: tl.constexpr,
     block_k: tl.constexpr,
     channels: tl.constexpr,
@@ -64,7 +115,9 @@ def offset_factor(
     for first in range(0, head_dim, block_k):
         channel = first + tl.arange(0, block_k)
         rest = _load_mean(mean, used, channel, head_dim)
-        high, middle, low = load_slices(parts, first, num_parts, block_k, channels)
+        high, middle, low = load_slices(
+            parts, scale, unit, order, used, first, head_dim, stored_parts, num_parts, block_k, channels
+        )
         for _ in tl.static_range(3):
             part = rest.to(parts.dtype.element_ty)
             rest -= part.to(tl.float32)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from turboquant_core.key_transform import KeyTransform
+
 
 class UpdateTensors(NamedTuple):
     """Tensors and their strides, in elements, as one argument of a kernel.
@@ -11,7 +13,9 @@ class UpdateTensors(NamedTuple):
     Attributes:
         key: [num_tokens, num_kv_heads, head_dim], the last stride 1.
         value: The same for values.
-        key_mean: float32 [num_kv_heads, head_dim], contiguous; None without one.
+        key_mean: float32 [num_kv_heads, head_dim], contiguous, what keys go through; None without one.
+        key_scale: The same, after it.
+        key_order: int64 of the same shape, after both.
         slot_mapping: int64 [num_tokens].
         pages: uint8 [num_blocks, num_kv_heads, head_bytes], written.
     """
@@ -19,6 +23,8 @@ class UpdateTensors(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     key_mean: torch.Tensor | None
+    key_scale: torch.Tensor | None
+    key_order: torch.Tensor | None
     slot_mapping: torch.Tensor
     pages: torch.Tensor
     key_token_stride: int
@@ -34,7 +40,7 @@ class UpdateTensors(NamedTuple):
         cls,
         key: torch.Tensor,
         value: torch.Tensor,
-        key_mean: torch.Tensor | None,
+        key_transform: KeyTransform,
         slot_mapping: torch.Tensor,
         pages: torch.Tensor,
     ) -> "UpdateTensors":
@@ -42,7 +48,7 @@ class UpdateTensors(NamedTuple):
         return cls(
             key,
             value,
-            key_mean if key_mean is None else key_mean.contiguous(),
+            *(part if part is None else part.contiguous() for part in key_transform.parts),
             slot_mapping,
             pages,
             *key.stride()[:2],

@@ -161,14 +161,14 @@ def decode_attention(
         # Triton launches on the current device, whatever the tensors' is.
         with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             plan.attention(
-                key_transform.of_query(query, query_start_loc),
+                query,
                 pages,
                 block_table,
                 seq_lens,
                 query_start_loc=query_start_loc,
                 seq_starts=seq_starts,
                 sinks=sinks,
-                key_mean=key_transform.stored_mean,
+                key_transform=key_transform,
                 out=out,
                 lse=lse,
             )
@@ -218,8 +218,8 @@ def _plan(
     batch = _check_arrays(arrays, num_heads)
     transform = key_transform.tensors()
     check_key_transform(transform, layout, batch)
-    if key_transform.mean is not None:
-        _check_strides("key_mean", key_transform.mean)
+    for name, part in transform.items():
+        _check_strides(name, part)
     block_table = arrays["block_table"]
     if block_table is None and len(pages) < batch:
         raise ValueError(f"pages hold {len(pages)} rows and seq_lens {batch}; without a block_table row b is page b")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import row_capacity
 from turboquant_core.ops._padding import padded_octet
@@ -49,23 +50,40 @@ class AttendEnds(NamedTuple):
 
     Attributes:
         query: [num_tokens, num_heads, head_dim].
-        key_mean: float32 [num_kv_heads, head_dim], or one of each row, or None.
+        transform: What keys went through.
         sinks: float32 [num_heads], natural logits, or None.
         out: Like the query.
         lse: float32 [num_tokens, num_heads], natural units, or None.
     """
 
     query: torch.Tensor
-    key_mean: torch.Tensor | None
+    transform: "AttendTransform"
     sinks: torch.Tensor | None
     out: torch.Tensor
     lse: torch.Tensor | None
 
 
-def query_strides(ends: AttendEnds) -> tuple[int, int, int]:
-    """From token to token and head to head of a query, and from row to row of means; 0 where all rows share one."""
-    mean, query = ends.key_mean, ends.query
-    return query.stride(0), query.stride(1), 0 if mean is None or mean.ndim == 2 else mean.stride(0)
+class AttendTransform(NamedTuple):
+    """A `KeyTransform` as one argument of a kernel, with strides from row to row; 0 where all rows share a part.
+
+    Attributes:
+        mean: float32 [num_kv_heads, head_dim], or one of each row, or None.
+        scale: The same.
+        order: int64 of the same shape, or None.
+    """
+
+    mean: torch.Tensor | None
+    scale: torch.Tensor | None
+    order: torch.Tensor | None
+    mean_row_stride: int
+    scale_row_stride: int
+    order_row_stride: int
+
+    @classmethod
+    def of(cls, transform: KeyTransform) -> "AttendTransform":
+        """The parts of a transform, contiguous, with their strides."""
+        parts = transform.parts
+        return cls(*parts, *(0 if part is None or part.ndim == 2 else part.stride(0) for part in parts))
 
 
 class AttendCounts(NamedTuple):

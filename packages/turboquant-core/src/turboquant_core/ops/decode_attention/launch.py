@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
-from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors, AttendTransform
 from turboquant_core.ops.decode_attention.card import card_of
 from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 from turboquant_core.ops.decode_attention.sizes import DecodeLaunch, DecodeShape
@@ -33,7 +34,7 @@ class Attention:
         query_start_loc: torch.Tensor | None,
         seq_starts: torch.Tensor | None,
         sinks: torch.Tensor | None,
-        key_mean: torch.Tensor | None,
+        key_transform: KeyTransform,
         out: torch.Tensor,
         lse: torch.Tensor | None,
     ) -> None:
@@ -49,12 +50,12 @@ class Attention:
             seq_starts,
             query_start_loc,
             torch.empty(batch + 1, dtype=torch.int32, device=device),
-            None if key_mean is None else torch.empty(columns, dtype=torch.float32, device=device),
+            None if key_transform.mean is None else torch.empty(columns, dtype=torch.float32, device=device),
             torch.empty(slots, num_kv_heads, num_columns, sizes.num_positions, dtype=torch.float32, device=device),
             torch.empty(slots, num_kv_heads, 2, num_columns, dtype=torch.float32, device=device),
             *pages.stride()[:2],
         )
-        self.attend(tensors, AttendEnds(query, key_mean, sinks, out, lse))
+        self.attend(tensors, AttendEnds(query, AttendTransform.of(key_transform), sinks, out, lse))
 
 
 def plan(

@@ -19,6 +19,7 @@ from turboquant_core.ops.cache_update.rotate import (
     multiply_halves,
     offset_factor,
     power_for_halves,
+    scale_unit,
     subtract_offset,
 )
 from turboquant_core.ops.cache_update.schedule import program_share, slot_place
@@ -39,6 +40,7 @@ def update_kernel(
     value_shift: tl.constexpr,
     key_rule: tl.constexpr,
     value_rule: tl.constexpr,
+    stored_parts: tl.constexpr,
     num_parts: tl.constexpr,
     block_rows: tl.constexpr,
     block_k: tl.constexpr,
@@ -63,15 +65,27 @@ def update_kernel(
     mean = parts
     if centred:
         mean = tensors.key_mean + head * head_dim
+    scale = None
+    unit = 1.0
+    if tensors.key_scale is not None:
+        scale = tensors.key_scale + head * head_dim
+        unit = scale_unit(scale, is_key, head_dim, channels)
+    order = None
+    if tensors.key_order is not None:
+        order = tensors.key_order + head * head_dim
     head_rows = tensors.pages + wide_head * tensors.page_head_stride
     codes_at = head_rows + tl.where(is_key, keys.codes, values.codes)
     scales_at = head_rows + tl.where(is_key, keys.scales, values.scales)
     high, middle, low = parts, parts, parts
     if block_k == channels:
-        high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
+        high, middle, low = load_slices(
+            parts, scale, unit, order, is_key, 0, head_dim, stored_parts, num_parts, block_k, channels
+        )
     offset = parts
     if centred and not halves:
-        offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
+        offset = offset_factor(
+            mean, scale, unit, order, is_key, parts, head_dim, stored_parts, num_parts, block_k, channels
+        )
     first_bits: tl.constexpr = keys.bits + 1 if keys.split else keys.bits
     key_entries = tl.load(tables.key_grid + tl.arange(0, key_cells))
     key_table = tl.load(tables.key_centroids + tl.arange(0, 2**first_bits))
@@ -116,13 +130,17 @@ def update_kernel(
             )
         else:
             for first in range(0, head_dim, block_k):
-                high_k, middle_k, low_k = load_slices(parts, first, num_parts, block_k, channels)
+                high_k, middle_k, low_k = load_slices(
+                    parts, scale, unit, order, is_key, first, head_dim, stored_parts, num_parts, block_k, channels
+                )
                 rotated = _add_slice(
                     rotated, x_rows, mean, is_key, power, first, high_k, middle_k, low_k, head_dim, centred, num_parts,
                     block_k, halves,
                 )  # fmt: skip
         if centred and not halves:
             rotated = subtract_offset(rotated, offset, block_rows)
+        # What lengths are divided by: a scale counts as one of its unit.
+        power = power * unit
         code_rows = codes_at + page
         if keys.bits == values.bits and not keys.split:
             _store_tile(
@@ -192,9 +210,7 @@ def _store_split_tile(
     """The same of halves [rows, 8 * padded_octet] whose columns take turns."""
     # Neighbouring columns are in one thread: they part without moving.
     first, second = tl.split(tl.reshape(rotated, [rotated.shape[0], 8 * padded_octet, 2]))
-    ranks, norm, inner, squares = _quantized(
-        first, power, entries, centroids, octet, padded_octet, shift, rule, rule
-    )
+    ranks, norm, inner, squares = _quantized(first, power, entries, centroids, octet, padded_octet, shift, rule, rule)
     second_ranks, second_norm, second_inner, second_squares = _quantized(
         second, power, second_entries, second_centroids, octet, padded_octet, second_shift, rule, rule
     )

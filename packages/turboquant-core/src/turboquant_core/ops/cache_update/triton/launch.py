@@ -41,17 +41,21 @@ class UpdateTables(NamedTuple):
     value_centroids: torch.Tensor
 
 
-def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> "partial[None]":
+def plan(
+    layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, has_scale: bool
+) -> "partial[None]":
     """The kernel with its grid, tables and options: what `UpdatePath.plan` gives."""
     config, compiled = layout.config, page_layout(layout)
     octet = padded_octet(config.head_dim)
     key_parts, value_parts = _rotations(config, torch.float16 if dtype == torch.float32 else dtype, device)
+    # Of a scaled matrix that many parts keep what float32 does.
+    num_parts = max(len(value_parts), 3 if dtype == torch.bfloat16 else 2) if has_scale else len(value_parts)
     first, second, values = config.key_format.groups[0], config.key_format.groups[-1], config.value_format.groups[0]
     sizes = update_launch(
         num_tokens,
         layout.num_kv_heads,
         8 * octet,
-        len(value_parts),
+        num_parts,
         2 if dtype == torch.float32 else 1,
         _processor(device),
         one_path=(first, second) == (values, values),
@@ -74,7 +78,8 @@ def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: tor
         },
         "key_rule": config.key_scale,
         "value_rule": config.value_scale,
-        "num_parts": len(value_parts),
+        "stored_parts": len(value_parts),
+        "num_parts": num_parts,
         "block_rows": sizes.block_rows,
         "block_k": sizes.block_k,
         "depth": sizes.depth,
@@ -85,9 +90,7 @@ def plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: tor
     return partial(update_kernel[(sizes.num_programs,)], **arguments)
 
 
-def _rotations(
-    config: TurboQuantConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotations(config: TurboQuantConfig, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The parts of the rotations of keys and of values, equally many."""
     values = split_rotation(config.head_dim, dtype, device).parts
     if not config.key_split:
@@ -95,9 +98,7 @@ def _rotations(
     keys = split_halves_rotation(config.head_dim, dtype, device).parts
     num_parts = max(len(keys), len(values))
     # Parts of zeros add nothing.
-    keys, values = (
-        torch.nn.functional.pad(parts, (0, 0, 0, 0, 0, num_parts - len(parts))) for parts in (keys, values)
-    )
+    keys, values = (torch.nn.functional.pad(parts, (0, 0, 0, 0, 0, num_parts - len(parts))) for parts in (keys, values))
     return keys, values
 
 

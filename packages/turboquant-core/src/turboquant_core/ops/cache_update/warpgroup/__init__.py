@@ -9,7 +9,7 @@ from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, Launch, Upda
 WORD_BYTES = 4
 
 
-def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device) -> Launch:
+def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, has_scale: bool) -> Launch:
     from turboquant_core.ops.cache_update.warpgroup.launch import plan
 
     return plan(layout, dtype, num_tokens, device)
@@ -24,6 +24,7 @@ WARPGROUP = UpdatePath(
     capability=(9, 0),
     newest_capability=(9, 0),
     gluon="hopper",
+    only_centres=True,
     dtypes=(torch.float16, torch.bfloat16),
     vector_alignment=VECTOR_ALIGNMENT,
     page_alignment=WORD_BYTES,

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from turboquant_core.ops._triton.lanes import lane_constant
 from turboquant_core.ops.decode_attention.call import AttendCounts
+from turboquant_core.ops.decode_attention.fragment.hadamard import vector_layout
 from turboquant_core.ops.decode_attention.fragment.operands import (
     column_of_heads,
     columns_of_heads,
@@ -23,7 +24,7 @@ from turboquant_core.ops.decode_attention.fragment.operands import (
     wait_for_previous_kernel,
     weight_operand,
 )
-from turboquant_core.ops.decode_attention.fragment.query import load_channels, load_query, query_operand
+from turboquant_core.ops.decode_attention.fragment.query import load_part, load_query, query_operand
 from turboquant_core.ops.decode_attention.fragment.tiles import (
     allocate_roots,
     allocate_words,
@@ -46,10 +47,9 @@ LOWEST = gl.constexpr(-1e30)
 def fragment_kernel(
     tensors,  # see `AttendTensors`; all but `pages` and what says which of them is written
     query,  # [num_tokens, num_heads, head_dim]
-    key_mean,  # float32 [num_kv_heads, head_dim], or one of each row, or None
+    transform,  # see `AttendTransform`
     query_token_stride,
     query_head_stride,
-    mean_row_stride,  # 0 where all rows share the mean
     batch, num_tokens, query_len, row_capacity, last_block, block_table_stride,  # see `AttendCounts`
     negative,  # int32 [head_dim], see `rotated`
     scale,  # of a logit
@@ -136,16 +136,21 @@ def fragment_kernel(
         if row_end > tile:
             begin = first // tile_tokens + tile - row_begin
             end = begin + gl.minimum(share_end, row_end) - tile
+            # Kept from row to row they would take four times the registers: what is made of them would be kept.
+            order = gl.arange(0, head_dim, gl.SliceLayout(0, vector_layout(columns, head_dim)))
+            signs = gl.load(negative + order)
+            if transform.order is not None:
+                order = load_part(transform.order, row, transform.order_row_stride, head, head_dim, order).to(gl.int32)
             stored = load_query(
                 query, query_token_stride, query_head_stride, tensors.query_start_loc, row, head, first_column, row_len,
-                num_tokens, query_len, head_dim, sizes.group, columns,
+                num_tokens, query_len, order, sizes.group, columns,
             )  # fmt: skip
-            # Kept from row to row they would take four times the registers: what is made of them would be kept.
-            signs = load_channels(negative, columns, head_dim)
             mean = None
-            if key_mean is not None:
-                means = key_mean + row.to(gl.int64) * mean_row_stride + head * head_dim
-                mean = load_channels(means, columns, head_dim)
+            if transform.mean is not None:
+                mean = load_part(transform.mean, row, transform.mean_row_stride, head, head_dim, order)
+            key_scale = None
+            if transform.scale is not None:
+                key_scale = load_part(transform.scale, row, transform.scale_row_stride, head, head_dim, order)
             if block_size == 0:
                 blocks = row
             else:
@@ -174,7 +179,7 @@ def fragment_kernel(
                     )  # fmt: skip
             # While the first tiles are on their way.
             operands, lackings, factor, bias = query_operand(
-                stored, mean, signs, scale, score_scale, rounds, swaps, key_offsets
+                stored, mean, key_scale, signs, scale, score_scale, rounds, swaps, key_offsets
             )
             if tensors.bias is not None:
                 # Every worker of the row writes the same.

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 
 from turboquant_core.ops._page_layout import PageLayout
-from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors, query_strides
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
 from turboquant_core.ops.decode_attention.card import overlapped
 from turboquant_core.ops.decode_attention.fragment.combine import combine_kernel
 from turboquant_core.ops.decode_attention.fragment.kernel import fragment_kernel
@@ -32,7 +32,7 @@ class FragmentAttend:
 
     def __call__(self, tensors: AttendTensors, ends: AttendEnds) -> None:
         """See `Attend`."""
-        self.attend(tensors, ends.query, ends.key_mean, *query_strides(ends))
+        self.attend(tensors, ends.query, ends.transform, *ends.query.stride()[:2])
         self.combine(tensors, ends, ends.out.stride()[:2])
 
 

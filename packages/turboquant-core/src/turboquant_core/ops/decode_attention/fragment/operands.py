@@ -72,9 +72,7 @@ def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constra
 
 
 @gluon.jit
-def half_operands(
-    words, table, half: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr
-):
+def half_operands(words, table, half: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr):
     """Words of 16 tokens of split keys to an operand A of each half, int8 [16 tokens, half]."""
     if pair:
         args = (_twice(_twice(words[0])), _twice(_twice(words[1]))) + table

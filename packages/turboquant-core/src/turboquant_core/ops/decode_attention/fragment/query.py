@@ -28,12 +28,14 @@ def _around_bits(columns, head_dim, swaps, group, i):
 @gluon.jit
 def load_query(
     query, token_stride, head_stride, query_start_loc, row, head, first_column, row_len, num_tokens, query_len,
-    head_dim: gl.constexpr, group: gl.constexpr, columns: gl.constexpr,
+    channel, group: gl.constexpr, columns: gl.constexpr,
 ):  # fmt: skip
-    """Queries of the columns first_column to first_column + columns - 1 of a row and KV head, [columns, head_dim]."""
-    layout: gl.constexpr = vector_layout(columns, head_dim)
+    """Queries of the columns first_column to first_column + columns - 1 of a row and KV head, at channels [head_dim].
+
+    [columns, head_dim].
+    """
+    layout: gl.constexpr = vector_layout(columns, channel.shape[0])
     column = first_column + gl.arange(0, columns, gl.SliceLayout(1, layout))
-    channel = gl.arange(0, head_dim, gl.SliceLayout(0, layout))
     first_token = row * query_len
     if query_start_loc is not None:
         first_token = clamped(gl.load(query_start_loc + row), 0, num_tokens)
@@ -43,16 +45,24 @@ def load_query(
 
 
 @gluon.jit
-def load_channels(pointer, columns: gl.constexpr, head_dim: gl.constexpr):
-    """What there is of every channel, [head_dim], beside queries of `load_query`."""
-    return gl.load(pointer + gl.arange(0, head_dim, gl.SliceLayout(0, vector_layout(columns, head_dim))))
+def load_part(part, row, row_stride, head, head_dim: gl.constexpr, channel):
+    """A part of the transform of a row and head at channels [head_dim]."""
+    return gl.load(part + row.to(gl.int64) * row_stride + head * head_dim + channel)
 
 
 @gluon.jit
 def query_operand(
-    query, mean, negative, scale, score_scale, rounds: gl.constexpr, swaps: gl.constexpr, key_offsets: gl.constexpr
+    query,
+    mean,
+    key_scale,
+    negative,
+    scale,
+    score_scale,
+    rounds: gl.constexpr,
+    swaps: gl.constexpr,
+    key_offsets: gl.constexpr,
 ):
-    """What products with keys take of queries [columns, head_dim].
+    """What products with keys take of queries [columns, head_dim], before they are divided by the scale of keys.
 
     For each group of channels, of which `swaps` and `key_offsets` have one entry each, the operand, int8 [positions,
     2 * columns], in which a query has two neighbours, the high and the low part of its coordinates; and what products
@@ -64,12 +74,14 @@ def query_operand(
     group_dim: gl.constexpr = query.shape[1] // groups
     by_head: gl.constexpr = gl.SliceLayout(0, head_layout(columns))
     q = query.to(gl.float32)
+    bias = gl.zeros([columns], gl.float32, gl.SliceLayout(1, q.type.layout))
+    if mean is not None:
+        bias = gl.sum(q * mean[None, :], axis=1) * (scale * LOG2_E)
+    if key_scale is not None:
+        q /= key_scale[None, :]
     size = gl.sqrt(gl.sum(q * q, axis=1))
     # A query with NaN in it has no length, and its scores are NaN by their factor.
     size = gl.where(size == 0, 1.0, size)
-    bias = gl.zeros_like(size)
-    if mean is not None:
-        bias = gl.sum(q * mean[None, :], axis=1) * (scale * LOG2_E)
     # A rotation keeps lengths: over the query's length every coordinate is at most one.
     growth: gl.constexpr = group_dim ** (rounds // 2)
     x = rotated(q, negative, rounds, groups) * (STEPS / growth / size)[:, None]
@@ -79,7 +91,9 @@ def query_operand(
         lackings = (lacking,)
     else:
         halves = gl.permute(gl.reshape(x, [columns, 2, group_dim]), [0, 2, 1])
-        first, second = gl.split(gl.convert_layout(halves, gl.BlockedLayout([1, 4, 2], [4, 8, 1], [1, 1, 1], [2, 1, 0])))
+        first, second = gl.split(
+            gl.convert_layout(halves, gl.BlockedLayout([1, 4, 2], [4, 8, 1], [1, 1, 1], [2, 1, 0]))
+        )
         operand, lacking = _parts(first, swaps, key_offsets, 0)
         second_operand, second_lacking = _parts(second, swaps, key_offsets, 1)
         operands = (operand, second_operand)

@@ -8,7 +8,7 @@ import torch
 
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
-from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors, query_strides
+from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
 from turboquant_core.ops.decode_attention.card import card_of, overlapped
 from turboquant_core.ops.decode_attention.centroids import MAX_PERMUTED_BITS
 from turboquant_core.ops.decode_attention.portable.combine import combine_kernel
@@ -44,7 +44,7 @@ class PortableAttend:
         columns = (self.call.counts.batch, self.call.layout.num_kv_heads, sizes.num_columns)
         operand = torch.empty(*columns, sizes.num_positions, dtype=torch.float16, device=self.call.device)
         factor = torch.empty(columns, dtype=torch.float32, device=self.call.device)
-        self.prepare(tensors, operand, factor, ends.query, ends.key_mean, *query_strides(ends))
+        self.prepare(tensors, operand, factor, ends.query, ends.transform, *ends.query.stride()[:2])
         self.attend(tensors, operand, factor)
         self.combine(tensors, ends, ends.out.stride()[:2])
 

@@ -14,10 +14,9 @@ def prepare_kernel(
     operand,  # out, float16 [batch, num_kv_heads, num_columns, num_positions], rotated queries over their length
     factor,  # out, float32 [batch, num_kv_heads, num_columns], what scores are multiplied with, log2 units
     query,  # [num_tokens, num_heads, head_dim]
-    key_mean,  # float32 [num_kv_heads, head_dim], or one of each row, or None
+    transform,  # see `AttendTransform`
     query_token_stride,
     query_head_stride,
-    mean_row_stride,  # 0 where all rows share the mean
     batch, num_tokens, query_len, row_capacity,  # see `AttendCounts`
     rotation,  # float32 [num_positions, head_dim]; row i makes operand position i
     scale,  # of a logit
@@ -57,14 +56,19 @@ def prepare_kernel(
     for base in tl.static_range(0, block_dim, block_channels):
         channel = base + tl.arange(0, block_channels)
         real = channel < head_dim
+        mask = used[:, None] & real[None, :]
+        at = tl.broadcast_to(channel[None, :], [block_heads, block_channels])
+        if transform.order is not None:
+            at = _load_part(transform.order, row, transform.order_row_stride, kv_head, at, mask, 0, head_dim)
         source = query + token * query_token_stride + head * query_head_stride
-        q = tl.load(source[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0).to(tl.float32)
-        squares += tl.sum(q * q, axis=1)
-        if key_mean is not None:  # noqa: SIM102
+        q = tl.load(source[:, None] + at, mask=mask, other=0.0).to(tl.float32)
+        if transform.mean is not None:  # noqa: SIM102
             if tl.program_id(1) == 0:
-                means = key_mean + row.to(tl.int64) * mean_row_stride + kv_head * head_dim
-                mean = tl.load(means[:, None] + channel[None, :], mask=used[:, None] & real[None, :], other=0.0)
+                mean = _load_part(transform.mean, row, transform.mean_row_stride, kv_head, at, mask, 0.0, head_dim)
                 mean_score += tl.sum(q * mean, axis=1)
+        if transform.scale is not None:
+            q /= _load_part(transform.scale, row, transform.scale_row_stride, kv_head, at, mask, 1.0, head_dim)
+        squares += tl.sum(q * q, axis=1)
         if base > 0:
             matrix = _load_rotation(rotation, position, base, head_dim, block_channels)
         # [heads, channels] x [channels, positions]
@@ -77,8 +81,15 @@ def prepare_kernel(
     tl.store(target, (rotated / size[:, None]).to(tl.float16), mask=used[:, None])
     if tl.program_id(1) == 0:
         tl.store(factor + place, size * (score_scale * LOG2_E), mask=used)
-        if key_mean is not None:
+        if transform.mean is not None:
             tl.store(tensors.bias + place, mean_score * (scale * LOG2_E), mask=used)
+
+
+@triton.jit
+def _load_part(part, row, row_stride, kv_head, at, mask, other: tl.constexpr, head_dim: tl.constexpr):
+    """A part of the transform of each head's KV head, at channels [heads, channels]."""
+    heads = part + row.to(tl.int64) * row_stride + kv_head * head_dim
+    return tl.load(heads[:, None] + at, mask=mask, other=other)
 
 
 @triton.jit
