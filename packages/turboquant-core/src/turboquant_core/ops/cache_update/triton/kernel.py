@@ -139,30 +139,41 @@ def update_kernel(
                 )  # fmt: skip
         if centred and not halves:
             rotated = subtract_offset(rotated, offset, block_rows)
+        # Rotating keeps the length; here, where a row is within four threads, its sums cost least. Before the branches
+        # below: Triton 3.6 pipelines no loop in which they are the first to use a product.
+        if keys.split:
+            # Neighbouring columns are in one thread: they part without moving.
+            first_half, second_half = tl.split(tl.reshape(rotated, [block_rows, channels // 2, 2]))
+            first_squares = tl.sum(first_half * first_half, axis=1)
+            second_squares = tl.sum(second_half * second_half, axis=1)
+            squares = first_squares + second_squares
+        else:
+            squares = tl.sum(rotated * rotated, axis=1)
         # What lengths are divided by: a scale counts as one of its unit.
         power = power * unit
         code_rows = codes_at + page
         if keys.bits == values.bits and not keys.split:
             _store_tile(
-                rotated, power, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
+                rotated, squares, power, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
                 key_entries, key_table, octet, padded_octet, keys.bits, key_shift, key_rule, value_rule,
             )  # fmt: skip
         else:
             if is_key:
                 if keys.split:
                     _store_split_tile(
-                        rotated, power, code_rows + position * keys.code_stride, scale_rows, keep,
+                        first_half, second_half, first_squares, second_squares, power,
+                        code_rows + position * keys.code_stride, scale_rows, keep,
                         key_entries, key_table, key_shift, second_entries, second_table, second_shift,
                         octet // 2, padded_octet // 2, keys.bits, key_rule,
                     )  # fmt: skip
                 else:
                     _store_tile(
-                        rotated, power, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
+                        rotated, squares, power, code_rows + position * keys.code_stride, scale_rows, keep, is_key,
                         key_entries, key_table, octet, padded_octet, keys.bits, key_shift, key_rule, key_rule,
                     )  # fmt: skip
             else:
                 _store_tile(
-                    rotated, power, code_rows + position * values.code_stride, scale_rows, keep, is_key,
+                    rotated, squares, power, code_rows + position * values.code_stride, scale_rows, keep, is_key,
                     value_entries, value_table, octet, padded_octet, values.bits, value_shift, value_rule, value_rule,
                 )  # fmt: skip
 
@@ -176,6 +187,7 @@ def _start(pointer, first_token, stride):
 @triton.jit
 def _store_tile(
     rotated,
+    squares,
     power,
     code_rows,
     scale_rows,
@@ -191,46 +203,44 @@ def _store_tile(
     value_rule: tl.constexpr,
 ):
     """Store codes and scales of rotated [rows, 8 * padded_octet]."""
-    ranks, norm, inner, squares = _quantized(
-        rotated, power, entries, centroids, octet, padded_octet, shift, key_rule, value_rule
+    ranks, norm, inner, decoded_squares = _quantized(
+        rotated, squares, power, entries, centroids, octet, padded_octet, shift, key_rule, value_rule
     )
     store_codes(code_rows, ranks, keep, bits, octet, padded_octet)
-    scale = corrected_scale(norm, inner, squares, key_rule)
+    scale = corrected_scale(norm, inner, decoded_squares, key_rule)
     if key_rule != value_rule:
-        scale = tl.where(is_key, scale, corrected_scale(norm, inner, squares, value_rule))
+        scale = tl.where(is_key, scale, corrected_scale(norm, inner, decoded_squares, value_rule))
     store_scales(scale_rows, scale, keep)
 
 
 @triton.jit
 def _store_split_tile(
-    rotated, power, code_rows, scale_rows, keep,
+    first, second, first_squares, second_squares, power, code_rows, scale_rows, keep,
     entries, centroids, shift: tl.constexpr, second_entries, second_centroids, second_shift: tl.constexpr,
     octet: tl.constexpr, padded_octet: tl.constexpr, bits: tl.constexpr, rule: tl.constexpr,
 ):  # fmt: skip
-    """The same of halves [rows, 8 * padded_octet] whose columns take turns."""
-    # Neighbouring columns are in one thread: they part without moving.
-    first, second = tl.split(tl.reshape(rotated, [rotated.shape[0], 8 * padded_octet, 2]))
-    ranks, norm, inner, squares = _quantized(first, power, entries, centroids, octet, padded_octet, shift, rule, rule)
-    second_ranks, second_norm, second_inner, second_squares = _quantized(
-        second, power, second_entries, second_centroids, octet, padded_octet, second_shift, rule, rule
+    """The same of halves [rows, 8 * padded_octet]."""
+    ranks, norm, inner, squares = _quantized(
+        first, first_squares, power, entries, centroids, octet, padded_octet, shift, rule, rule
+    )
+    second_ranks, second_norm, second_inner, second_decoded_squares = _quantized(
+        second, second_squares, power, second_entries, second_centroids, octet, padded_octet, second_shift, rule, rule
     )
     store_halves(code_rows, ranks, second_ranks, keep, bits, octet, padded_octet)
     store_half_scales(
         scale_rows,
         corrected_scale(norm, inner, squares, rule),
-        corrected_scale(second_norm, second_inner, second_squares, rule),
+        corrected_scale(second_norm, second_inner, second_decoded_squares, rule),
         keep,
     )
 
 
 @triton.jit
 def _quantized(
-    rotated, power, entries, centroids, octet: tl.constexpr, padded_octet: tl.constexpr, shift: tl.constexpr,
+    rotated, squares, power, entries, centroids, octet: tl.constexpr, padded_octet: tl.constexpr, shift: tl.constexpr,
     key_rule: tl.constexpr, value_rule: tl.constexpr,
 ):  # fmt: skip
     """Ranks of rotated [rows, 8 * padded_octet], their length, and the sums that scales of either rule need."""
-    # Rotating keeps the length; here, where a row is within four threads, its sums cost least.
-    squares = tl.sum(rotated * rotated, axis=1)
     per_length = inverse_root(squares)
     ranks = nearest_ranks(rotated, per_length, entries, shift)
     inner, decoded_squares = decoded_sums(

@@ -202,8 +202,9 @@ def fragment_kernel(
                     )
                     top, total, result = _attend_tile(
                         full, turn % stages, buffers, False, length, start, position, operands, lackings, factor, bias,
-                        softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units, columns,
-                        subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                        softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units,
+                        columns, subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm,
+                        value_constraints,
                     )  # fmt: skip
                 async_copy.wait_group(0)
             for n in range(0, end - begin - (full_end - full_begin)):
@@ -218,8 +219,9 @@ def fragment_kernel(
                 async_copy.wait_group(0)
                 top, total, result = _attend_tile(
                     edge, 0, buffers, True, length, start, position, operands, lackings, factor, bias,
-                    softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units, columns,
-                    subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm, value_constraints,
+                    softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units,
+                    columns, subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm,
+                    value_constraints,
                 )  # fmt: skip
 
             slot = ((worker + row).to(gl.int64) * layout.num_kv_heads + head) * num_columns

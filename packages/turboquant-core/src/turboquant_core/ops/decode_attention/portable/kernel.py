@@ -116,13 +116,13 @@ def portable_kernel(
                 code_rows = head_rows + keys.codes + slot * keys.code_stride
                 scale_rows = head_rows + keys.scales + slot * keys.scale_stride
                 if keys.split:
-                    first, second = load_halves(code_rows, valid, keys.bits, tile, octet // 2, padded_octet // 2)
+                    codes, second_codes = load_halves(code_rows, valid, keys.bits, tile, octet // 2, padded_octet // 2)
                     score = _scores(
-                        high, low, scale, first, scale_rows, valid, key_entries[0], keys.bits + 1, key_product,
+                        high, low, scale, codes, scale_rows, valid, key_entries[0], keys.bits + 1, key_product,
                         key_permutes[0], widen,
                     )  # fmt: skip
                     score += _scores(
-                        second_high, second_low, second_scale, second, scale_rows + 2, valid, key_entries[1],
+                        second_high, second_low, second_scale, second_codes, scale_rows + 2, valid, key_entries[1],
                         keys.bits - 1, key_product, key_permutes[1], widen,
                     )  # fmt: skip
                 else:
@@ -144,8 +144,8 @@ def portable_kernel(
                 weight = tl.exp2(score - highest[:, None])
                 total = total * rescale + tl.sum(weight, axis=1)
                 code_rows = head_rows + values.codes + slot * values.code_stride
-                codes = load_codes(code_rows, valid, values.bits, tile, octet, padded_octet)
-                looked_up = _look_up_halves(codes, value_entries, values.bits, value_permute)
+                value_codes = load_codes(code_rows, valid, values.bits, tile, octet, padded_octet)
+                looked_up = _look_up_halves(value_codes, value_entries, values.bits, value_permute)
                 # At most about one, whatever the value scales are: `top` counts them in.
                 weight = (weight * value_scale[None, :]).to(tl.float16)
                 result = tl.dot(weight, looked_up, result * rescale[:, None])
