@@ -55,7 +55,7 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
     for dtype in dtypes:
         key = torch.zeros(100, 2, head_dim, dtype=dtype)
         tensors = UpdateTensors.of(key, key, transform, torch.zeros(100, dtype=torch.int64), pages)
-        update.plan(layout, key.dtype, 100, key.device, transform.scale is not None)(tensors, 100, 1)
+        update.plan(layout, key.dtype, 100, key.device, transform.only_centres)(tensors, 100, 1)
         show(update_kernel)
     gather.launch(
         pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, dtype=torch.bfloat16,

@@ -35,7 +35,7 @@ def test_without_kernels_there_is_nothing_to_compile_and_nothing_fails():
 @pytest.mark.parametrize("centred", [True, False])
 def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, centred):
     def kernel_of(num_tokens):
-        plan = update_launch.plan(LAYOUT, torch.bfloat16, num_tokens, torch.device("cpu"), False)
+        plan = update_launch.plan(LAYOUT, torch.bfloat16, num_tokens, torch.device("cpu"), True)
         # Where warpgroups can run, they take all from so many tokens on.
         constants = frozenset((name, x) for name, x in plan.keywords.items() if name != "tables")
         return num_tokens >= WARPGROUP.least_tokens, constants

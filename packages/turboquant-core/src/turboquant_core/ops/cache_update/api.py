@@ -109,4 +109,4 @@ def _plan(
     chosen = choose_path(path, layout, key_transform, key, value, pages)
     if chosen is None:
         return None
-    return chosen.plan(layout, key.dtype, len(key), key.device, key_transform.scale is not None)
+    return chosen.plan(layout, key.dtype, len(key), key.device, key_transform.only_centres)

@@ -23,8 +23,8 @@ class UpdatePath(Path):
     """One way to quantise and store keys and values.
 
     Attributes:
-        plan: The launch for a layout, a type of keys, a number of them, a device, and whether keys have a scale: it
-            takes tensors, how many tokens those have, and how many pages.
+        plan: The launch for a layout, a type of keys, a number of them, a device, and whether a mean is all that
+            keys go through: it takes tensors, how many tokens those have, and how many pages.
         dtypes: Types of keys and values.
         vector_alignment: What addresses of keys and values, and strides in elements, are multiples of.
         page_alignment: What those of pages are, in bytes.

@@ -1,7 +1,8 @@
 """Triton primitives that rotate tiles of vectors to float32 accuracy with 16-bit tensor-core products.
 
-A 16-bit input is exact as it is, and multiplies every part of the rotation (see `split_rotation`). A float32 input is
-scaled by a power of two, so that its float16 half keeps the last bits, and multiplied in two halves.
+A 16-bit input is exact as it is, and multiplies every part of the rotation (see `split_rotation`). A float32 input, or
+one whose channels are scaled or ordered first, is scaled by a power of two, so that its float16 half keeps the last
+bits, and multiplied in two halves.
 """
 
 import triton
@@ -16,73 +17,26 @@ OFFSET_UNIT = tl.constexpr(2.0**12)
 
 
 @triton.jit
-def scale_unit(scale, used, head_dim: tl.constexpr, channels: tl.constexpr):
-    """A power of two that takes the largest scale to [1, 2); 1 where it is not used.
-
-    Times it, no entry of a scaled matrix overflows.
-    """
-    channel = tl.arange(0, channels)
-    largest = tl.max(_load_scale(scale, used, channel, head_dim), axis=0)
-    exponent = largest.to(tl.int32, bitcast=True) >> FLOAT_MANTISSA_BITS
-    return ((-exponent + 2 * FLOAT_BIAS) << FLOAT_MANTISSA_BITS).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_scale(scale, used, channel, head_dim: tl.constexpr):
-    return tl.load(scale + channel, mask=channel < tl.where(used, head_dim, 0), other=1.0)
-
-
-@triton.jit
-def load_slices(
-    parts,
-    scale,
-    unit,
-    order,
-    used,
-    first,
-    head_dim: tl.constexpr,
-    stored_parts: tl.constexpr,
-    num_parts: tl.constexpr,
-    block_k: tl.constexpr,
-    channels: tl.constexpr,
-):
+def load_slices(parts, first, num_parts: tl.constexpr, block_k: tl.constexpr, channels: tl.constexpr):
     """Rows first to first + block_k - 1 of every part [channels, channels], the largest first.
 
-    A scale, in its unit, and an order of channels, where they are given and used, are multiplied in: the product with
-    such a matrix is that of scaled and ordered vectors. There are always three parts; those past num_parts repeat the
-    first, and are not used.
+    There are always three; those past num_parts repeat the first, and are not used.
     """
-    channel = first + tl.arange(0, block_k)
-    row = channel
-    if order is not None:
-        place = tl.arange(0, channels)
-        source = tl.load(order + place, mask=place < head_dim, other=-1).to(tl.int32)
-        found = tl.sum(tl.where(source[None, :] == channel[:, None], place[None, :], 0), axis=1)
-        row = tl.where(used & (channel < head_dim), found, channel)
-    high = _load_rows(parts, row, channels)
+    high = _load_slice(parts, first, block_k, channels)
     middle = high
     low = high
-    if stored_parts > 1:
-        middle = _load_rows(parts + channels * channels, row, channels)
-    if stored_parts > 2:
-        low = _load_rows(parts + 2 * channels * channels, row, channels)
-    if scale is not None:
-        rest = high.to(tl.float32)
-        if stored_parts > 1:
-            rest += middle.to(tl.float32)
-        if stored_parts > 2:
-            rest += low.to(tl.float32)
-        rest *= (_load_scale(scale, used, channel, head_dim) * unit)[:, None]
-        high = rest.to(parts.dtype.element_ty)
-        rest -= high.to(tl.float32)
-        middle = rest.to(parts.dtype.element_ty)
-        low = (rest - middle.to(tl.float32)).to(parts.dtype.element_ty)
+    if num_parts > 1:
+        middle = _load_slice(parts + channels * channels, first, block_k, channels)
+    if num_parts > 2:
+        low = _load_slice(parts + 2 * channels * channels, first, block_k, channels)
     return high, middle, low
 
 
 @triton.jit
-def _load_rows(matrix, row, channels: tl.constexpr):
-    return tl.load(matrix + row[:, None] * channels + tl.arange(0, channels)[None, :])
+def _load_slice(matrix, first, block_k: tl.constexpr, channels: tl.constexpr):
+    row = first + tl.arange(0, block_k)
+    column = tl.arange(0, channels)
+    return tl.load(matrix + row[:, None] * channels + column[None, :])
 
 
 @triton.jit
@@ -94,13 +48,9 @@ def _load_mean(mean, used, channel, head_dim: tl.constexpr):
 @triton.jit
 def offset_factor(
     mean,
-    scale,
-    unit,
-    order,
     used,
     parts,
     head_dim: tl.constexpr,
-    stored_parts: tl.constexpr,
     num_parts: tl.constexpr,
     block_k: tl.constexpr,
     channels: tl.constexpr,
@@ -115,9 +65,7 @@ def offset_factor(
     for first in range(0, head_dim, block_k):
         channel = first + tl.arange(0, block_k)
         rest = _load_mean(mean, used, channel, head_dim)
-        high, middle, low = load_slices(
-            parts, scale, unit, order, used, first, head_dim, stored_parts, num_parts, block_k, channels
-        )
+        high, middle, low = load_slices(parts, first, num_parts, block_k, channels)
         for _ in tl.static_range(3):
             part = rest.to(parts.dtype.element_ty)
             rest -= part.to(tl.float32)
@@ -149,12 +97,20 @@ def load_vectors(x_rows, first, head_dim: tl.constexpr, block_k: tl.constexpr):
 
 
 @triton.jit
-def load_centred(x_rows, mean, used, first, head_dim: tl.constexpr, block_k: tl.constexpr, centred: tl.constexpr):
-    """`load_vectors` of float32 less the mean, where there is one and it is used."""
-    x = load_vectors(x_rows, first, head_dim, block_k)
-    if centred:
-        channel = first + tl.arange(0, block_k)
-        x = x - _load_mean(mean, used, channel, head_dim)[None, :]
+def load_transformed(x_rows, mean, scale, order, used, first, head_dim: tl.constexpr, block_k: tl.constexpr):
+    """`load_vectors` as float32, less the mean, scaled and ordered: what of these is given, where they are used."""
+    channel = first + tl.arange(0, block_k)
+    if order is not None:
+        in_order = tl.load(order + channel, mask=channel < head_dim, other=0).to(tl.int32)
+        at = tl.where(used & (channel < head_dim), in_order, channel)
+        x = tl.load(x_rows[:, None] + at[None, :], mask=(channel < head_dim)[None, :], other=0.0).to(tl.float32)
+    else:
+        at = channel
+        x = load_vectors(x_rows, first, head_dim, block_k).to(tl.float32)
+    if mean is not None:
+        x = x - _load_mean(mean, used, at, head_dim)[None, :]
+    if scale is not None:
+        x *= tl.load(scale + at, mask=at < tl.where(used, head_dim, 0), other=1.0)[None, :]
     return x
 
 
@@ -182,16 +138,17 @@ def multiply_halves(x, high, middle, low, accumulator, num_parts: tl.constexpr):
 def power_for_halves(
     x_rows,
     mean,
+    scale,
+    order,
     used,
     head_dim: tl.constexpr,
     rows: tl.constexpr,
     block_k: tl.constexpr,
-    centred: tl.constexpr,
 ):
     """The power of two, float32 [rows], that scales every norm into [2^14, 2^15)."""
     squares = tl.zeros([rows], tl.float32)
     for first in range(0, head_dim, block_k):
-        x = load_centred(x_rows, mean, used, first, head_dim, block_k, centred)
+        x = load_transformed(x_rows, mean, scale, order, used, first, head_dim, block_k)
         squares += tl.sum(x * x, axis=1)
     exponent = ((squares.to(tl.int32, bitcast=True) >> FLOAT_MANTISSA_BITS) - FLOAT_BIAS) >> 1
     return ((-exponent + (TOP_EXPONENT + FLOAT_BIAS)) << FLOAT_MANTISSA_BITS).to(tl.float32, bitcast=True)

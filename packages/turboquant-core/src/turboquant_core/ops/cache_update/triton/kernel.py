@@ -12,14 +12,13 @@ from turboquant_core.ops.cache_update.quantize import (
     vector_length,
 )
 from turboquant_core.ops.cache_update.rotate import (
-    load_centred,
     load_slices,
+    load_transformed,
     load_vectors,
     multiply,
     multiply_halves,
     offset_factor,
     power_for_halves,
-    scale_unit,
     subtract_offset,
 )
 from turboquant_core.ops.cache_update.schedule import program_share, slot_place
@@ -40,7 +39,6 @@ def update_kernel(
     value_shift: tl.constexpr,
     key_rule: tl.constexpr,
     value_rule: tl.constexpr,
-    stored_parts: tl.constexpr,
     num_parts: tl.constexpr,
     block_rows: tl.constexpr,
     block_k: tl.constexpr,
@@ -52,8 +50,9 @@ def update_kernel(
     head_dim: tl.constexpr = layout.head_dim
     channels: tl.constexpr = 8 * padded_octet
     octet: tl.constexpr = head_dim // 8
-    halves: tl.constexpr = tensors.key.dtype.element_ty == tl.float32
     centred: tl.constexpr = tensors.key_mean is not None
+    only_centred: tl.constexpr = tensors.key_scale is None and tensors.key_order is None
+    halves: tl.constexpr = tensors.key.dtype.element_ty == tl.float32 or not only_centred
     head, is_key, first_block, step = program_share(layout.num_kv_heads)
     parts = tables.value_parts
     if keys.split:
@@ -62,14 +61,12 @@ def update_kernel(
     token_stride = tl.where(is_key, tensors.key_token_stride, tensors.value_token_stride)
     x = tl.where(is_key, tensors.key, tensors.value)
     x += wide_head * tl.where(is_key, tensors.key_head_stride, tensors.value_head_stride)
-    mean = parts
+    mean = None
     if centred:
         mean = tensors.key_mean + head * head_dim
     scale = None
-    unit = 1.0
     if tensors.key_scale is not None:
         scale = tensors.key_scale + head * head_dim
-        unit = scale_unit(scale, is_key, head_dim, channels)
     order = None
     if tensors.key_order is not None:
         order = tensors.key_order + head * head_dim
@@ -78,14 +75,10 @@ def update_kernel(
     scales_at = head_rows + tl.where(is_key, keys.scales, values.scales)
     high, middle, low = parts, parts, parts
     if block_k == channels:
-        high, middle, low = load_slices(
-            parts, scale, unit, order, is_key, 0, head_dim, stored_parts, num_parts, block_k, channels
-        )
+        high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
     offset = parts
     if centred and not halves:
-        offset = offset_factor(
-            mean, scale, unit, order, is_key, parts, head_dim, stored_parts, num_parts, block_k, channels
-        )
+        offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
     first_bits: tl.constexpr = keys.bits + 1 if keys.split else keys.bits
     key_entries = tl.load(tables.key_grid + tl.arange(0, key_cells))
     key_table = tl.load(tables.key_centroids + tl.arange(0, 2**first_bits))
@@ -109,33 +102,19 @@ def update_kernel(
         x_rows = _start(x, first_token, token_stride) + token * token_stride
         power = 1.0
         if halves:
-            power = power_for_halves(x_rows, mean, is_key, head_dim, block_rows, block_k, centred)
+            power = power_for_halves(x_rows, mean, scale, order, is_key, head_dim, block_rows, block_k)
         rotated = tl.zeros([block_rows, channels], tl.float32)
         if block_k == channels:
             rotated = _add_slice(
-                rotated,
-                x_rows,
-                mean,
-                is_key,
-                power,
-                0,
-                high,
-                middle,
-                low,
-                head_dim,
-                centred,
-                num_parts,
-                block_k,
+                rotated, x_rows, mean, scale, order, is_key, power, 0, high, middle, low, head_dim, num_parts, block_k,
                 halves,
-            )
+            )  # fmt: skip
         else:
             for first in range(0, head_dim, block_k):
-                high_k, middle_k, low_k = load_slices(
-                    parts, scale, unit, order, is_key, first, head_dim, stored_parts, num_parts, block_k, channels
-                )
+                high_k, middle_k, low_k = load_slices(parts, first, num_parts, block_k, channels)
                 rotated = _add_slice(
-                    rotated, x_rows, mean, is_key, power, first, high_k, middle_k, low_k, head_dim, centred, num_parts,
-                    block_k, halves,
+                    rotated, x_rows, mean, scale, order, is_key, power, first, high_k, middle_k, low_k, head_dim,
+                    num_parts, block_k, halves,
                 )  # fmt: skip
         if centred and not halves:
             rotated = subtract_offset(rotated, offset, block_rows)
@@ -149,8 +128,6 @@ def update_kernel(
             squares = first_squares + second_squares
         else:
             squares = tl.sum(rotated * rotated, axis=1)
-        # What lengths are divided by: a scale counts as one of its unit.
-        power = power * unit
         code_rows = codes_at + page
         if keys.bits == values.bits and not keys.split:
             _store_tile(
@@ -257,23 +234,11 @@ def _quantized(
 
 @triton.jit
 def _add_slice(
-    rotated,
-    x_rows,
-    mean,
-    is_key,
-    power,
-    first,
-    high,
-    middle,
-    low,
-    head_dim: tl.constexpr,
-    centred: tl.constexpr,
-    num_parts: tl.constexpr,
-    block_k: tl.constexpr,
-    halves: tl.constexpr,
-):
+    rotated, x_rows, mean, scale, order, is_key, power, first, high, middle, low,
+    head_dim: tl.constexpr, num_parts: tl.constexpr, block_k: tl.constexpr, halves: tl.constexpr,
+):  # fmt: skip
     """Add what block_k input channels from `first` on contribute to the product."""
     if halves:
-        x = load_centred(x_rows, mean, is_key, first, head_dim, block_k, centred)
+        x = load_transformed(x_rows, mean, scale, order, is_key, first, head_dim, block_k)
         return multiply_halves(x * power[:, None], high, middle, low, rotated, num_parts)
     return multiply(load_vectors(x_rows, first, head_dim, block_k), high, middle, low, rotated, num_parts)

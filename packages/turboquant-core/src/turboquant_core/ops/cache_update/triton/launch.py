@@ -42,21 +42,20 @@ class UpdateTables(NamedTuple):
 
 
 def plan(
-    layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, has_scale: bool
+    layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, only_centres: bool
 ) -> "partial[None]":
     """The kernel with its grid, tables and options: what `UpdatePath.plan` gives."""
     config, compiled = layout.config, page_layout(layout)
     octet = padded_octet(config.head_dim)
-    key_parts, value_parts = _rotations(config, torch.float16 if dtype == torch.float32 else dtype, device)
-    # Of a scaled matrix that many parts keep what float32 does.
-    num_parts = max(len(value_parts), 3 if dtype == torch.bfloat16 else 2) if has_scale else len(value_parts)
+    halves = dtype == torch.float32 or not only_centres
+    key_parts, value_parts = _rotations(config, torch.float16 if halves else dtype, device)
     first, second, values = config.key_format.groups[0], config.key_format.groups[-1], config.value_format.groups[0]
     sizes = update_launch(
         num_tokens,
         layout.num_kv_heads,
         8 * octet,
-        num_parts,
-        2 if dtype == torch.float32 else 1,
+        len(value_parts),
+        2 if halves else 1,
         _processor(device),
         one_path=(first, second) == (values, values),
     )
@@ -78,8 +77,7 @@ def plan(
         },
         "key_rule": config.key_scale,
         "value_rule": config.value_scale,
-        "stored_parts": len(value_parts),
-        "num_parts": num_parts,
+        "num_parts": len(value_parts),
         "block_rows": sizes.block_rows,
         "block_k": sizes.block_k,
         "depth": sizes.depth,

@@ -9,7 +9,9 @@ from turboquant_core.ops.cache_update.path import VECTOR_ALIGNMENT, Launch, Upda
 WORD_BYTES = 4
 
 
-def _plan(layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, has_scale: bool) -> Launch:
+def _plan(
+    layout: KVCacheLayout, dtype: torch.dtype, num_tokens: int, device: torch.device, only_centres: bool
+) -> Launch:
     from turboquant_core.ops.cache_update.warpgroup.launch import plan
 
     return plan(layout, dtype, num_tokens, device)

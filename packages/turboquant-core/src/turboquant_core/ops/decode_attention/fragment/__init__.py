@@ -5,8 +5,8 @@ from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
 from turboquant_core.ops.decode_attention.fragment.widths import STREAMS, SUBTILE
 from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 
-# Strides in words, and in scales, that Triton sees to be multiples of sixteen.
-ALIGNMENT = 64
+# Copies are of sixteen bytes, and Triton sees strides to be multiples of sixteen.
+ALIGNMENT = 16
 
 
 def _plan(call: AttendCall) -> Attend:
