@@ -17,26 +17,41 @@ OFFSET_UNIT = tl.constexpr(2.0**12)
 
 
 @triton.jit
-def load_slices(parts, first, num_parts: tl.constexpr, block_k: tl.constexpr, channels: tl.constexpr):
-    """Rows first to first + block_k - 1 of every part [channels, channels], the largest first.
+def load_slices(
+    parts,
+    order,
+    used,
+    first,
+    head_dim: tl.constexpr,
+    num_parts: tl.constexpr,
+    block_k: tl.constexpr,
+    channels: tl.constexpr,
+):
+    """Rows of every part [channels, channels] for input channels first to first + block_k - 1, the largest first.
 
-    There are always three; those past num_parts repeat the first, and are not used.
+    With an order, where it is used, vectors may keep theirs: a channel's row is that of its place. There are always
+    three parts; those past num_parts repeat the first, and are not used.
     """
-    high = _load_slice(parts, first, block_k, channels)
+    channel = first + tl.arange(0, block_k)
+    row = channel
+    if order is not None:
+        place = tl.arange(0, channels)
+        channel_at = tl.load(order + place, mask=place < head_dim, other=-1).to(tl.int32)
+        found = tl.sum(tl.where(channel_at[None, :] == channel[:, None], place[None, :], 0), axis=1)
+        row = tl.where(used & (channel < head_dim), found, channel)
+    high = _load_rows(parts, row, channels)
     middle = high
     low = high
     if num_parts > 1:
-        middle = _load_slice(parts + channels * channels, first, block_k, channels)
+        middle = _load_rows(parts + channels * channels, row, channels)
     if num_parts > 2:
-        low = _load_slice(parts + 2 * channels * channels, first, block_k, channels)
+        low = _load_rows(parts + 2 * channels * channels, row, channels)
     return high, middle, low
 
 
 @triton.jit
-def _load_slice(matrix, first, block_k: tl.constexpr, channels: tl.constexpr):
-    row = first + tl.arange(0, block_k)
-    column = tl.arange(0, channels)
-    return tl.load(matrix + row[:, None] * channels + column[None, :])
+def _load_rows(matrix, row, channels: tl.constexpr):
+    return tl.load(matrix + row[:, None] * channels + tl.arange(0, channels)[None, :])
 
 
 @triton.jit
@@ -65,7 +80,7 @@ def offset_factor(
     for first in range(0, head_dim, block_k):
         channel = first + tl.arange(0, block_k)
         rest = _load_mean(mean, used, channel, head_dim)
-        high, middle, low = load_slices(parts, first, num_parts, block_k, channels)
+        high, middle, low = load_slices(parts, None, used, first, head_dim, num_parts, block_k, channels)
         for _ in tl.static_range(3):
             part = rest.to(parts.dtype.element_ty)
             rest -= part.to(tl.float32)

@@ -22,6 +22,9 @@ from turboquant_core.ops.cache_update.rotate import (
     subtract_offset,
 )
 from turboquant_core.ops.cache_update.schedule import program_share, slot_place
+from turboquant_core.ops.cache_update.triton import sizes
+
+FEW_ROWS = tl.constexpr(sizes.FEW_ROWS)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_pages"])
@@ -67,15 +70,20 @@ def update_kernel(
     scale = None
     if tensors.key_scale is not None:
         scale = tensors.key_scale + head * head_dim
+    # A few vectors are loaded in their order. Of many it costs less to have the matrix in it.
     order = None
+    matrix_order = None
     if tensors.key_order is not None:
-        order = tensors.key_order + head * head_dim
+        if block_rows == FEW_ROWS:
+            order = tensors.key_order + head * head_dim
+        else:
+            matrix_order = tensors.key_order + head * head_dim
     head_rows = tensors.pages + wide_head * tensors.page_head_stride
     codes_at = head_rows + tl.where(is_key, keys.codes, values.codes)
     scales_at = head_rows + tl.where(is_key, keys.scales, values.scales)
     high, middle, low = parts, parts, parts
     if block_k == channels:
-        high, middle, low = load_slices(parts, 0, num_parts, block_k, channels)
+        high, middle, low = load_slices(parts, matrix_order, is_key, 0, head_dim, num_parts, block_k, channels)
     offset = parts
     if centred and not halves:
         offset = offset_factor(mean, is_key, parts, head_dim, num_parts, block_k, channels)
@@ -111,7 +119,9 @@ def update_kernel(
             )  # fmt: skip
         else:
             for first in range(0, head_dim, block_k):
-                high_k, middle_k, low_k = load_slices(parts, first, num_parts, block_k, channels)
+                high_k, middle_k, low_k = load_slices(
+                    parts, matrix_order, is_key, first, head_dim, num_parts, block_k, channels
+                )
                 rotated = _add_slice(
                     rotated, x_rows, mean, scale, order, is_key, power, first, high_k, middle_k, low_k, head_dim,
                     num_parts, block_k, halves,

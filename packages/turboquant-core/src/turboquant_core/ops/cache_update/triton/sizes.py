@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 ELEMENT_BYTES = 2
+# The least rows that a product takes: a tile's where there are no more tokens.
+FEW_ROWS = 16
 # One program waits for its input or the tensor cores while another quantizes. Three find room at 128 channels where one
 # matrix is the rotation, if a thread keeps to 168 registers. On an H200 8,192 tokens of 8 heads then take 22.5 us, not
 # 26.4; with one code path for keys and another for values those registers spill: 36 us, not 31.
@@ -72,9 +74,9 @@ def update_launch(
     They are multiplied in input_parts halves, or whole, with a rotation of num_parts [channels, channels]. With
     one_path keys and values have the same bits.
     """
-    # 64 rows are one warpgroup's tensor-core tile; 16, the least that a product takes, waste less when decoding. More
-    # warps, 8 that share the rows of 64 or have 128, take longer.
-    block_rows, num_warps = (64 if num_tokens > 16 else 16), 4
+    # 64 rows are one warpgroup's tensor-core tile; few waste less when decoding. More warps, 8 that share 64 rows
+    # or have 128, take longer.
+    block_rows, num_warps = (64 if num_tokens > FEW_ROWS else FEW_ROWS), 4
     block_k, num_stages, depth = channels, 1, 2
     # The rotation, and next to it the input of two tiles: the pipeline has a buffer for each of its stages.
     resident_bytes = ELEMENT_BYTES * channels * (num_parts * channels + 2 * input_parts * block_rows)
