@@ -1,13 +1,14 @@
 """What to store: the policy that a cache is built from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 from turboquant_core._checks import check_bool, check_head_dim
+from turboquant_core.key_transform import KeyTransform
 from turboquant_core.scale import ScaleRule, check_scale_rule
-from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
+from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat, can_split
 
 WHOLE_BITS = (2, 3, 4, 5, 6, 8)
 CACHE_BITS = tuple(sorted([*WHOLE_BITS, *OUTLIER_BITS]))
@@ -71,6 +72,11 @@ class TurboQuantConfig:
         """
         key_bits, value_bits = preset_bits(name)
         return cls(head_dim, **{"key_bits": key_bits, "value_bits": value_bits, **overrides})
+
+    def fitted_to(self, key_transform: KeyTransform) -> "TurboQuantConfig":
+        """The same, with keys split if their channels are ordered by what an error costs, and can be split."""
+        split = key_transform.order is not None and can_split(self.head_dim, self.key_bits)
+        return replace(self, key_split=split)
 
     @cached_property
     def key_format(self) -> VectorFormat:

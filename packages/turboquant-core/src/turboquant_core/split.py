@@ -30,15 +30,15 @@ class HalvesRotation:
     @property
     def matrix(self) -> torch.Tensor:
         """The rotation as float64 [head_dim, head_dim] on the CPU."""
-        return torch.block_diag(self.half.matrix, self.half.matrix)
+        return torch.kron(torch.eye(2, dtype=torch.float64, device="cpu"), self.half.matrix)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """See `Rotation`."""
-        return self.half.rotate(x.unflatten(-1, (2, -1))).flatten(-2)
+        return self.half.rotate(x.view(*x.shape[:-1], 2, -1)).flatten(-2)
 
     def unrotate(self, y: torch.Tensor) -> torch.Tensor:
         """See `Rotation`."""
-        return self.half.unrotate(y.unflatten(-1, (2, -1))).flatten(-2)
+        return self.half.unrotate(y.view(*y.shape[:-1], 2, -1)).flatten(-2)
 
 
 @dataclass(frozen=True)

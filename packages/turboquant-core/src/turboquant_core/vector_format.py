@@ -20,6 +20,11 @@ SPLIT_BITS = (2, 3, 4)
 """Widths that a vector can be split at: half of its channels get one bit more, and the other half one less."""
 
 
+def can_split(head_dim: int, bits: float) -> bool:
+    """Whether a vector can be stored as two halves of unequal bits."""
+    return bits in SPLIT_BITS and head_dim >= MIN_SPLIT_HEAD_DIM and head_dim % 16 == 0
+
+
 @dataclass(frozen=True)
 class ChannelGroup:
     """Channels that are rotated, scaled and coded together."""
@@ -53,7 +58,7 @@ class VectorFormat:
         if self.split and self.bits not in SPLIT_BITS:
             known = ", ".join(map(str, SPLIT_BITS))
             raise ValueError(f"bits is {self.bits}; {known} can be split. Use one of these, or do not split.")
-        if self.split and (self.head_dim % 16 or self.head_dim < MIN_SPLIT_HEAD_DIM):
+        if self.split and not can_split(self.head_dim, self.bits):
             raise ValueError(
                 f"head_dim is {self.head_dim}; a vector can be split at multiples of 16 from {MIN_SPLIT_HEAD_DIM} on. "
                 "Do not split here."

@@ -47,6 +47,7 @@ class TurboQuantLayer(CacheLayerMixin):
         key_scale: The same.
         value_scale: The same.
         center_keys: The same.
+        key_split: The same, instead of where `key_transform` has an order.
         key_transform: What keys go through before codes, of tensors [num_kv_heads, ...]. With a mean they are stored
             less that one, whatever center_keys says; without one less that of the first ones, if center_keys says so.
     """
@@ -70,6 +71,7 @@ class TurboQuantLayer(CacheLayerMixin):
         key_scale: ScaleRule | None = None,
         value_scale: ScaleRule | None = None,
         center_keys: bool | None = None,
+        key_split: bool | None = None,
         key_transform: KeyTransform = IDENTITY,
     ) -> None:
         super().__init__()
@@ -83,6 +85,7 @@ class TurboQuantLayer(CacheLayerMixin):
             "key_scale": key_scale,
             "value_scale": value_scale,
             "center_keys": center_keys if key_transform.mean is None else True,
+            "key_split": key_split,
         }
         self._codes: dict[str, Any] = {name: value for name, value in codes.items() if value is not None}
         self.key_transform = key_transform
@@ -154,6 +157,8 @@ class TurboQuantLayer(CacheLayerMixin):
                 "the model's head_dim"
             )
         config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._codes)
+        if "key_split" not in self._codes:
+            config = config.fitted_to(self.key_transform)
         if key_states.dtype not in VECTOR_DTYPES and has_whole_bits(config):
             raise ValueError(
                 f"keys are {key_states.dtype}; a cache of {config.key_bits} and {config.value_bits} bits holds "

@@ -6,16 +6,17 @@ from functools import cached_property
 
 import torch
 
-from turboquant_core import MSEQuantizer, OutlierQuantizer, QuantizedTensor, TurboQuantConfig
+from turboquant_core import OutlierQuantizer, QuantizedTensor, TurboQuantConfig
 from turboquant_core.centring import mean_key
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import PageViews
 from turboquant_core.scale import ScaleRule, is_storable
-from turboquant_core.vector_format import OUTLIER_BITS
+from turboquant_core.split import WholeQuantizer, quantizer_of
+from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
 
 # Coordinates dequantised at a time, in float32: what bounds the working set beside the result.
 DEQUANTIZED_AT_ONCE = 1 << 22
-Quantizer = MSEQuantizer | OutlierQuantizer
+Quantizer = WholeQuantizer | OutlierQuantizer
 _ORDERS = ("key_order", "value_order")
 
 
@@ -140,10 +141,10 @@ class LayerCodec:
         return [tensor for tensor in tensors if tensor is not None]
 
     def _keys(self) -> Quantizer:
-        return _quantizer(self.config.head_dim, self.config.key_bits, self.config.key_scale, self.key_order)
+        return _quantizer(self.config.key_format, self.config.key_scale, self.key_order)
 
     def _values(self) -> Quantizer:
-        return _quantizer(self.config.head_dim, self.config.value_bits, self.config.value_scale, self.value_order)
+        return _quantizer(self.config.value_format, self.config.value_scale, self.value_order)
 
 
 def of_equal_rows(key_transform: KeyTransform, batch_size: int, device: torch.device) -> KeyTransform:
@@ -191,5 +192,5 @@ def _channel_order(
     return OutlierQuantizer.calibrate(states, bits, dim=0).channel_order[0]
 
 
-def _quantizer(head_dim: int, bits: float, scale: ScaleRule, order: torch.Tensor | None) -> Quantizer:
-    return MSEQuantizer(head_dim, int(bits), scale) if order is None else OutlierQuantizer(bits, order, scale)
+def _quantizer(stored: VectorFormat, scale: ScaleRule, order: torch.Tensor | None) -> Quantizer:
+    return quantizer_of(stored, scale) if order is None else OutlierQuantizer(stored.bits, order, scale)

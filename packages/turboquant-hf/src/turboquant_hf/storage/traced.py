@@ -16,11 +16,19 @@ from turboquant_hf.storage.codec import LayerCodec
 
 _CODEC = (
     "Tensor?[] key_transform, Tensor? key_order, Tensor? value_order, int head_dim, float key_bits, float value_bits, "
-    "str key_scale, str value_scale"
+    "str key_scale, str value_scale, bool key_split"
 )
 _NUM_PARTS = len(_CODEC.split(", "))
 Codec = tuple[
-    Sequence[torch.Tensor | None], torch.Tensor | None, torch.Tensor | None, int, float, float, ScaleRule, ScaleRule
+    Sequence[torch.Tensor | None],
+    torch.Tensor | None,
+    torch.Tensor | None,
+    int,
+    float,
+    float,
+    ScaleRule,
+    ScaleRule,
+    bool,
 ]
 _library = torch.library.Library("turboquant_hf", "DEF")  # type: ignore[no-untyped-call]
 
@@ -67,10 +75,11 @@ def _pack(codec: LayerCodec) -> Codec:
         float(config.value_bits),
         config.key_scale,
         config.value_scale,
+        config.key_split,
     )
 
 
 def _unpack(codec: Codec) -> LayerCodec:
-    key_parts, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale = codec
-    config = TurboQuantConfig(head_dim, key_bits, value_bits, key_scale, value_scale)
+    key_parts, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale, key_split = codec
+    config = TurboQuantConfig(head_dim, key_bits, value_bits, key_scale, value_scale, key_split=key_split)
     return LayerCodec(config, KeyTransform.of_parts(*key_parts), key_order, value_order)

@@ -45,10 +45,13 @@ class UpdateTensors(NamedTuple):
         pages: torch.Tensor,
     ) -> "UpdateTensors":
         """The tensors with their strides."""
+        mean, scale, order = (None if part is None else part.contiguous() for part in key_transform.parts)
         return cls(
             key,
             value,
-            *(part if part is None else part.contiguous() for part in key_transform.parts),
+            mean,
+            scale,
+            order,
             slot_mapping,
             pages,
             *key.stride()[:2],

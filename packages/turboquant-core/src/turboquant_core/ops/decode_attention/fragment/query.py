@@ -85,10 +85,12 @@ def query_operand(
     # A rotation keeps lengths: over the query's length every coordinate is at most one.
     growth: gl.constexpr = group_dim ** (rounds // 2)
     x = rotated(q, negative, rounds, groups) * (STEPS / growth / size)[:, None]
+    operands = ()
+    lackings = ()
     if groups == 1:
         operand, lacking = _parts(x, swaps, key_offsets, 0)
-        operands = (operand,)
-        lackings = (lacking,)
+        operands = operands + (operand,)
+        lackings = lackings + (lacking,)
     else:
         halves = gl.permute(gl.reshape(x, [columns, 2, group_dim]), [0, 2, 1])
         first, second = gl.split(
@@ -96,8 +98,8 @@ def query_operand(
         )
         operand, lacking = _parts(first, swaps, key_offsets, 0)
         second_operand, second_lacking = _parts(second, swaps, key_offsets, 1)
-        operands = (operand, second_operand)
-        lackings = (lacking, second_lacking)
+        operands = operands + (operand, second_operand)
+        lackings = lackings + (lacking, second_lacking)
     return (
         operands,
         lackings,

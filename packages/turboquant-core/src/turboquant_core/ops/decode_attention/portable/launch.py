@@ -123,8 +123,8 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
 @cache
 def _query_rotation(head_dim: int, num_groups: int, device: torch.device) -> torch.Tensor:
     """Π of each of the groups that channels are in, float32 [num_positions, head_dim]."""
-    group = _at_positions(head_dim // num_groups)
-    return torch.block_diag(*[group] * num_groups).float().to(device)
+    groups = torch.eye(num_groups, dtype=torch.float64, device="cpu")
+    return torch.kron(groups, _at_positions(head_dim // num_groups)).float().to(device)
 
 
 @cache
@@ -136,5 +136,7 @@ def _output_rotation(head_dim: int, device: torch.device) -> torch.Tensor:
 def _at_positions(head_dim: int) -> torch.Tensor:
     """Π, float64 [num_positions, head_dim], with rows of zeros where channels are padded after every eighth."""
     octet, padded = head_dim // 8, padded_octet(head_dim)
-    matrix = Rotation(head_dim).matrix.view(8, octet, head_dim)
-    return torch.nn.functional.pad(matrix, (0, 0, 0, padded - octet)).flatten(0, 1)
+    matrix = torch.zeros(8, padded, head_dim, dtype=torch.float64, device="cpu")
+    matrix[:, :octet] = Rotation(head_dim).matrix.view(8, octet, head_dim)
+    positions: torch.Tensor = matrix.flatten(0, 1)
+    return positions
