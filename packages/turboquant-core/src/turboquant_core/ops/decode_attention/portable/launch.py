@@ -1,5 +1,6 @@
 """Launch the portable kernels: prepare, attend, combine."""
 
+import math
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
@@ -123,14 +124,15 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
 @cache
 def _query_rotation(head_dim: int, num_groups: int, device: torch.device) -> torch.Tensor:
     """Π of each of the groups that channels are in, float32 [num_positions, head_dim]."""
-    groups = torch.eye(num_groups, dtype=torch.float64, device="cpu")
-    return torch.kron(groups, _at_positions(head_dim // num_groups)).float().to(device)
+    each = torch.eye(num_groups, dtype=torch.float64, device="cpu")
+    matrix: torch.Tensor = torch.kron(each, _at_positions(head_dim // num_groups))
+    return matrix.float().to(device)
 
 
 @cache
 def _output_rotation(head_dim: int, device: torch.device) -> torch.Tensor:
     """Π times the unit of centroids, whose entries are those of unit variance, float32 [num_positions, head_dim]."""
-    return (_at_positions(head_dim) * head_dim**-0.5).float().to(device)
+    return (_at_positions(head_dim) / math.sqrt(head_dim)).float().to(device)
 
 
 def _at_positions(head_dim: int) -> torch.Tensor:
@@ -138,5 +140,4 @@ def _at_positions(head_dim: int) -> torch.Tensor:
     octet, padded = head_dim // 8, padded_octet(head_dim)
     matrix = torch.zeros(8, padded, head_dim, dtype=torch.float64, device="cpu")
     matrix[:, :octet] = Rotation(head_dim).matrix.view(8, octet, head_dim)
-    positions: torch.Tensor = matrix.flatten(0, 1)
-    return positions
+    return matrix.flatten(0, 1)
