@@ -700,5 +700,5 @@ def test_fragments_want_aligned_pages(card, padding, path):
     assert LAYOUT.head_bytes % 16 == 0
     assert chosen("auto", LAYOUT, GPU, pages) == path
     if path != "fragment":
-        with pytest.raises(ValueError, match="it takes multiples of 64 bytes"):
+        with pytest.raises(ValueError, match="it takes multiples of 16 bytes"):
             chosen("fragment", LAYOUT, GPU, pages)

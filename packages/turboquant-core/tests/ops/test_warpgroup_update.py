@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig, grid_codebook
+from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import _dispatch, _path
 from turboquant_core.ops.cache_update.paths import choose_path
 from turboquant_core.ops.cache_update.warpgroup.columns import finest_plane, product_columns
@@ -98,6 +99,10 @@ def vectors(layout=LAYOUT, num_tokens=64, dtype=torch.bfloat16, stride=None):
     )
 
 
+SPLIT = KVCacheLayout(TurboQuantConfig(128, 4, 4, key_split=True), 2, 16)
+SCALED = KeyTransform(scale=torch.full((2, 128), 2.0))
+
+
 def pages_of(layout=LAYOUT, padding=0):
     return torch.zeros(4, layout.num_kv_heads, layout.head_bytes + padding, dtype=torch.uint8)[..., : layout.head_bytes]
 
@@ -120,10 +125,10 @@ def hopper(monkeypatch):
     return pretend
 
 
-def choose(path="auto", layout=LAYOUT, key=None, value=None, pages=None):
+def choose(path="auto", layout=LAYOUT, key_transform=IDENTITY, key=None, value=None, pages=None):
     key = vectors(layout) if key is None else key
     tensors = (key, key if value is None else value, pages_of(layout) if pages is None else pages)
-    chosen = choose_path(path, layout, *(x.as_subclass(OnHopper) for x in tensors))
+    chosen = choose_path(path, layout, key_transform, *(x.as_subclass(OnHopper) for x in tensors))
     return "reference" if chosen is None else chosen.name
 
 
@@ -143,6 +148,8 @@ def test_hopper_takes_warpgroups_unless_there_is_little_to_do(hopper):
         ("head_dim is 96, and it takes 64, 128", {"layout": KVCacheLayout(TurboQuantConfig(96, 4, 4), 2, 16)}),
         ("key_bits is 8, and it takes 2, 3, 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 8, 4), 2, 16)}),
         ("value_bits is 6, and it takes 2, 3, 4", {"layout": KVCacheLayout(TurboQuantConfig(128, 4, 6), 2, 16)}),
+        ("keys are split, and it takes keys of one width", {"layout": SPLIT}),
+        ("keys go through a scale or an order, and it takes a mean alone", {"key_transform": SCALED}),
         ("key is torch.float32, and it takes", {"key": vectors(dtype=torch.float32)}),
         (r"value starts at .* strides \[264, .* multiples of 16", {"value": vectors(stride=264)}),
         (r"pages starts at .* multiples of 4", {"pages": pages_of(padding=2)}),
