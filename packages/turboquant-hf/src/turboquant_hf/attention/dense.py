@@ -46,8 +46,7 @@ def dense_attention(
     # Queries are the last tokens, and SDPA would take them for the first: Gemma 4 asks for the last of a prompt alone.
     # Where they are the first, of a static cache of transformers, `turboquant_mask` makes a mask.
     if attention_mask is None and makes_mask and is_causal(module, **kwargs):
-        ends = torch.arange(query_len, device=query.device) + (num_tokens - query_len)
-        attention_mask = torch.arange(num_tokens, device=query.device) <= ends[None, None, :, None]
+        attention_mask = causal_mask(query_len, num_tokens, query.device)
     if not softcap and sinks is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -62,6 +61,12 @@ def dense_attention(
         mask = None if attention_mask is None else attention_mask[:, :, first : first + step]
         outputs.append(_attend(part, key, value, mask, dropout, scaling, softcap, sinks))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def causal_mask(query_len: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """What the last tokens see of all, bool [1, 1, query_len, num_tokens]."""
+    ends = torch.arange(query_len, device=device) + (num_tokens - query_len)
+    return torch.arange(num_tokens, device=device) <= ends[None, None, :, None]
 
 
 def is_causal(module: torch.nn.Module, *, is_causal: bool | None = None, **_: Any) -> bool:
@@ -79,14 +84,25 @@ def _attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
+    weights = attention_weights(attention_logits(query, key, scaling, softcap), mask, sinks)
+    return torch.dropout(weights, dropout, dropout > 0).to(value.dtype) @ value
+
+
+def attention_logits(
+    query: torch.Tensor, key: torch.Tensor, scaling: float | None, softcap: float | None
+) -> torch.Tensor:
+    """Logits float32 [batch_size, num_heads, query_len, num_tokens] of queries and as many heads of keys."""
     logits = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def attention_weights(logits: torch.Tensor, mask: torch.Tensor | None, sinks: torch.Tensor | None) -> torch.Tensor:
+    """What each query weighs each key with; a mask as in `dense_attention`, but for None, which shows all."""
+    num_tokens = logits.shape[-1]
     if mask is not None:
         # Finite, so that a row which sees nothing, such as padding, is not NaN.
         unseen = torch.finfo(logits.dtype).min
         logits = logits.masked_fill(~mask, unseen) if mask.dtype == torch.bool else logits + mask
     if sinks is not None:
         logits = torch.cat([logits, sinks.float().view(-1, 1, 1).expand(*logits.shape[:3], 1)], dim=-1)
-    weights = logits.softmax(-1)[..., : key.shape[2]]
-    return torch.dropout(weights, dropout, dropout > 0).to(value.dtype) @ value
+    return logits.softmax(-1)[..., :num_tokens]

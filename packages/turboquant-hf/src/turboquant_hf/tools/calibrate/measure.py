@@ -14,7 +14,7 @@ from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.pair_transform import pair_transform, unusable_heads
 from turboquant_hf._compat import with_cache
 from turboquant_hf.attention.dispatch import own_attention
-from turboquant_hf.tools.calibrate.probes import QueryProbe, TransformProbe
+from turboquant_hf.tools.calibrate.probes import PairProbe, TransformProbe
 from turboquant_hf.tools.calibrate.rotary_pairs import rotary_pairs
 from turboquant_hf.tools.calibrate.sums import Sums
 from turboquant_hf.tools.calibrate.watch import WatchedCache
@@ -69,7 +69,7 @@ def measure(
 ) -> Measured:
     """Measure keys and queries of a text, and try what comes of it on what follows the text.
 
-    The first token is left out: caches keep it as it is, and its keys are like no others.
+    The first token and the newest of each query are left out: caches keep them as they are.
 
     Args:
         loaded: The model.
@@ -84,13 +84,13 @@ def measure(
     cache = WatchedCache(config=model.config)
     reason = own_attention(model.config)
     sums: dict[int, Sums] = defaultdict(Sums)
-    queries = QueryProbe(cache, sums)
-    with nullcontext() if reason else queries.at_work(model):
+    pair_probe = PairProbe(cache, sums)
+    with nullcontext() if reason else pair_probe.at_work(model):
         for index, chunk in enumerate(torch.split(measured, CHUNK_SIZE, dim=1)):
-            skipped = queries.skipped = 1 if index == 0 else 0
+            pair_probe.num_before = index * CHUNK_SIZE
             _forward(model, chunk, cache)
             for layer, keys in cache.new_keys.items():
-                sums[layer].add_keys(keys[0, :, skipped:])
+                sums[layer].add_keys(keys[0, :, 1 if index == 0 else 0 :])
             on_forward()
     tried: dict[int, dict[str, KeyTransform]] = {}
     left: dict[int, dict[int | None, str]] = {}
@@ -99,7 +99,8 @@ def measure(
     transforms = TransformProbe(cache, tried)
     if not reason:
         with transforms.at_work(model):
-            for chunk in torch.split(held_out, CHUNK_SIZE, dim=1):
+            for index, chunk in enumerate(torch.split(held_out, CHUNK_SIZE, dim=1)):
+                transforms.num_before = measured.shape[1] + index * CHUNK_SIZE
                 _forward(model, chunk, cache)
                 on_forward()
     layers = {layer: _chosen(tried[layer], transforms.errors(layer), left[layer]) for layer in sorted(sums)}
@@ -122,9 +123,10 @@ def _transforms(sums: Sums, pairs: torch.Tensor | str) -> tuple[dict[str, KeyTra
     tried = {CENTRED: KeyTransform(mean)}
     if isinstance(pairs, str):
         return tried, {None: pairs}
-    left: dict[int | None, str] = dict(unusable_heads(sums.key_energy, sums.query_energy).items())
+    energies = sums.energies
+    left: dict[int | None, str] = dict(unusable_heads(*energies).items())
     if len(left) < len(mean):
-        whole = pair_transform(mean, sums.key_energy, sums.query_energy, pairs)
+        whole = pair_transform(mean, *energies, pairs)
         tried[SCALED] = KeyTransform(mean, whole.scale)
         # Halves are rotated by themselves.
         if mean.shape[-1] % 16 == 0:

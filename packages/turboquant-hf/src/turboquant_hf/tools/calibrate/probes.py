@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from turboquant_core import MSEQuantizer, TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, sdpa_mask
 from turboquant_hf.attending import attending
-from turboquant_hf.attention.dense import dense_attention
+from turboquant_hf.attention.dense import attention_logits, attention_weights, causal_mask, dense_attention
+from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
 from turboquant_hf.tools.calibrate.sums import Sums
 from turboquant_hf.tools.calibrate.watch import WatchedCache
 
@@ -21,8 +23,57 @@ NAME = "turboquant_calibration"
 KEY_BITS = 3
 """Bits at which transforms are tried: those in the middle of the presets."""
 
-Attention = Callable[[torch.Tensor], torch.Tensor]
-"""A call's attention with these keys for its own: [batch_size, num_tokens, num_heads, head_dim]."""
+
+@dataclass(frozen=True)
+class Call:
+    """One call of attention.
+
+    Attributes:
+        query: [1, num_heads, num_tokens, head_dim].
+        keys: [1, num_kv_heads, any, head_dim], the last ones those of the call's own tokens.
+        values: The same for values.
+        mask: What `sdpa_mask` made.
+        scaling: What logits are multiplied with; None is 1 / sqrt(head_dim).
+        softcap: The bound of logits, or None.
+        sinks: [num_heads], or None.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+
+    def queries_of(self, head: int) -> torch.Tensor:
+        """The queries that read a KV head, [group, num_tokens, head_dim]."""
+        return self.query[0, self._group(head)]
+
+    def weights_of(
+        self, head: int, read: torch.Tensor | None = None, is_read: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What they weigh its keys with, float32 [group, num_tokens, any].
+
+        Args:
+            head: The KV head.
+            read: Keys [any, head_dim] in place of its own, or None.
+            is_read: Which keys a query finds replaced, bool [num_tokens, any].
+        """
+        group, keys = self._group(head), self.keys[:, head, None]
+        logits = attention_logits(self.query[:, group], keys, self.scaling, self.softcap)
+        if read is not None and is_read is not None:
+            replaced = attention_logits(self.query[:, group], read[None, None], self.scaling, self.softcap)
+            logits = torch.where(is_read, replaced, logits)
+        mask = self.mask
+        if mask is None:
+            mask = causal_mask(self.query.shape[2], self.keys.shape[2], self.query.device)
+        sinks = None if self.sinks is None else self.sinks[group]
+        return attention_weights(logits, mask if mask.shape[1] == 1 else mask[:, group], sinks)[0]
+
+    def _group(self, head: int) -> slice:
+        size = self.query.shape[1] // self.keys.shape[1]
+        return slice(head * size, (head + 1) * size)
 
 
 class Probe(ABC):
@@ -30,9 +81,13 @@ class Probe(ABC):
 
     Args:
         cache: The cache that the model fills.
+
+    Attributes:
+        num_before: Tokens before those of the next call.
     """
 
     def __init__(self, cache: WatchedCache) -> None:
+        self.num_before = 0
         self._cache = cache
 
     def at_work(self, model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -42,14 +97,13 @@ class Probe(ABC):
         return attending(model, NAME)
 
     @abstractmethod
-    def look(self, layer: int, query: torch.Tensor, keys: torch.Tensor, attention: Attention) -> None:
+    def look(self, layer: int, call: Call, is_code: torch.Tensor) -> None:
         """Look at a call.
 
         Args:
-            layer: The layer whose keys are read, by whatever layer.
-            query: [1, num_heads, num_tokens, head_dim].
-            keys: [1, num_kv_heads, any, head_dim], the last ones those of the call's own tokens.
-            attention: What attends.
+            layer: The layer whose keys it reads, from whatever layer.
+            call: The call.
+            is_code: Which keys a query would read from codes, and not as they are; bool [num_tokens, any].
         """
 
     def _attend(
@@ -59,46 +113,47 @@ class Probe(ABC):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """See `turboquant_attention`."""
-
-        def attention(keys: torch.Tensor) -> torch.Tensor:
-            output, _ = dense_attention(
-                module, query, keys, value, attention_mask, dropout, scaling, softcap=softcap, sinks=s_aux, **kwargs
-            )
-            return output
-
         layer = self._cache.layer_of(key)
         if layer is not None:
-            self.look(layer, query, key, attention)
-        return attention(key), None
+            call = Call(query, key, value, attention_mask, scaling, softcap, s_aux)
+            query_at = self.num_before + torch.arange(query.shape[2], device=query.device)[:, None]
+            key_at = query_at[-1] + 1 - key.shape[2] + torch.arange(key.shape[2], device=query.device)
+            self.look(layer, call, (key_at >= DEFAULT_SINK_TOKENS) & (key_at <= query_at - DEFAULT_RECENT_TOKENS))
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux, **kwargs}
+        return dense_attention(module, query, key, value, attention_mask, **options)
 
 
-class QueryProbe(Probe):
-    """Adds up the queries that read each layer.
+class PairProbe(Probe):
+    """Adds up queries and keys by how much an error in their scores counts.
+
+    With weights a, an independent error in the score of query i and key j moves the output o by a_ij (v_j - o_i): the
+    pair counts with the square of that. Keys that a cache keeps as they are do not count.
 
     Args:
         cache: The cache that the model fills.
         sums: Layer index to the sums.
-
-    Attributes:
-        skipped: First tokens of the next call that do not count.
     """
 
     def __init__(self, cache: WatchedCache, sums: Mapping[int, Sums]) -> None:
         super().__init__(cache)
-        self.skipped = 0
         self._sums = sums
 
-    def look(self, layer: int, query: torch.Tensor, keys: torch.Tensor, attention: Attention) -> None:
-        """Add the queries."""
-        counted = query[0, :, self.skipped :]
-        self._sums[layer].add_queries(counted.reshape(keys.shape[1], -1, query.shape[-1]))
+    def look(self, layer: int, call: Call, is_code: torch.Tensor) -> None:
+        """Add the pairs."""
+        counts = []
+        for head in range(call.keys.shape[1]):
+            weights, values = call.weights_of(head), call.values[0, head].float()
+            outputs = weights @ values
+            distances = values.square().sum(-1) - 2 * outputs @ values.T + outputs.square().sum(-1, keepdim=True)
+            counts.append((weights.square() * distances.clamp(min=0) * is_code).flatten(0, 1))
+        queries = torch.stack([call.queries_of(head).flatten(0, 1) for head in range(len(counts))])
+        self._sums[layer].add_pairs(queries, call.keys[0], torch.stack(counts))
 
 
 class TransformProbe(Probe):
@@ -114,16 +169,17 @@ class TransformProbe(Probe):
         self._tried = tried
         self._squares: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 
-    def look(self, layer: int, query: torch.Tensor, keys: torch.Tensor, attention: Attention) -> None:
+    def look(self, layer: int, call: Call, is_code: torch.Tensor) -> None:
         """Add the squares of what the output changes by."""
-        exact, num_new = attention(keys), query.shape[2]
-        squares = self._squares[layer]
-        squares[""] += _square(exact)
-        before, new = keys[:, :, :-num_new], keys[:, :, -num_new:]
+        keys, num_new, squares = call.keys[0], call.query.shape[2], self._squares[layer]
+        exact = [call.weights_of(head) @ values.float() for head, values in enumerate(call.values[0])]
+        squares[""] += sum(map(_square, exact))
         for name, transform in self._tried[layer].items():
-            read = read_back(new[0].transpose(0, 1), transform.map(lambda part: part.to(keys.device)))
-            changed = attention(torch.cat([before, read.transpose(0, 1)[None].to(keys.dtype)], dim=2))
-            squares[name] += _square(changed - exact)
+            new = keys[:, -num_new:].transpose(0, 1)
+            back = read_back(new, transform.map(lambda part: part.to(keys.device))).transpose(0, 1).to(keys.dtype)
+            read = torch.cat([keys[:, :-num_new], back], dim=1)
+            for head, values in enumerate(call.values[0]):
+                squares[name] += _square(call.weights_of(head, read[head], is_code) @ values.float() - exact[head])
 
     def errors(self, layer: int) -> dict[str, float]:
         """What each transform changes the outputs that read a layer by, as a share; nothing if none does."""
@@ -145,4 +201,4 @@ def read_back(keys: torch.Tensor, transform: KeyTransform) -> torch.Tensor:
 
 
 def _square(x: torch.Tensor) -> float:
-    return float(x.float().square().sum())
+    return float(x.square().sum())
