@@ -27,7 +27,8 @@ def pair_transform(
 
     Args:
         mean: float32 [num_kv_heads, head_dim], what keys are stored less of, or None.
-        key_energy: [num_kv_heads, head_dim], mean squares of keys less their mean, after the rotary embedding.
+        key_energy: [num_kv_heads, head_dim], mean squares of keys less their mean, after the rotary embedding. Keys may
+            count by how much an error in them does.
         query_energy: The same shape, mean squares of the queries that read them.
         pairs: int64 [head_dim], which rotary pair each channel is of, any number that is the same for both and for no
             other; one of its own for a channel that is not rotated.

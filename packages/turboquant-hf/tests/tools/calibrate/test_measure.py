@@ -23,6 +23,7 @@ from turboquant_core.pair_transform import pair_transform
 from turboquant_hf.attending import attending
 from turboquant_hf.tools.article import article
 from turboquant_hf.tools.calibrate import measure as module
+from turboquant_hf.tools.calibrate import probes
 from turboquant_hf.tools.calibrate.measure import CHUNK_SIZE, measure, num_forwards
 from turboquant_hf.tools.calibrate.probes import read_back
 from turboquant_hf.tools.calibrate.render import summary
@@ -62,31 +63,44 @@ def measured(model, tokens=MEASURED, on_forward=lambda: None):
     return measure(SimpleNamespace(model=model, name="a/model"), tokens, HELD_OUT, on_forward)
 
 
-def seen_by_attention(model):
-    """Keys [num_kv_heads, num_tokens, head_dim] of each layer in one forward pass, and the queries that read them,
-    [num_kv_heads, num_reading, num_tokens, head_dim].
-    """
-    keys, queries = {}, {}
+def seen_by_attention(model, tokens=MEASURED):
+    """Keys [num_kv_heads, num_tokens, head_dim] of each layer in one forward pass, and the calls that read them."""
+    keys, calls = {}, {}
 
-    def attend(attending_module, query, key, value, *arguments, **kwargs):
-        owner = next((index for index, (known, _) in keys.items() if known is key), attending_module.layer_idx)
-        keys[owner] = key, key[0]
-        queries.setdefault(owner, []).append(query[0].unflatten(0, (key.shape[1], -1)))
-        return sdpa_attention_forward(attending_module, query, key, value, *arguments, **kwargs)
+    def attend(attending_module, query, key, value, mask, **kwargs):
+        owner = next((index for index, known in keys.items() if known is key), attending_module.layer_idx)
+        keys[owner] = key
+        calls.setdefault(owner, []).append((query[0], value[0], mask, kwargs["scaling"]))
+        return sdpa_attention_forward(attending_module, query, key, value, mask, **kwargs)
 
     AttentionInterface.register("seen", attend)
     AttentionMaskInterface.register("seen", sdpa_mask)
     with attending(model, "seen"), torch.inference_mode():
-        model(MEASURED, past_key_values=DynamicCache())
-    return {index: (key, torch.cat(queries[index], dim=1)) for index, (_, key) in keys.items()}
+        model(tokens, past_key_values=DynamicCache())
+    return {index: (key[0], calls[index]) for index, key in keys.items()}
 
 
-def assert_those_of(found, keys, queries, pairs=HALVES):
-    """Statistics without the first token."""
-    keys, queries = keys[:, 1:].double(), queries[:, :, 1:].double()
-    mean = keys.mean(1)
-    queries = queries.square().mean((1, 2))
-    expected = pair_transform(mean.float(), (keys - mean[:, None]).square().mean(1), queries, pairs)
+def assert_those_of(found, keys, calls, pairs=HALVES):
+    """Energies of keys and queries in which each pair counts by what an error in its score moves."""
+    keys, num_tokens = keys.double(), keys.shape[1]
+    mean = keys[:, 1:].mean(1)
+    key_energy, query_energy = torch.zeros(2, *mean.shape, dtype=torch.float64)
+    token = torch.arange(num_tokens)
+    is_code = (token[None] >= 1) & (token[:, None] - token[None] >= 8)
+    for head in range(len(keys)):
+        counted, key_total, query_total = 0, 0, 0
+        for queries, values, mask, scaling in calls:
+            group, value = len(queries) // len(keys), values[head].double()
+            for query in queries[head * group : (head + 1) * group].double():
+                seen = token[:, None] >= token[None] if mask is None else mask[0, 0]
+                weights = (query @ keys[head].T * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
+                moved = (value[None] - (weights @ value)[:, None]).square().sum(-1)
+                counts = weights.square() * moved * is_code
+                counted = counted + counts.sum()
+                key_total = key_total + counts.sum(0) @ (keys[head] - mean[head]).square()
+                query_total = query_total + counts.sum(1) @ query.square()
+        key_energy[head], query_energy[head] = key_total / counted, query_total / counted
+    expected = pair_transform(mean.float(), key_energy, query_energy, pairs)
     torch.testing.assert_close(found.mean, expected.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.scale, expected.scale, rtol=1e-3, atol=1e-4)
     if found.order is not None:
@@ -109,6 +123,30 @@ def test_keys_and_queries_are_those_that_attention_sees():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_what_is_tried_is_read_where_a_cache_would_read_codes(monkeypatch):
+    """Keys that are far off, in float64: those of the held-out tokens but the newest eight of each query."""
+    model = new_model(num_hidden_layers=1)
+    noise = torch.randn(1, HELD_OUT.shape[1], 2, SIZE, generator=torch.Generator().manual_seed(7)) / 4
+    monkeypatch.setattr(probes, "read_back", lambda keys, transform: keys + noise[0])
+    found = measured(model).layers[0].errors["mean"]
+    whole = torch.cat([MEASURED, HELD_OUT], 1)
+    keys, ((queries, values, _, scaling),) = seen_by_attention(model, whole)[0]
+    keys, values, queries = (x.double() for x in (keys, values, queries))
+    token, first = torch.arange(whole.shape[1]), MEASURED.shape[1]
+    changed = keys.clone()
+    changed[:, first:] += noise[0].transpose(0, 1)
+    error = total = 0
+    for head, query in enumerate(queries):
+        exact, other = (query @ x[head // 2].T * scaling for x in (keys, changed))
+        other = torch.where(token[:, None] - token[None] >= 8, other, exact)
+        a, b = (
+            x.masked_fill(token[:, None] < token[None], -torch.inf).softmax(-1)[first:] @ values[head // 2]
+            for x in (exact, other)
+        )
+        error, total = error + (a - b).square().sum(), total + a.square().sum()
+    assert found == pytest.approx(float(error / total), rel=1e-3)
+
+
 def test_sliding_windows_count_and_so_do_tokens_that_have_left_them():
     model = new_model(Gemma3TextConfig, **GEMMA)
     # One pass over all of them has keys of all tokens, if no cache forgets them.
@@ -129,7 +167,7 @@ def test_queries_of_a_layer_that_shares_keys_count_for_the_layer_whose_keys_they
     model = new_model(Gemma4TextConfig, **options)
     found, seen = measured(model).layers, seen_by_attention(model)
     assert found.keys() == {0, 1}
-    assert seen[1][1].shape[1] == 2 * seen[0][1].shape[1]
+    assert [len(calls) for _, calls in seen.values()] == [1, 2]
     for index, layer in found.items():
         assert_those_of(layer.transform, *seen[index])
 
@@ -214,9 +252,20 @@ def test_keys_are_read_back_from_codes_in_halves_of_unequal_bits(scale):
 def test_sums_bear_a_mean_that_is_far_larger_than_what_keys_differ_by():
     sums = Sums()
     for seed in range(2):
-        sums.add_keys(3000 + torch.randn(1, 500, 8, generator=torch.Generator().manual_seed(seed)))
-    torch.testing.assert_close(sums.key_energy, torch.ones(1, 8).double(), rtol=0.15, atol=0)
-    assert sums.query_energy.tolist() == [[0.0] * 8]
+        keys = 3000 + torch.randn(1, 500, 8, generator=torch.Generator().manual_seed(seed))
+        sums.add_keys(keys)
+        sums.add_pairs(torch.full((1, 3, 8), 2.0), keys, torch.full((1, 3, 500), 1e-6))
+    keys, queries = sums.energies
+    torch.testing.assert_close(keys, torch.ones(1, 8).double(), rtol=0.15, atol=0)
+    torch.testing.assert_close(queries, torch.full((1, 8), 4.0).double())
+
+
+def test_where_no_pair_counts_there_is_no_energy():
+    sums = Sums()
+    sums.add_keys(torch.ones(2, 5, 8))
+    assert [x.tolist() for x in sums.energies] == [[[0.0] * 8] * 2] * 2
+    sums.add_pairs(torch.ones(2, 3, 8), torch.ones(2, 5, 8), torch.zeros(2, 3, 5))
+    assert [x.tolist() for x in sums.energies] == [[[0.0] * 8] * 2] * 2
 
 
 def test_every_text_has_a_share_and_is_held_out_in_part():
