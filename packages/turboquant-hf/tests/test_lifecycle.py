@@ -11,12 +11,15 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from turboquant_core import KeyTransform
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 
 KEPT = {"sink_tokens": 2, "recent_tokens": 5}
 EXACT = {"key_bits": 8, "value_bits": 8, **KEPT}
-OPTIONS = {"tq4": {}, "tq2.5": {"preset": "tq2.5"}, "tq4, sinks and recent tokens": KEPT}
+ORDER = torch.arange(64).flip(0).repeat(2, 1)
+SPLIT = {"preset": "tq3", "key_transforms": {index: KeyTransform(order=ORDER) for index in range(2)}}
+OPTIONS = {"tq4": {}, "tq2.5": {"preset": "tq2.5"}, "tq4, sinks and recent tokens": KEPT, "tq3, split keys": SPLIT}
 NEW_TOKENS = 10
 
 
@@ -102,7 +105,11 @@ def test_calls_say_what_decoding_says_uncompressed(model, assistant, name, asser
     assert_says_the_same(model, ids, cache, uncompressed(model), found_options=calls(name, assistant))
 
 
-@pytest.mark.parametrize("options", [{}, {"max_length": 64}, {"preset": "tq2.5"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, SPLIT, {"max_length": 64}, {"preset": "tq2.5"}],
+    ids=["growing", "split keys", "static", "fractional bits"],
+)
 def test_a_cache_goes_on_outside_of_inference_mode(model, options, tmp_path):
     ids, more = prompts(2), prompts(2, 5, seed=12)
 
@@ -111,7 +118,7 @@ def test_a_cache_goes_on_outside_of_inference_mode(model, options, tmp_path):
             model(ids, past_key_values=cache)
             cache.crop(-2)
             cache.reorder_cache(torch.tensor([1, 0]))
-            if not options:
+            if options in ({}, SPLIT):
                 cache.save(tmp_path / "cache.safetensors")
                 cache = TurboQuantCache.load(tmp_path / "cache.safetensors", model.config)
         with torch.no_grad():
@@ -121,11 +128,12 @@ def test_a_cache_goes_on_outside_of_inference_mode(model, options, tmp_path):
     assert torch.equal(*logits)
 
 
+@pytest.mark.parametrize("options", [{}, SPLIT], ids=["tq4", "split keys"])
 @pytest.mark.parametrize("name", ["prompt lookup", "assisted"])
-def test_verifying_drafts_says_what_decoding_says_at_four_bits(model, assistant, name, assert_says_the_same):
+def test_verifying_drafts_says_what_decoding_says_of_codes(model, assistant, name, options, assert_says_the_same):
     # Dequantised, recent tokens would see each other as they are.
     kept = {} if model.config._attn_implementation == "turboquant" else {"recent_tokens": 0}
-    caches = [TurboQuantCache(model.config, **kept) for _ in range(2)]
+    caches = [TurboQuantCache(model.config, **kept, **options) for _ in range(2)]
     # A text that repeats itself has its drafts accepted.
     ids = prompts(1, 8).repeat(1, 4)
     assert_says_the_same(model, ids, *caches, found_options=calls(name, assistant))
@@ -138,11 +146,12 @@ def test_several_turns(model, assert_says_the_same):
         ids = torch.cat([text, prompts(2, 5, seed=turn)], dim=1)
 
 
-def test_left_padded_batches(model, assert_says_the_same):
+@pytest.mark.parametrize("options", [EXACT, SPLIT], ids=["8 bits", "split keys"])
+def test_left_padded_batches(model, options, assert_says_the_same):
     ids, mask = prompts(2), torch.ones(2, 30, dtype=torch.int64)
     mask[:, :6] = 0
     padded = torch.cat([torch.zeros(2, 6, dtype=torch.int64), ids], dim=1)
-    caches = [TurboQuantCache(model.config, **EXACT) for _ in range(2)]
+    caches = [TurboQuantCache(model.config, **options) for _ in range(2)]
     assert_says_the_same(model, ids, *caches, found_options={"inputs": padded, "attention_mask": mask})
 
 
@@ -212,8 +221,9 @@ def test_batch_operations_equal_a_cache_built_afresh(model, operation, options, 
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["deepcopy", "pickle"]
 )
-def test_copies_go_their_own_way(model, duplicate):
-    cache = prefill(model, prompts(2), **KEPT)
+@pytest.mark.parametrize("options", [KEPT, SPLIT], ids=["tq4", "split keys"])
+def test_copies_go_their_own_way(model, options, duplicate):
+    cache = prefill(model, prompts(2), **options)
     twin = duplicate(cache)
     text = prompts(2, NEW_TOKENS, seed=2)
     expected = logits_along(model, cache, text)
@@ -230,9 +240,10 @@ def test_a_copy_looks_at_the_model_too(tiny_model):
     assert torch.equal(logits_along(model, twin, text), logits_along(model, prefill(model, ids), text))
 
 
-def test_offloading(model, offloaded_cache):
-    expected = generate(model, prompts(2), TurboQuantCache(model.config, **KEPT))
-    assert torch.equal(generate(model, prompts(2), offloaded_cache(model.config, **KEPT)), expected)
+@pytest.mark.parametrize("options", [KEPT, SPLIT], ids=["tq4", "split keys"])
+def test_offloading(model, options, offloaded_cache):
+    expected = generate(model, prompts(2), TurboQuantCache(model.config, **options))
+    assert torch.equal(generate(model, prompts(2), offloaded_cache(model.config, **options)), expected)
 
 
 def test_offloading_without_a_gpu_is_refused(tiny_model, monkeypatch):

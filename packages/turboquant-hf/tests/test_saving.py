@@ -179,8 +179,8 @@ def with_more(tensors):
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
         (
-            {"change_header": lambda header: header.update(version=8)},
-            "format version is 8, and .* reads 9.* save it again",
+            {"change_header": lambda header: header.update(version=9)},
+            "format version is 9, and .* reads 10.* save it again",
         ),
         ({"change_header": lambda header: header.update(storage_format=1)}, "of storage format 1, and .* reads 2"),
         ({"change_header": lambda header: header["model"].clear()}, "the fields of the model must be"),
@@ -366,7 +366,7 @@ def test_a_truncated_file_is_refused(tiny_model, saved):
         TurboQuantCache.load(saved, tiny_model.config)
 
 
-@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 8}', '{"version": 3}'])
+@pytest.mark.parametrize("header", ["{}", "[]", "nonsense", "[" * 200_000, "NaN", '{"version": 10}', '{"version": 3}'])
 def test_a_damaged_header_is_refused_by_name(tiny_model, tmp_path, header):
     path = tmp_path / "cache.safetensors"
     save_file({"a": torch.zeros(1)}, path, metadata={HEADER: header})

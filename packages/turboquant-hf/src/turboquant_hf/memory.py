@@ -151,7 +151,7 @@ def _measure(index: int, layer: object) -> LayerMemory:
     kept_nbytes = 0 if full_precision is None else storage_nbytes(full_precision.tensors())
     return LayerMemory(
         index=index,
-        kind=f"turboquant {config.key_bits}/{config.value_bits} bits",
+        kind=f"turboquant {config.key_bits}/{config.value_bits} bits{', keys split' if config.key_split else ''}",
         num_tokens=num_tokens,
         token_nbytes=store.used_nbytes,
         kept_nbytes=kept_nbytes,

@@ -9,6 +9,7 @@ ORDER = torch.arange(64).flip(0).repeat(2, 1)
 CODECS = {
     "mean": LayerCodec(TurboQuantConfig(64, 4, 3, "norm", "unbiased"), KeyTransform(torch.ones(2, 64))),
     "scale, order": LayerCodec(TurboQuantConfig(64, 8, 2), KeyTransform(None, torch.ones(2, 64), ORDER)),
+    "split": LayerCodec(TurboQuantConfig(64, 3, 4, key_split=True), KeyTransform(None, None, ORDER)),
     "orders": LayerCodec(TurboQuantConfig(64, 3.5, 2.5), KeyTransform(), ORDER, ORDER.flip(1)),
 }
 

@@ -20,7 +20,7 @@ from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.tables import FullPrecisionSizes
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 
 # What a model's identity leaves out, for calibration does not ask for it.
 HEAD_FIELDS = ("num_key_value_heads", "head_dim")

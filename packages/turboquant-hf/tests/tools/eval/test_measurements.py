@@ -9,6 +9,7 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from turboquant_core import KeyTransform
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.attending import attending
 from turboquant_hf.tools.eval.greedy import continuations, greedy_prompts, shared_length
@@ -156,7 +157,10 @@ def test_errors_of_layers_are_those_of_the_codebook(tiny_model, text_ids):
         assert 0 < fine.output_error < coarse.output_error < 0.1
 
 
-def test_an_error_is_that_of_the_layers_own_attention(tiny_model, text_ids):
+@pytest.mark.parametrize(
+    "transforms", [{}, {0: KeyTransform(order=torch.arange(64).flip(0).repeat(2, 1))}], ids=["whole", "split keys"]
+)
+def test_an_error_is_that_of_the_layers_own_attention(tiny_model, text_ids, transforms):
     """Worked out by hand for the first layer, whose inputs nothing before it can have moved."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -168,7 +172,8 @@ def test_an_error_is_that_of_the_layers_own_attention(tiny_model, text_ids):
             getattr(layer.self_attn, f"{name}_proj")(hidden).view(1, 80, -1, 64).transpose(1, 2) for name in "qkv"
         )
         query, key = apply_rotary_pos_emb(query, key, *rotary(hidden, torch.arange(80)[None]))
-        cache = TurboQuantCache(tiny_model.config, key_bits=2, value_bits=4, recent_tokens=0)
+        options = {"key_bits": 2, "value_bits": 4, "recent_tokens": 0, "key_transforms": transforms}
+        cache = TurboQuantCache(tiny_model.config, **options)
         cache.update(key, value, 0)
         stored = cache.layers[0].store.dequantize(key.dtype)
         outputs = []
@@ -188,7 +193,7 @@ def test_an_error_is_that_of_the_layers_own_attention(tiny_model, text_ids):
                 ]
             )
         actual, exact = (torch.cat(part, dim=2) for part in zip(*outputs, strict=True))
-    found = layer_errors(tiny_model, ids, {"k2v4": (2, 4)})["k2v4"][0]
+    found = layer_errors(tiny_model, ids, {"k2v4": (2, 4)}, transforms)["k2v4"][0]
     assert found.output_error == pytest.approx(relative(actual, exact), rel=1e-3)
     # Keys and values are as the token after the text reads them.
     last = [

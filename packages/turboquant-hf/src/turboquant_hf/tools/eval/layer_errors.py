@@ -97,10 +97,11 @@ class _Probe:
         exact = attention(key, value)
         index = getattr(module, "layer_idx", None)
         if index in self._layers:
+            transform = self._key_transforms.get(index, IDENTITY)
             for name, (key_bits, value_bits) in self._bits.items():
-                config = TurboQuantConfig(key.shape[-1], key_bits, value_bits)
+                config = TurboQuantConfig(key.shape[-1], key_bits, value_bits).fitted_to(transform)
                 store = growing_store(config, key.shape[0], key.shape[1], key.dtype, key.device, _KEPT)
-                store.pages.settle(self._key_transforms.get(index, IDENTITY))
+                store.pages.settle(transform)
                 given = Stored(store, store.append_parts(key, value))
                 output = attention(*hand_over(given, key.shape, key.dtype, key.device))
                 keys, values = store.stored(key.dtype)
