@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from turboquant_core import KVCacheLayout, MSEQuantizer, TurboQuantConfig, grid_codebook
+from turboquant_core import KVCacheLayout, TurboQuantConfig, grid_codebook
 from turboquant_core.ops import cache_update
 from turboquant_core.rotation import FORMAT_SEEDS
+from turboquant_core.split import quantizer_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "format.md"
 GOLDEN = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parent.glob("golden/*.json")}
@@ -65,6 +66,16 @@ def test_fractional_widths_are_two_vectors(reader, golden, case):
         np.testing.assert_allclose(decoded[::step], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("golden", "case"), cases("split"))
+def test_it_reads_split_vectors(reader, golden, case):
+    head_dim, step = golden["head_dim"], golden["decoded_step"]
+    for vector, expected in enumerate(case["decoded"]):
+        packed, scales = stored(case, vector)
+        assert reader["unpack"](packed, head_dim // 2, 2 * case["bits"]).tolist() == case["codes"][vector]
+        decoded = reader["read_split"](packed, scales, head_dim, case["bits"])
+        np.testing.assert_allclose(decoded[::step], expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(("golden", "case"), cases("prod"))
 def test_it_reads_vectors_with_a_sketch(reader, golden, case):
     head_dim, step = golden["head_dim"], golden["decoded_step"]
@@ -85,24 +96,24 @@ def test_its_seeds_are_the_packages(reader):
     assert dict(zip(range(8, 513, 8), reader["SEEDS"], strict=True)) == FORMAT_SEEDS
 
 
-def test_it_reads_pages(reader):
-    config = TurboQuantConfig.preset("k6v4", 64)
+@pytest.mark.parametrize(("key_bits", "key_split"), [(6, False), (3, True)], ids=["whole", "split keys"])
+def test_it_reads_pages(reader, key_bits, key_split):
+    config = TurboQuantConfig(64, key_bits, 4, key_split=key_split)
     layout = KVCacheLayout(config, num_kv_heads=2, block_size=16)
     pages = layout.allocate(num_blocks=3)
     key, value = torch.randn(2, 20, 2, 64, generator=torch.Generator().manual_seed(4)).unbind()
     cache_update(key, value, pages, torch.arange(16, 36), layout)
     token = 19
     page, slot = divmod(16 + token, 16)
-    sizes = {"block_size": 16, "d": 64, "key_bits": 6, "value_bits": 4}
+    sizes = {"block_size": 16, "d": 64, "key_bits": key_bits, "value_bits": 4, "key_split": key_split}
     read = reader["read_slot"](pages[page].numpy(), 1, slot, **sizes)
-    for vector, bits, scale, found in zip((key, value), (6, 4), config_scales(config), read, strict=True):
-        quantizer = MSEQuantizer(64, bits, scale)
+    quantizers = (
+        quantizer_of(config.key_format, config.key_scale),
+        quantizer_of(config.value_format, config.value_scale),
+    )
+    for vector, quantizer, found in zip((key, value), quantizers, read, strict=True):
         expected = quantizer.dequantize(quantizer.quantize(vector[token, 1]))
         np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def config_scales(config):
-    return config.key_scale, config.value_scale
 
 
 def test_the_worked_example_is_a_golden_vector():

@@ -13,6 +13,7 @@ from turboquant_core import (
     VectorFormat,
     unpack,
 )
+from turboquant_core.split import SplitQuantizer
 
 GOLDEN = [json.loads(path.read_text()) for path in sorted(Path(__file__).parent.glob("golden/*.json"))]
 CASES = [
@@ -41,6 +42,8 @@ def quantizer_of(golden, case, device):
             return MSEQuantizer(head_dim, bits, scale)
         case "prod":
             return ProdQuantizer(head_dim, bits)
+        case "split":
+            return SplitQuantizer(head_dim, bits, scale)
         case "outlier":
             order = torch.tensor(golden["channel_order"], device=device)
             return OutlierQuantizer(bits, order, scale)
@@ -59,6 +62,7 @@ def test_the_golden_vectors_cover_the_format():
     for head_dim in (64, 128):
         assert {(head_dim, "prod", bits) for bits in (1, 2, 4)} <= covered
         assert {(head_dim, "outlier", bits) for bits in (2.5, 3.5)} <= covered
+        assert {(head_dim, "split", bits) for bits in (2, 3, 4)} <= covered
 
 
 @pytest.mark.parametrize(("golden", "case"), CASES)
@@ -80,6 +84,8 @@ def test_the_golden_bytes_hold_the_golden_codes(golden, case):
             assert codes.numel() == 0
             return
         groups = VectorFormat(golden["head_dim"], case["bits"] - 1).groups
+    elif case["quantizer"] == "split":
+        groups = VectorFormat(golden["head_dim"] // 2, 2 * case["bits"]).groups
     else:
         groups = VectorFormat(golden["head_dim"], case["bits"]).groups
     for group in groups:

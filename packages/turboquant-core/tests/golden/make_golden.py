@@ -27,11 +27,14 @@ MSE = [("mse", bits, "norm") for bits in (1, 2, 3, 4, 5, 6, 8)]
 CORRECTED = [("mse", 3, "unbiased"), ("mse", 3, "least_squares")]
 PROD = [("prod", bits, "norm") for bits in (1, 2, 4)]
 OUTLIER = [("outlier", 2.5, "norm"), ("outlier", 3.5, "norm")]
-CASES = {
-    64: MSE + CORRECTED + PROD + OUTLIER,
-    80: MSE + CORRECTED + PROD,
-    128: MSE + CORRECTED + PROD + OUTLIER,
-    256: MSE + OUTLIER,
+SPLIT = [("split", bits, "unbiased") for bits in (2, 3, 4)]
+FILES = {
+    "d64": (64, MSE + CORRECTED + PROD + OUTLIER),
+    "d80": (80, MSE + CORRECTED + PROD),
+    "d128": (128, MSE + CORRECTED + PROD + OUTLIER),
+    "d256": (256, MSE + OUTLIER),
+    "d64_split": (64, SPLIT),
+    "d128_split": (128, SPLIT),
 }
 
 
@@ -112,11 +115,19 @@ def encode_outlier(x, bits, rule, channel_order):
     return codes, packed, first[2] + second[2], decoded
 
 
+def encode_split(x, bits, rule):
+    halves = zip(np.split(x, 2), (bits + 1, bits - 1), strict=True)
+    first, second = (encode_mse(half, width, rule) for half, width in halves)
+    # One code for a channel of either half.
+    codes = first[0] + (second[0] << bits + 1)
+    return codes, pack(codes, 2 * bits), first[2] + second[2], np.concatenate([first[3], second[3]])
+
+
 def encode(x, case, channel_order):
     quantizer, bits, rule = case
     if quantizer == "outlier":
         return encode_outlier(x, bits, rule, channel_order)
-    return {"mse": encode_mse, "prod": encode_prod}[quantizer](x, bits, rule)
+    return {"mse": encode_mse, "prod": encode_prod, "split": encode_split}[quantizer](x, bits, rule)
 
 
 def draw(random, head_dim, outlier_channels):
@@ -125,20 +136,21 @@ def draw(random, head_dim, outlier_channels):
     return np.clip(np.round(32 * x), -255, 255) / 32
 
 
-def make(head_dim):
+def make(head_dim, cases):
     random = np.random.default_rng(head_dim)
-    channel_order = random.permutation(head_dim).tolist()
+    # Split vectors come in their order.
+    channel_order = list(range(head_dim)) if cases is SPLIT else random.permutation(head_dim).tolist()
     vectors, encoded = [], []
     while len(vectors) < NUM_VECTORS:
         x = draw(random, head_dim, channel_order[: head_dim // 4])
         try:
-            encoded.append([encode(x, case, channel_order) for case in CASES[head_dim]])
+            encoded.append([encode(x, case, channel_order) for case in cases])
         except TooCloseError:
             continue
         vectors.append(x)
-    cases = []
-    for (quantizer, bits, rule), *results in zip(CASES[head_dim], *encoded, strict=True):
-        cases.append(
+    described = []
+    for (quantizer, bits, rule), *results in zip(cases, *encoded, strict=True):
+        described.append(
             {
                 "quantizer": quantizer,
                 "bits": bits,
@@ -156,17 +168,17 @@ def make(head_dim):
         "decoded_step": DECODED_STEP,
         "channel_order": channel_order,
         "vectors": [x.tolist() for x in vectors],
-        "cases": cases,
+        "cases": described,
     }
 
 
 def main():
-    for head_dim in CASES:
-        golden = make(head_dim)
-        cases = ",\n".join(json.dumps(case, separators=(",", ":")) for case in golden.pop("cases"))
+    for name, (head_dim, cases) in FILES.items():
+        golden = make(head_dim, cases)
+        lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in golden.pop("cases"))
         header = json.dumps(golden, separators=(",", ":"))[:-1]
-        path = Path(__file__).with_name(f"d{head_dim}.json")
-        path.write_text(f'{header},\n"cases":[\n{cases}\n]}}\n')
+        path = Path(__file__).with_name(f"{name}.json")
+        path.write_text(f'{header},\n"cases":[\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
