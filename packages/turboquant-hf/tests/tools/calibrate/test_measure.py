@@ -30,7 +30,7 @@ from turboquant_hf.tools.calibrate.render import summary
 from turboquant_hf.tools.calibrate.sums import Sums
 from turboquant_hf.tools.calibrate.texts import shipped_texts, split_tokens
 
-SIZE = 32
+SIZE = 64
 SMALL = {
     "vocab_size": 100,
     "hidden_size": 64,

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from turboquant_core import TurboQuantConfig
 from turboquant_core.calibration import Calibration
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.pair_transform import pair_transform, unusable_heads
 from turboquant_hf._compat import with_cache
 from turboquant_hf.attention.dispatch import own_attention
-from turboquant_hf.tools.calibrate.probes import PairProbe, TransformProbe
+from turboquant_hf.tools.calibrate.probes import KEY_BITS, PairProbe, TransformProbe
 from turboquant_hf.tools.calibrate.rotary_pairs import rotary_pairs
 from turboquant_hf.tools.calibrate.sums import Sums
 from turboquant_hf.tools.calibrate.watch import WatchedCache
@@ -128,8 +129,7 @@ def _transforms(sums: Sums, pairs: torch.Tensor | str) -> tuple[dict[str, KeyTra
     if len(left) < len(mean):
         whole = pair_transform(mean, *energies, pairs)
         tried[SCALED] = KeyTransform(mean, whole.scale)
-        # Halves are rotated by themselves.
-        if mean.shape[-1] % 16 == 0:
+        if TurboQuantConfig(mean.shape[-1], KEY_BITS).fitted_to(whole).key_split:
             tried[ORDERED] = whole
     return tried, left
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from turboquant_core import MSEQuantizer, TurboQuantConfig
+from turboquant_core import TurboQuantConfig
 from turboquant_core.key_transform import KeyTransform
+from turboquant_core.split import quantizer_of
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, sdpa_mask
 from turboquant_hf.attending import attending
 from turboquant_hf.attention.dense import attention_logits, attention_weights, causal_mask, dense_attention
@@ -188,16 +189,10 @@ class TransformProbe(Probe):
 
 
 def read_back(keys: torch.Tensor, transform: KeyTransform) -> torch.Tensor:
-    """Keys [num_tokens, num_kv_heads, head_dim] as read from codes; with an order, from halves of unequal bits."""
-    stored, rule = transform.of_keys(keys).float(), TurboQuantConfig(keys.shape[-1]).key_scale
-    parts = [(stored, KEY_BITS)]
-    if transform.order is not None:
-        parts = list(zip(stored.chunk(2, dim=-1), (KEY_BITS + 1, KEY_BITS - 1), strict=True))
-    read = []
-    for part, bits in parts:
-        quantizer = MSEQuantizer(part.shape[-1], bits, rule)
-        read.append(quantizer.dequantize(quantizer.quantize(part)))
-    return transform.restored(torch.cat(read, dim=-1))
+    """Keys [num_tokens, num_kv_heads, head_dim] as read from codes, split where a cache splits them."""
+    config = TurboQuantConfig(keys.shape[-1], KEY_BITS).fitted_to(transform)
+    quantizer = quantizer_of(config.key_format, config.key_scale)
+    return transform.restored(quantizer.dequantize(quantizer.quantize(transform.of_keys(keys).float())))
 
 
 def _square(x: torch.Tensor) -> float:
