@@ -2,8 +2,13 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 
 from turboquant_core import TurboQuantConfig
+from turboquant_core.calibration import Calibration, write_calibration
+from turboquant_core.key_transform import KeyTransform
+from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm import settings
 from turboquant_vllm.settings import Settings, process_settings
 
@@ -137,3 +142,40 @@ def test_what_an_engine_said_holds_until_the_next_one_says_otherwise(monkeypatch
         for config in (engine, None):
             monkeypatch.setattr(settings, "current_config", lambda config=config: config)
             assert process_settings() == Settings(preset=preset)
+
+
+def calibration(path, orders):
+    """A file of a calibration with as many layers, which order their channels or do not."""
+    random = torch.Generator().manual_seed(0)
+    layers = {
+        index: KeyTransform(
+            scale=torch.ones(2, 64), order=torch.rand(2, 64, generator=random).argsort(-1) if has else None
+        )
+        for index, has in enumerate(orders)
+    }
+    model = ModelIdentity.of(transformers.LlamaConfig(num_hidden_layers=len(orders)), "theirs")
+    write_calibration(path, Calibration(layers, model, "theirs", num_tokens=100))
+    return str(path)
+
+
+def test_a_calibration_that_orders_all_layers_splits_keys(tmp_path):
+    path = calibration(tmp_path / "file.safetensors", [True, True])
+    for preset in ("tq4", "tq3", "tq2"):
+        settings = Settings(preset, calibration=path)
+        assert settings.cache_config(64).key_split
+        assert settings.cache_config(64).slot_bytes == Settings(preset).cache_config(64).slot_bytes + 2
+        assert not Settings(preset).cache_config(64).key_split
+        assert not settings.cache_config(32).key_split, "halves of 16 are not coded"
+    assert not Settings("k8v4", calibration=path).cache_config(64).key_split
+    assert Settings(layer_bits="bits.json", calibration=path).cache_config(64, (3, 2)).key_split
+
+
+def test_a_layer_without_an_order_leaves_pages_of_one_size(tmp_path):
+    settings = Settings(calibration=calibration(tmp_path / "file.safetensors", [True, False]))
+    assert not settings.cache_config(64).key_split
+
+
+def test_a_calibration_that_is_not_there_is_missed_where_its_model_is_known(tmp_path):
+    settings = Settings(calibration=str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="turboquant calibrate MODEL"):
+        settings.cache_config(64)

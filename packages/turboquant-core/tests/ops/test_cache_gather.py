@@ -145,7 +145,7 @@ def test_nothing_past_the_last_token_is_written(device, monkeypatch):
     layout = KVCacheLayout(TurboQuantConfig(64), 2, 16)
     pages = random_pages(layout, 8, device)
 
-    def poisoned(pages, layout, dtype, max_tokens):
+    def poisoned(pages, layout, key_dtype, dtype, max_tokens):
         shape = (max_tokens, layout.num_kv_heads, layout.config.head_dim)
         return torch.full(shape, 77.0, dtype=dtype, device=device), torch.full(shape, 77.0, dtype=dtype, device=device)
 

@@ -103,8 +103,9 @@ def test_gathered_vectors_have_the_type_asked_for(device, path, dtype):
     options = {"max_tokens": NUM_TOKENS, "key_transform": inputs.transform, "path": path}
     found = cache_gather(pages, inputs.table, inputs.lens, LAYOUT, dtype=dtype, **options)
     exact = cache_gather(pages, inputs.table, inputs.lens, LAYOUT, dtype=torch.float32, **options)
-    for x, expected in zip(found[:2], exact[:2], strict=True):
-        assert torch.equal(x, expected.to(dtype))
+    assert torch.equal(found[0], exact[0].to(dtype))
+    # Triton's interpreter rounds bfloat16 towards zero.
+    torch.testing.assert_close(found[1], exact[1].to(dtype), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,16 @@ def calibration_of(model_config: Any, path: str) -> Calibration:
     return _calibration(path, _identity(model_config))
 
 
+def orders_every_layer(path: str) -> bool:
+    """Whether a calibration orders the channels of all its layers by what an error in them costs.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or something else.
+    """
+    return all(transform.order is not None for transform in _calibration(path).layers.values())
+
+
 def layer_bits_of(model_config: Any, path: str) -> LayerBits:
     """The bits of every layer in a file, for the model that vLLM's `model_config` describes.
 

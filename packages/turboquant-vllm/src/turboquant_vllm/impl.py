@@ -196,7 +196,8 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if self._shares_with is not None:
             # Its own tokens are dequantised, and rotated back.
             num_tokens += 2 * most
-        take_workspace(query, self.num_kv_heads, num_tokens)
+        restores_keys = self._settings.calibration is not None
+        take_workspace(query, self.num_kv_heads, num_tokens, restores_keys=restores_keys)
         return output.zero_()
 
 

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
 from typing import Any
 
 from turboquant_core import TurboQuantConfig
 from turboquant_core._checks import check_int
 from turboquant_core.config import PRESETS, WHOLE_BITS, preset_bits
+from turboquant_core.vector_format import can_split
 from turboquant_vllm._compat.engine import current_config
+from turboquant_vllm.artifacts import orders_every_layer
 
 KEY = "turboquant"
 # How alike a name with a slip is at least: with a letter missing, or two swapped, it has 0.9.
@@ -27,7 +29,8 @@ class Settings:
         key_bits: Instead of the preset's: 2, 3, 4, 5, 6 or 8.
         value_bits: The same for values.
         center_keys: Subtract a mean per layer, KV head and channel before keys are quantised.
-        calibration: A file of those means by `turboquant calibrate`; None to take them from texts that ship.
+        calibration: A file by `turboquant calibrate` of those means, and of scale and order of channels, by which keys
+            of 2, 3 or 4 bits are split; None to take means from texts that ship.
         layer_bits: A file of the bits of every layer by `turboquant tune`, instead of a preset.
     """
 
@@ -43,7 +46,7 @@ class Settings:
             if (given := getattr(self, name)) is not None:
                 check_int(name, given, WHOLE_BITS[0], WHOLE_BITS[-1], "The kernels read codes of whole bits.")
         # A head_dim that every format takes: the rest is refused here, before weights are loaded.
-        config = self.cache_config(head_dim=128)
+        config = self._whole_config(head_dim=128)
         for name in ("key_bits", "value_bits"):
             bits = getattr(config, name)
             if bits != int(bits):
@@ -62,7 +65,19 @@ class Settings:
             )
 
     def cache_config(self, head_dim: int, layer_bits: tuple[float, float] | None = None) -> TurboQuantConfig:
-        """What is stored for one head, of a layer that has bits of its own or of any other."""
+        """What is stored for one head, of a layer that has bits of its own or of any other.
+
+        Raises:
+            FileNotFoundError: If there is no such calibration.
+            ValueError: If it is damaged.
+        """
+        config = self._whole_config(head_dim, layer_bits)
+        if self.calibration is None or not can_split(head_dim, config.key_bits):
+            return config
+        # Pages are of one size: either the channels of all layers are ordered, or keys are not split.
+        return replace(config, key_split=orders_every_layer(self.calibration))
+
+    def _whole_config(self, head_dim: int, layer_bits: tuple[float, float] | None = None) -> TurboQuantConfig:
         if layer_bits is not None:
             return TurboQuantConfig(head_dim, *layer_bits, center_keys=self.center_keys)
         key_bits, value_bits = preset_bits(self.preset)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+from turboquant_core.key_transform import KeyTransform
 from turboquant_vllm._compat.engine import all_layers
 from turboquant_vllm._compat.worker import (
     extract_layer_index,
@@ -33,6 +34,9 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
         if impl.num_kv_heads == 1:
             total = min(world_size, model_config.get_total_num_kv_heads())
         transform = calibration.of_layer(extract_layer_index(name), total, impl.head_size)
+        if not impl.config.key_split:
+            # The order of channels is of no use to keys of one width.
+            transform = KeyTransform.of_parts(transform.mean, transform.scale, None)
         impl.key_transform.settle(transform.shard(heads_of_rank(total, impl.num_kv_heads, rank, world_size)))
 
 

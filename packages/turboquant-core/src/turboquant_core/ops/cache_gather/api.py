@@ -99,10 +99,10 @@ def cache_gather(
         cu_seqlens = cumulative_lengths(
             seq_lens, starts, row_capacity(len(pages), block_table.shape[1], layout.block_size)
         )
-    rotation = Rotation(layout.config.head_dim)
-    stored_rotation = quantizer_of(layout.config.key_format).rotation
+    # What is stored is turned into what is gathered in one product, before it is rounded.
     as_stored = key_transform.only_centres and not layout.config.key_split
-    mean = key_transform.mean if as_stored else None
+    mean = key_transform.mean
+    rotated_mean = None if mean is None else Rotation(layout.config.head_dim).rotate(mean)
     if choose_path(path, layout, pages.device) is not None:
         from turboquant_core.ops.cache_gather.launch import launch as gather
     else:
@@ -113,14 +113,23 @@ def cache_gather(
         layout,
         starts=starts,
         cu_seqlens=cu_seqlens,
-        rotated_key_mean=None if mean is None else rotation.rotate(mean),
-        dtype=dtype if as_stored else torch.float32,
+        rotated_key_mean=rotated_mean if as_stored else None,
+        key_dtype=dtype if as_stored else torch.float32,
+        dtype=dtype,
         max_tokens=max_tokens,
     )
     if not as_stored:
-        keys = rotation.rotate(key_transform.restored(stored_rotation.unrotate(keys))).to(dtype)
-        values = values.to(dtype)
+        keys = torch.einsum("thi,ihj->thj", keys, _restoring(layout, key_transform, pages.device))
+        keys = (keys if rotated_mean is None else keys.add_(rotated_mean)).to(dtype)
     return keys, values, cu_seqlens
+
+
+def _restoring(layout: KVCacheLayout, key_transform: KeyTransform, device: torch.device) -> torch.Tensor:
+    """What each stored coordinate is in rotated keys, float32 [head_dim, num_kv_heads, head_dim]."""
+    config = layout.config
+    unit = torch.eye(config.head_dim, device=device)[:, None].repeat(1, layout.num_kv_heads, 1)
+    keys = key_transform.without_mean().restored(quantizer_of(config.key_format).rotation.unrotate(unit))
+    return Rotation(config.head_dim).rotate(keys)
 
 
 def cumulative_lengths(

@@ -25,11 +25,12 @@ def launch(
     starts: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
     rotated_key_mean: torch.Tensor | None,
+    key_dtype: torch.dtype,
     dtype: torch.dtype,
     max_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of `cache_gather`, rotated."""
-    keys, values = empty_output(pages, layout, dtype, max_tokens)
+    keys, values = empty_output(pages, layout, key_dtype, dtype, max_tokens)
     batch, num_blocks = len(block_table), len(pages)
     capacity = row_capacity(num_blocks, block_table.shape[1], layout.block_size)
     if max_tokens == 0 or batch == 0 or capacity == 0:

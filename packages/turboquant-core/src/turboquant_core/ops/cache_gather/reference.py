@@ -17,13 +17,14 @@ def cache_gather(
     starts: torch.Tensor | None,
     cu_seqlens: torch.Tensor,
     rotated_key_mean: torch.Tensor | None,
+    key_dtype: torch.dtype,
     dtype: torch.dtype,
     max_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of `turboquant_core.ops.cache_gather`."""
     config = layout.config
     views = layout.views(pages)
-    keys, values = empty_output(pages, layout, dtype, max_tokens)
+    keys, values = empty_output(pages, layout, key_dtype, dtype, max_tokens)
     capacity = row_capacity(len(pages), block_table.shape[1], layout.block_size)
     num_tokens = min(max_tokens, max(int(cu_seqlens[-1]), 0)) if capacity else 0
     token = torch.arange(num_tokens, dtype=torch.int32, device=pages.device)
