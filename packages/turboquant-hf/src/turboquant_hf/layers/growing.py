@@ -185,8 +185,8 @@ class TurboQuantLayer(CacheLayerMixin):
         num_read, _ = self.get_mask_sizes(num_new)
         if store.length.is_empty:
             store.append(key_states, value_states)
+            self._before_decoding(reads_codes)
             if reads_codes:
-                self._before_decoding()
                 given = Prompt(key_states, value_states, self.store_again, num_read)
                 return hand_over(given, key_states.shape, self.dtype, self.device)
             return self._prompt(key_states, value_states)
@@ -305,8 +305,8 @@ class TurboQuantLayer(CacheLayerMixin):
         self._has_gradient |= is_recorded and (key_states.requires_grad or value_states.requires_grad)
         return is_recorded and self._has_gradient
 
-    def _before_decoding(self) -> None:
-        """What there is to do before tokens attend on codes."""
+    def _before_decoding(self, reads_codes: bool) -> None:
+        """What there is to do between the first tokens and the next, which attend on codes or on what they give."""
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What another attention reads for the first tokens."""

@@ -63,9 +63,9 @@ class TurboQuantStaticLayer(TurboQuantLayer):
         heads = (batch_size, num_kv_heads)
         return static_store(self.config, *heads, self.dtype, self.device, self._max_length, self._sizes)
 
-    def _before_decoding(self) -> None:
+    def _before_decoding(self, reads_codes: bool) -> None:
         if self.store.pages.device.type == "cuda" and not torch.compiler.is_compiling():
-            self.store.warm_up(self.dtype)
+            self.store.warm_up(self.dtype, attends=reads_codes)
 
     def _prompt(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         room = (0, 0, 0, self._max_length - key_states.shape[-2])

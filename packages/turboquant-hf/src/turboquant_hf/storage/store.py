@@ -224,10 +224,15 @@ class Store:
             output = merge_attention(query, *dense, codes, sinks=sinks, scale=scale, softcap=softcap)
         return output if seen.overflow is None else output + seen.overflow.to(output.dtype)
 
-    def warm_up(self, dtype: torch.dtype) -> None:
-        """Do what a step does, so that what is kept from call to call is not made while a CUDA graph is recorded."""
+    def warm_up(self, dtype: torch.dtype, *, attends: bool = True) -> None:
+        """Do what a step does, so that what is kept from call to call is not made while a CUDA graph is recorded.
+
+        Args:
+            dtype: Of queries.
+            attends: Whether steps attend on codes, where there is a kernel for that.
+        """
         self.pages.warm_up(dtype)
-        if self.pages.has_kernel:
+        if attends and self.pages.has_kernel:
             shape = (self.batch_size, self.num_kv_heads, 1, self.config.head_dim)
             self.attend(self.pages.tensor.new_zeros(shape, dtype=dtype), scale=None)
 
