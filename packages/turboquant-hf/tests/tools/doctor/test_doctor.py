@@ -290,6 +290,12 @@ def test_both_engines_are_given_a_calibration_file(model, name):
     assert 'key_transforms="turboquant.safetensors"' in code
 
 
+def test_what_a_calibration_file_takes_is_named(model):
+    # Of the two recommended presets one splits keys.
+    assert "keys lose less, for two bytes each." in said(run(model("llama")))
+    assert "keys lose less. " in said(run(model("gpt-oss")))
+
+
 @pytest.mark.parametrize("name", ["gpt-oss", "llama", "gemma3"])
 def test_what_a_preset_loses_is_not_claimed_but_measured(model, name):
     folder = model(name)

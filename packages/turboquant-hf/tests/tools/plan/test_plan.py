@@ -4,9 +4,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from turboquant_core import KeyTransform
+from turboquant_core.calibration import Calibration, write_calibration
 from turboquant_core.commands import app
+from turboquant_core.model_identity import ModelIdentity, architecture_of
 from turboquant_hf.tools.doctor.attention import model_attention
 from turboquant_hf.tools.doctor.capacity import cut_into_blocks
 from turboquant_hf.tools.doctor.cards import GIB
@@ -82,6 +86,41 @@ def test_requests_take_whole_blocks(model):
     tq4 = next(row for row in rows if row["cache"] == "tq4")
     assert tq4["num_blocks"] == GIB // (16 * 33_792)
     assert tq4["requests"] == pytest.approx(tq4["num_blocks"] / 63)
+
+
+def calibration(path, config, orders):
+    """A file that orders the channels of some layers of a model."""
+    scale = torch.ones(config.num_key_value_heads, config.head_dim)
+    order = torch.arange(config.head_dim).flip(0).expand(scale.shape)
+    layers = {index: KeyTransform(None, scale, order if has else None) for index, has in enumerate(orders)}
+    identity = ModelIdentity.of(config, architecture_of(config))
+    write_calibration(path, Calibration(layers, identity, "a/model", num_tokens=9))
+    return path
+
+
+def test_keys_that_a_calibration_file_splits_take_two_bytes_more(model, model_config, tmp_path):
+    folder, config = model("llama"), model_config("llama")
+    path, num_layers = tmp_path / "keys.safetensors", config.num_hidden_layers
+
+    def block_bytes(*arguments):
+        planned = json.loads(run(folder, "--kv-memory", 10, "--json", "-", *arguments).output)
+        return {row["cache"]: row["block_bytes"] for row in planned["caches"]}
+
+    plain = block_bytes()
+    more = 16 * 2 * num_layers * config.num_key_value_heads
+    split = block_bytes("--calibration", calibration(path, config, [True] * num_layers))
+    assert {cache for cache in plain if split[cache] != plain[cache]} == {"tq4", "tq3", "tq2"}
+    assert all(split[cache] - plain[cache] in (0, more) for cache in plain)
+    # vLLM's pages are of one size.
+    assert block_bytes("--calibration", calibration(path, config, [True] * (num_layers - 1) + [False])) == plain
+
+
+def test_a_calibration_file_of_another_model_is_refused(model, model_config, tmp_path):
+    path = calibration(tmp_path / "keys.safetensors", model_config("gpt-oss"), [True])
+    for given, reason in ((path, "keys.safetensors holds the calibration of a/model"), ("none", "no file")):
+        outcome = run(model("llama"), "--kv-memory", 10, "--calibration", given)
+        assert outcome.exit_code == 2
+        assert reason in said(outcome)
 
 
 def test_layers_with_a_window_take_no_more_than_it(blocks):

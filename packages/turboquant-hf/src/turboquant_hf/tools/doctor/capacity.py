@@ -79,7 +79,7 @@ class Capacity:
 
 
 def cut_into_blocks(
-    config: PreTrainedConfig, attention: ModelAttention, cache: str, tensor_parallel: int = 1
+    config: PreTrainedConfig, attention: ModelAttention, cache: str, tensor_parallel: int = 1, split: bool = False
 ) -> Blocks:
     """The blocks of a model's cache on each of `tensor_parallel` cards.
 
@@ -88,12 +88,13 @@ def cut_into_blocks(
         attention: What `model_attention` read from it.
         cache: "bf16", "fp8" or a preset.
         tensor_parallel: Cards that share the heads.
+        split: Whether keys are split where they can be.
 
     Raises:
         ValueError: If heads cannot be shared like that, or a layer's size is not known.
     """
     _check_parallel(attention, tensor_parallel)
-    pages = [_pages(layer, cache, tensor_parallel) for layer in attention.layers if layer.has_heads]
+    pages = [_pages(layer, cache, tensor_parallel, split) for layer in attention.layers if layer.has_heads]
     unknown = [layer for layer in attention.layers if layer.kind in ("MLA", "chunked attention", "other")]
     if unknown or not pages:
         kind = unknown[0].kind if unknown else "a model without attention layers"
@@ -111,10 +112,10 @@ def kv_memory(memory_gib: float, share: float, weights_bytes: int, tensor_parall
     return int((memory_gib * share - reserve_gib) * GIB) - weights_bytes // tensor_parallel
 
 
-def _pages(layer: LayerAttention, cache: str, tensor_parallel: int) -> Pages:
+def _pages(layer: LayerAttention, cache: str, tensor_parallel: int, split: bool) -> Pages:
     heads = max(1, layer.num_kv_heads // tensor_parallel)
     parts = 2 if layer.head_dim == LARGEST_HEAD_DIM and cache not in UNCOMPRESSED_ITEMSIZES else 1
-    nbytes = BLOCK_SIZE * token_bytes(cache, parts * heads, layer.head_dim // parts)
+    nbytes = BLOCK_SIZE * token_bytes(cache, parts * heads, layer.head_dim // parts, split)
     return Pages(BLOCK_SIZE, nbytes, layer.window)
 
 

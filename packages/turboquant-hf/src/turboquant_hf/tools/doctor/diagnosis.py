@@ -5,6 +5,8 @@ import shlex
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from turboquant_core.config import preset_bits
+from turboquant_core.vector_format import can_split
 from turboquant_core.vllm_limits import MIN_CAPABILITY
 from turboquant_hf._compat import CACHE_ARGUMENT, gguf_weights_in_full
 from turboquant_hf.support import LayerAttention
@@ -90,6 +92,12 @@ class Diagnosis:
         if not self.verdicts["transformers"].is_served:
             return None
         return f"turboquant eval {shlex.quote(self.checkpoint.name)} --cache tq4 --cache k6v4 --measure quality"
+
+    @property
+    def splits_keys(self) -> bool:
+        """Whether a calibration file splits keys, if it orders their channels."""
+        key_bits, _ = preset_bits(self.preset)
+        return any(can_split(layer.head_dim, key_bits) for layer in self.attention.layers if layer.has_heads)
 
     def commands(self) -> dict[str, str]:
         """Engine to what runs the model with the recommended preset."""

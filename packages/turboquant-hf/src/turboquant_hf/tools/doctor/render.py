@@ -26,8 +26,8 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         console.print(
             Text.assemble(
                 ("recommended: ", "bold"),
-                f"{diagnosis.preset} and a calibration file, with which keys lose less at the same bytes. "
-                f"{diagnosis.reason}.",
+                f"{diagnosis.preset} and a calibration file, with which keys lose less"
+                f"{', for two bytes each' if diagnosis.splits_keys else ''}. {diagnosis.reason}.",
             )
         )
     titled = {ENGINE_NAMES[engine]: command for engine, command in commands.items()}

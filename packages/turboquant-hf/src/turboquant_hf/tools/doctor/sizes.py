@@ -1,8 +1,10 @@
 """Bytes of a token in every cache."""
 
+from dataclasses import replace
 from functools import cache
 
 from turboquant_core import PRESETS, KVCacheLayout, TurboQuantConfig
+from turboquant_core.vector_format import can_split
 from turboquant_core.vllm_limits import BLOCK_SIZE_MULTIPLE
 from turboquant_hf.storage import codec
 
@@ -18,13 +20,15 @@ def has_whole_bits(preset: str) -> bool:
 
 
 @cache
-def token_bytes(cache: str, num_kv_heads: int, head_dim: int) -> int:
-    """Bytes of one token's keys and values in one layer.
+def token_bytes(cache: str, num_kv_heads: int, head_dim: int, split: bool = False) -> int:
+    """Bytes of one token's keys and values in one layer; of keys that are split, if they are to be and can be.
 
     Raises:
         ValueError: If there is no such preset, or it does not store vectors of that size.
     """
     if cache in UNCOMPRESSED_ITEMSIZES:
         return 2 * num_kv_heads * head_dim * UNCOMPRESSED_ITEMSIZES[cache]
-    layout = KVCacheLayout(TurboQuantConfig.preset(cache, head_dim), num_kv_heads, BLOCK_SIZE_MULTIPLE)
+    config = TurboQuantConfig.preset(cache, head_dim)
+    config = replace(config, key_split=split and can_split(head_dim, config.key_bits))
+    layout = KVCacheLayout(config, num_kv_heads, BLOCK_SIZE_MULTIPLE)
     return layout.page_bytes // layout.block_size

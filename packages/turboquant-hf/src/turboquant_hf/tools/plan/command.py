@@ -48,6 +48,9 @@ def plan(
     preset: Annotated[
         list[str] | None, typer.Option(help="Preset to plan, repeatable. Default: all vLLM serves.")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of `turboquant calibrate` that vLLM is given, by which keys are split.")
+    ] = None,
     weights: Annotated[
         float | None,
         typer.Option(**number(0, MAX_GIB), help="GiB of all weights, instead of the files'."),
@@ -79,13 +82,14 @@ def plan(
     if sum(given is not None for given in (gpu, memory, kv_memory_gib)) != 1:
         raise CommandError("give one of --gpu NAME, --memory GiB and --kv-memory GiB")
     _check_plot(plot)
-    check_outputs([Output("--plot", plot, MARKER), json_output("plan", json_target)], {"MODEL": model}, force=force)
+    inputs = {"MODEL": model, "--calibration": calibration}
+    check_outputs([Output("--plot", plot, MARKER), json_output("plan", json_target)], inputs, force=force)
 
     from turboquant_hf.tools.doctor.cards import GIB
     from turboquant_hf.tools.doctor.engines import GGUF_REFUSAL
     from turboquant_hf.tools.doctor.inputs import named_card, open_model
     from turboquant_hf.tools.plan.memory import left_for_cache
-    from turboquant_hf.tools.plan.plan import caches_to_plan, make_plan, plotted_lengths, refusals
+    from turboquant_hf.tools.plan.plan import caches_to_plan, make_plan, plotted_lengths, refusals, splits_keys
     from turboquant_hf.tools.plan.plot import write_plot
     from turboquant_hf.tools.plan.render import render
     from turboquant_hf.tools.terminal import consoles
@@ -99,6 +103,10 @@ def plan(
     checkpoint, attention = open_model(model, errors)
     if why := refusals(checkpoint, attention, card.capability if card else MIN_CAPABILITY):
         raise CommandError(f"vLLM does not serve {checkpoint.name} compressed: {'; '.join(why)}", REFUSED, "refused")
+    try:
+        split = calibration is not None and splits_keys(calibration, checkpoint)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
     if attention.max_length and length and length > attention.max_length:
         raise CommandError(
             f"--length is {length:,}, and the context of {checkpoint.name} is {attention.max_length:,} tokens"
@@ -122,6 +130,7 @@ def plan(
             tensor_parallel=tensor_parallel,
             length=length,
             batched_tokens=max_num_batched_tokens,
+            split=split,
         )
     except ValueError as error:
         raise CommandError(str(error)) from error

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from turboquant_core import PRESETS
+from turboquant_core.calibration import read_calibration
 from turboquant_core.config import preset_bits
+from turboquant_core.model_identity import ModelIdentity, architecture_of
 from turboquant_hf.tools.doctor.attention import ModelAttention
 from turboquant_hf.tools.doctor.capacity import Blocks, Capacity, cut_into_blocks
 from turboquant_hf.tools.doctor.checkpoint import Checkpoint
@@ -118,14 +121,27 @@ def make_plan(
     tensor_parallel: int,
     length: int,
     batched_tokens: int,
+    split: bool = False,
 ) -> Plan:
-    """See `Plan`.
+    """See `Plan`; `split` says whether keys are where they can be.
 
     Raises:
         ValueError: If the cards cannot share the heads, or the size of a layer is not known.
     """
-    blocks = {cache: cut_into_blocks(checkpoint.config, attention, cache, tensor_parallel) for cache in caches}
+    blocks = {cache: cut_into_blocks(checkpoint.config, attention, cache, tensor_parallel, split) for cache in caches}
     return Plan(checkpoint.name, kv_bytes, tensor_parallel, length, batched_tokens, blocks)
+
+
+def splits_keys(calibration: Path, checkpoint: Checkpoint) -> bool:
+    """Whether vLLM splits keys with a calibration file: pages are of one size, so all layers have to be ordered.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, something else, or belongs to another model.
+    """
+    text_config = checkpoint.config.get_text_config(decoder=True)
+    model = ModelIdentity.of(text_config, architecture_of(checkpoint.config))
+    return all(transform.order is not None for transform in read_calibration(calibration, model).layers.values())
 
 
 def plotted_lengths(max_length: int | None) -> list[int]:
