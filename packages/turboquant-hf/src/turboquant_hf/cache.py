@@ -46,8 +46,9 @@ class TurboQuantCache(GuardedCache):
         layer_bits: (key_bits, value_bits) of single layers, by index, instead of the preset's; or the path of a file
             that `turboquant tune` wrote, which has them for every layer.
         key_transforms: What keys of single layers go through before codes, by index: `turboquant_core.KeyTransform`s.
-            One without a mean leaves it to the prompt. Or the path of a file that `turboquant calibrate` wrote, which
-            has a scale and an order for every layer; its means are for vLLM, and the prompt's own are used instead.
+            One without a mean leaves it to the prompt; with an order, keys of 2, 3 and 4 bits are split. Or the path of
+            a file that `turboquant calibrate` wrote, which has a scale and an order for every layer that gains by them;
+            its means are for vLLM, and the prompt's own are used instead.
         sink_tokens: First tokens of every sequence that layers keep as they are. Those with a window read them as long
             as it shows them.
         recent_tokens: Newest tokens that they keep as they are: what a token sees of itself and those before it. Other
