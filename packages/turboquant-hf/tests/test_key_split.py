@@ -149,6 +149,17 @@ def test_small_heads_stay_whole(tiny_config, prompt, text):
     assert is_split(cache) == [False, False]
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_layer_does_as_it_is_told(given):
+    states = torch.randn(2, 1, HEADS, 10, HEAD_DIM)
+    for transform in (TRANSFORMS[0], KeyTransform()):
+        layer = TurboQuantLayer(key_split=given, key_transform=transform)
+        layer.update(*states)
+        assert layer.config.key_split is given
+    with pytest.raises(ValueError, match="bits is 8; 2, 3, 4 can be split"):
+        TurboQuantLayer("k8v4", key_split=True).update(*states)
+
+
 def test_fractional_keys_are_refused(tiny_config):
     with pytest.raises(ValueError, match=r"layer 0 is given, and key_bits are 3.5: .* Give whole key_bits"):
         TurboQuantCache(tiny_config(), "tq3.5", key_transforms=TRANSFORMS)
