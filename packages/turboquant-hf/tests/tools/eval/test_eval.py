@@ -62,9 +62,10 @@ def test_quality_is_what_scoring_says_and_bytes_are_those_of_bfloat16(finished, 
 
 @pytest.fixture(scope="module")
 def calibration(tiny_model, tmp_path_factory):
-    """A calibration file whose scale makes every key worse."""
+    """A calibration file whose scale makes every key worse, and whose order splits those that can be."""
     path = tmp_path_factory.mktemp("calibration") / "turboquant.safetensors"
-    transform = KeyTransform(scale=torch.linspace(-3, 3, 64).exp().repeat(2, 1))
+    scale, order = torch.linspace(-3, 3, 64).exp(), torch.arange(64)
+    transform = KeyTransform(scale=scale.repeat(2, 1), order=order.repeat(2, 1))
     identity = ModelIdentity.of(tiny_model.config, "LlamaForCausalLM")
     write_calibration(path, Calibration({0: transform, 1: transform}, identity, "a/model", num_tokens=9))
     return path
@@ -83,6 +84,12 @@ def test_presets_are_measured_with_a_calibration_file(
         for layer, without in zip(found[f"layers/{name}"]["layers"], plain[f"layers/{name}"]["layers"], strict=True):
             assert layer["key_error"] > 1.5 * without["key_error"]
             assert layer["value_error"] == without["value_error"]
+    split, whole = (
+        found[f"quality/{name}"]["bytes_per_token"] - plain[f"quality/{name}"]["bytes_per_token"]
+        for name in ("tq4", "k8v4")
+    )
+    # Two bytes for each key, of which two layers have two, and of those that there is room for.
+    assert 8 <= split - whole < 12
     refused = run_eval(tiny_model_folder, "--out", path, *options[:-2])
     assert refused.exit_code == 2
     assert "calibration sha256" in said(refused)
