@@ -5,12 +5,10 @@ import torch
 from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from turboquant_core import KeyTransform
-from turboquant_core.layout import KVCacheLayout
 from turboquant_core.pair_transform import pair_transform
 from turboquant_core.split import SplitQuantizer
 from turboquant_hf import TurboQuantCache, TurboQuantLayer
 from turboquant_hf.attending import attending
-from turboquant_hf.storage.pages import BLOCK_SIZE
 
 HEADS, HEAD_DIM = 2, 64
 CODES_ONLY = {"sink_tokens": 0, "recent_tokens": 0}
@@ -219,12 +217,3 @@ def test_memory_counts_both_scales(tiny_model, prompt, text):
         assert with_halves.token_nbytes - without.token_nbytes == 2 * HEADS * num_tokens
     assert "turboquant 3/3 bits, keys split" in str(split)
     assert "split" not in str(whole)
-
-
-def test_pages_are_of_the_layout_that_core_describes(tiny_model, prompt, text):
-    cache = new_cache(tiny_model)
-    logits_along(tiny_model, cache, prompt, text)
-    layer = cache.layers[0]
-    layout = KVCacheLayout(layer.config, HEADS, BLOCK_SIZE)
-    assert layer.config.slot_bytes == 70
-    assert layer.store.pages.tensor.shape[-1] == layout.head_bytes

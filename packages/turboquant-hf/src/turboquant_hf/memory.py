@@ -27,7 +27,7 @@ class LayerMemory:
         token_nbytes: Bytes of the tokens held: codes and scales, or native keys and values.
         kept_nbytes: Allocated bytes of sinks and recent tokens that are kept as they are beside their codes.
         reserved_nbytes: Bytes allocated for tokens to come.
-        fixed_nbytes: Allocated bytes that do not grow with tokens: means and channel orders.
+        fixed_nbytes: Allocated bytes that do not grow with tokens: means, scales and orders of channels.
         bf16_nbytes: Bytes that the same keys and values take in bfloat16.
     """
 
