@@ -88,9 +88,29 @@ def test_scale_and_order_are_tensors_of_their_own(path, model):
     assert sorted(load_file(path)) == names
     found = read_calibration(path, model)
     assert found.layers[1].tensors().keys() == {"key_scale"}
-    for part, expected in zip(found.of_layer(2, 2, 64).parts, layers[2].parts, strict=True):
+    for part, expected in zip(found.of_layer(2, 2, 64, codes_only=False).parts, layers[2].parts, strict=True):
         assert part.dtype == expected.dtype
         assert torch.equal(part, expected)
+
+
+def test_caches_that_store_all_tokens_as_codes_have_transforms_of_their_own(path, model):
+    order = torch.arange(64).flip(0).repeat(2, 1)
+    layers, codes_only = {1: KeyTransform(torch.ones(2, 64))}, {1: KeyTransform(torch.zeros(2, 64), order=order)}
+    write_calibration(path, Calibration(layers, model, "a/model", 2000, codes_only))
+    assert sorted(load_file(path)) == ["codes_only.1.key_channel_order", "codes_only.1.key_mean", "layers.1.key_mean"]
+    found = read_calibration(path, model)
+    assert torch.equal(found.of_layer(1, 2, 64, codes_only=True).order, order)
+    assert found.of_layer(1, 2, 64, codes_only=False).order is None
+    assert found.orders_every_layer(codes_only=True)
+    assert not found.orders_every_layer(codes_only=False)
+    with pytest.raises(ValueError, match=r"transforms for layers \[1\], and where all tokens are codes for \[2\]"):
+        Calibration(layers, model, "a/model", 2000, {2: codes_only[1]})
+
+
+def test_one_of_them_serves_all_caches_where_there_are_no_others(written, model):
+    found = read_calibration(written, model)
+    assert found.codes_only is None
+    assert found.for_cache(codes_only=True) is found.layers
 
 
 def test_the_tensors_have_names_that_others_can_read(written):
@@ -288,11 +308,11 @@ def test_a_configuration_without_a_field():
 
 
 def test_a_layer_is_asked_for_by_its_shape(calibration):
-    assert torch.equal(calibration.of_layer(3, 1, 128).mean, calibration.layers[3].mean)
+    assert torch.equal(calibration.of_layer(3, 1, 128, codes_only=False).mean, calibration.layers[3].mean)
     with pytest.raises(ValueError, match=r"none for layer 1\. .*turboquant calibrate"):
-        calibration.of_layer(1, 2, 64)
+        calibration.of_layer(1, 2, 64, codes_only=True)
     with pytest.raises(ValueError, match=r"layer 3 of a/model: key_mean is .* \[1, 128\].*\[2, 64\]"):
-        calibration.of_layer(3, 2, 64)
+        calibration.of_layer(3, 2, 64, codes_only=True)
 
 
 def test_no_layers_are_no_calibration(model):

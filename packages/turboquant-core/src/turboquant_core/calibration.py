@@ -18,7 +18,8 @@ from turboquant_core.model_identity import ModelIdentity
 FORMAT = "turboquant-key-means"
 FORMAT_VERSION = 2
 
-_TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(\w+)")
+LAYERS, CODES_ONLY = "layers", "codes_only"
+_TENSOR_NAME = re.compile(rf"({LAYERS}|{CODES_ONLY})\.(0|[1-9][0-9]{{0,5}})\.(\w+)")
 _REMEDY = "Write it again with `turboquant calibrate MODEL --out FILE`."
 
 
@@ -27,37 +28,60 @@ class Calibration:
     """What the keys of every attention layer go through after the rotary embedding.
 
     Attributes:
-        layers: Layer index to transform, of tensors without rows; sizes may differ between layers.
+        layers: Layer index to transform, of tensors without rows; sizes may differ between layers. For caches that keep
+            the first token as it is, whose key is far from all others.
         model: The model whose keys they are.
         source: What that model was called when they were taken: a hub id or a path. Informs only.
         num_tokens: Tokens that it was measured on.
+        codes_only: The same as `layers` for caches that store all tokens as codes; None if it is the same.
     """
 
     layers: Mapping[int, KeyTransform]
     model: ModelIdentity
     source: str
     num_tokens: int
+    codes_only: Mapping[int, KeyTransform] | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("there is no layer with a transform of keys")
         if self.num_tokens < 1:
             raise ValueError(f"num_tokens is {self.num_tokens}; a calibration is measured on at least 1")
-        for layer_index, transform in self.layers.items():
-            _check_layer(layer_index, transform, self.model.num_layers)
+        if self.codes_only is not None and self.codes_only.keys() != self.layers.keys():
+            raise ValueError(
+                f"there are transforms for layers {list(self.layers)}, and where all tokens are codes for "
+                f"{list(self.codes_only)}"
+            )
+        for layers in self._by_kind.values():
+            for layer_index, transform in layers.items():
+                _check_layer(layer_index, transform, self.model.num_layers)
 
-    def of_layer(self, layer_index: int, num_kv_heads: int, head_dim: int) -> KeyTransform:
+    @property
+    def _by_kind(self) -> dict[str, Mapping[int, KeyTransform]]:
+        """The transforms by the names that they have in a file."""
+        return {LAYERS: self.layers} | ({} if self.codes_only is None else {CODES_ONLY: self.codes_only})
+
+    def for_cache(self, *, codes_only: bool) -> Mapping[int, KeyTransform]:
+        """The transforms for a cache that stores all tokens as codes, or keeps the first as it is."""
+        return self.codes_only if codes_only and self.codes_only is not None else self.layers
+
+    def orders_every_layer(self, *, codes_only: bool) -> bool:
+        """Whether the channels of all layers are ordered by what an error in them costs."""
+        return all(transform.order is not None for transform in self.for_cache(codes_only=codes_only).values())
+
+    def of_layer(self, layer_index: int, num_kv_heads: int, head_dim: int, *, codes_only: bool) -> KeyTransform:
         """The transform of one layer.
 
         Args:
             layer_index: Index of the layer in the text model.
             num_kv_heads: KV heads of the whole layer, not of one tensor-parallel rank.
             head_dim: Dimension of its keys.
+            codes_only: Whether the cache stores all tokens as codes.
 
         Raises:
             ValueError: If there is none for the layer, or one of another shape.
         """
-        transform = self.layers.get(layer_index)
+        transform = self.for_cache(codes_only=codes_only).get(layer_index)
         if transform is None:
             raise ValueError(f"the calibration of {self.source} has none for layer {layer_index}. {_REMEDY}")
         try:
@@ -70,8 +94,9 @@ class Calibration:
 def write_calibration(path: str | os.PathLike[str], calibration: Calibration) -> None:
     """Write a calibration to a safetensors file; a file that is there is replaced once the new one is complete."""
     tensors = {
-        f"layers.{index}.{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)
-        for index, transform in calibration.layers.items()
+        f"{kind}.{index}.{name}": tensor.cpu().clone(memory_format=torch.contiguous_format)
+        for kind, layers in calibration._by_kind.items()
+        for index, transform in layers.items()
         for name, tensor in transform.tensors().items()
     }
     metadata = {
@@ -101,13 +126,18 @@ def read_calibration(path: str | os.PathLike[str], model: ModelIdentity | None =
         check_format(metadata, FORMAT, str(FORMAT_VERSION))
         if missing := [name for name in ("model", "source", "num_tokens") if name not in metadata]:
             raise ValueError(f"it lacks {', '.join(map(repr, missing))} in its metadata")
-        layers: dict[int, dict[str, torch.Tensor]] = {}
+        kinds: dict[str, dict[int, dict[str, torch.Tensor]]] = {LAYERS: {}, CODES_ONLY: {}}
         for name in file.keys():  # noqa: SIM118 (no mapping)
             # Shapes come first: what cannot be such a tensor is not loaded.
-            layer_index, kind = _check_stored(name, file.get_slice(name))
-            layers.setdefault(layer_index, {})[kind] = file.get_tensor(name)
+            kind, layer_index, part = _check_stored(name, file.get_slice(name))
+            kinds[kind].setdefault(layer_index, {})[part] = file.get_tensor(name)
+        layers, codes_only = (
+            {index: KeyTransform.from_tensors(tensors) for index, tensors in kinds[kind].items()}
+            for kind in (LAYERS, CODES_ONLY)
+        )
         calibration = Calibration(
-            layers={index: KeyTransform.from_tensors(tensors) for index, tensors in layers.items()},
+            layers=layers,
+            codes_only=codes_only or None,
             model=ModelIdentity.from_json(metadata["model"]),
             source=metadata["source"],
             num_tokens=_number(metadata["num_tokens"]),
@@ -116,16 +146,16 @@ def read_calibration(path: str | os.PathLike[str], model: ModelIdentity | None =
     return calibration
 
 
-def _check_stored(name: str, stored: Any) -> tuple[int, str]:
-    """The layer and the kind of a tensor of the file, or ValueError if no transform has it."""
+def _check_stored(name: str, stored: Any) -> tuple[str, int, str]:
+    """For which caches, of which layer and what a tensor of the file is, or ValueError if no transform has it."""
     match = _TENSOR_NAME.fullmatch(name)
-    if match is None or match[2] not in PART_DTYPES:
+    if match is None or match[3] not in PART_DTYPES:
         raise ValueError(f"it holds a tensor {name!r}; tensors are named layers.N.{' or layers.N.'.join(PART_DTYPES)}")
     shape = stored.get_shape()
     if len(shape) != 2 or shape[0] < 1:
         raise ValueError(f"{name} is {stored.get_dtype()} {list(shape)}, not [num_kv_heads, head_dim]")
     check_head_dim(shape[1])
-    return int(match[1]), match[2]
+    return match[1], int(match[2]), match[3]
 
 
 def _number(text: str) -> int:

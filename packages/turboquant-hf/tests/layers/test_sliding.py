@@ -18,7 +18,8 @@ from turboquant_hf.storage.pages import page_layout
 from turboquant_hf.storage.tables import FullPrecisionSizes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = 1e-4 if DEVICE.type == "cpu" else 2e-2
+# A GPU rounds keys of another batch otherwise, and codes of two bits that differ are far apart.
+TOLERANCE = 1e-4 if DEVICE.type == "cpu" else 5e-2
 KEPT = [(1, 8), (3, 0), (0, 5), (40, 100)]
 # A prompt longer than any window here and a block, drafts, a chunk, and enough tokens for blocks to be dropped.
 CALLS = (110, 1, 1, 8, 30, 1, 70, 3, 1)

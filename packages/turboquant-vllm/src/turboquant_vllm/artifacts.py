@@ -25,7 +25,7 @@ def orders_every_layer(path: str) -> bool:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or something else.
     """
-    return all(transform.order is not None for transform in _calibration(path).layers.values())
+    return _calibration(path).orders_every_layer(codes_only=True)
 
 
 def layer_bits_of(model_config: Any, path: str) -> LayerBits:

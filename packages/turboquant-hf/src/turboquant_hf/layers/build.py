@@ -87,17 +87,20 @@ def build_layers(
 
         def of_layer(index: int) -> KeyTransform:
             held = attention[index]
+            transform = calibration.of_layer(
+                index, held.num_kv_heads, held.head_dim, codes_only=kept["sink_tokens"] == 0
+            )
             # The prompt's own mean is nearer to its keys.
-            return calibration.of_layer(index, held.num_kv_heads, held.head_dim).without_mean()
+            return transform.without_mean()
 
         return of_layer
 
+    kept = kept_tokens(sink_tokens, recent_tokens)
     given_to = partial(of_layers, layers=layers, compressed=compressed, skipped=skipped)
     bits = given_to("layer_bits", layer_bits, bits_of, example="(key_bits, value_bits)", command="tune")
     transforms = given_to(
         "key_transforms", key_transforms, transforms_of, example="KeyTransform(...)", command="calibrate"
     )
-    kept = kept_tokens(sink_tokens, recent_tokens)
     built: list[object] = []
     for index, layer in enumerate(layers):
         options = {name: value for name, value in codes.items() if value is not None}

@@ -80,13 +80,13 @@ def seen_by_attention(model, tokens=MEASURED):
     return {index: (key[0], calls[index]) for index, key in keys.items()}
 
 
-def assert_those_of(found, keys, calls, pairs=HALVES):
+def assert_those_of(found, keys, calls, pairs=HALVES, first=1, recent=8):
     """Energies of keys and queries in which each pair counts by what an error in its score moves."""
     keys, num_tokens = keys.double(), keys.shape[1]
-    mean = keys[:, 1:].mean(1)
+    mean = keys[:, first:].mean(1)
     key_energy, query_energy = torch.zeros(2, *mean.shape, dtype=torch.float64)
     token = torch.arange(num_tokens)
-    is_code = (token[None] >= 1) & (token[:, None] - token[None] >= 8)
+    is_code = (token[None] >= first) & (token[:, None] - token[None] >= recent)
     for head in range(len(keys)):
         counted, key_total, query_total = 0, 0, 0
         for queries, values, mask, scaling in calls:
@@ -110,11 +110,12 @@ def assert_those_of(found, keys, calls, pairs=HALVES):
 def test_keys_and_queries_are_those_that_attention_sees():
     model, forwards = new_model(), []
     found = measured(model, on_forward=lambda: forwards.append(None))
-    assert len(forwards) == num_forwards(690, 200) == 4
+    assert len(forwards) == num_forwards(690, 200) == 7
     assert MEASURED.shape[1] > CHUNK_SIZE
     seen = seen_by_attention(model)
     for index, layer in found.layers.items():
         assert_those_of(layer.transform, *seen[index])
+        assert_those_of(found.calibration.codes_only[index], *seen[index], first=0, recent=0)
         assert layer.kind == "scale and order"
         assert layer.errors["scale and order"] < 0.8 * layer.errors["mean"]
         assert layer.left == {}

@@ -33,7 +33,7 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
         total = impl.num_kv_heads * world_size
         if impl.num_kv_heads == 1:
             total = min(world_size, model_config.get_total_num_kv_heads())
-        transform = calibration.of_layer(extract_layer_index(name), total, impl.head_size)
+        transform = calibration.of_layer(extract_layer_index(name), total, impl.head_size, codes_only=True)
         if not impl.config.key_split:
             # The order of channels is of no use to keys of one width.
             transform = KeyTransform.of_parts(transform.mean, transform.scale, None)

@@ -15,13 +15,15 @@ from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.pair_transform import pair_transform, unusable_heads
 from turboquant_hf._compat import with_cache
 from turboquant_hf.attention.dispatch import own_attention
-from turboquant_hf.tools.calibrate.probes import KEY_BITS, PairProbe, TransformProbe
+from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
+from turboquant_hf.tools.calibrate.probes import KEY_BITS, KeptTokens, PairProbe, TransformProbe
 from turboquant_hf.tools.calibrate.rotary_pairs import rotary_pairs
 from turboquant_hf.tools.calibrate.sums import Sums
 from turboquant_hf.tools.calibrate.watch import WatchedCache
 from turboquant_hf.tools.models import LoadedModel
 
 CHUNK_SIZE = 512
+KEPT = (KeptTokens(DEFAULT_SINK_TOKENS, DEFAULT_RECENT_TOKENS), KeptTokens(0, 0))
 CENTRED, SCALED, ORDERED = "mean", "scale", "scale and order"
 """What is tried: keys less their mean alone, with a scale too, and in two halves of unequal bits."""
 
@@ -58,7 +60,7 @@ class Measured:
 
 def num_forwards(num_measured: int, num_held_out: int) -> int:
     """Forward passes that `measure` needs for that many tokens."""
-    return 1 + sum(-(-count // CHUNK_SIZE) for count in (num_measured, num_held_out))
+    return 1 + len(KEPT) * sum(-(-count // CHUNK_SIZE) for count in (num_measured, num_held_out))
 
 
 @torch.inference_mode()
@@ -70,7 +72,8 @@ def measure(
 ) -> Measured:
     """Measure keys and queries of a text, and try what comes of it on what follows the text.
 
-    The first token and the newest of each query are left out: caches keep them as they are.
+    Twice: for caches that keep the first token and the newest of each query as they are, which are left out, and for
+    caches that store all tokens as codes.
 
     Args:
         loaded: The model.
@@ -82,31 +85,43 @@ def measure(
     identity = ModelIdentity.of(model.config.get_text_config(decoder=True), type(model).__name__)
     pairs = rotary_pairs(model, measured, identity)
     on_forward()
+    layers, codes_only = (_measured(model, pairs, measured, held_out, on_forward, kept) for kept in KEPT)
+    chosen, of_codes = ({index: layer.transform for index, layer in found.items()} for found in (layers, codes_only))
+    return Measured(layers, Calibration(chosen, identity, loaded.name, measured.shape[1], of_codes))
+
+
+def _measured(
+    model: PreTrainedModel,
+    pairs: Mapping[int, torch.Tensor | str],
+    measured: torch.Tensor,
+    held_out: torch.Tensor,
+    on_forward: Callable[[], None],
+    kept: KeptTokens,
+) -> dict[int, MeasuredLayer]:
+    """The layers, for caches that keep these tokens as they are."""
     cache = WatchedCache(config=model.config)
     reason = own_attention(model.config)
     sums: dict[int, Sums] = defaultdict(Sums)
-    pair_probe = PairProbe(cache, sums)
+    pair_probe = PairProbe(cache, kept, sums)
     with nullcontext() if reason else pair_probe.at_work(model):
         for index, chunk in enumerate(torch.split(measured, CHUNK_SIZE, dim=1)):
             pair_probe.num_before = index * CHUNK_SIZE
             _forward(model, chunk, cache)
             for layer, keys in cache.new_keys.items():
-                sums[layer].add_keys(keys[0, :, 1 if index == 0 else 0 :])
+                sums[layer].add_keys(keys[0, :, kept.first if index == 0 else 0 :])
             on_forward()
     tried: dict[int, dict[str, KeyTransform]] = {}
     left: dict[int, dict[int | None, str]] = {}
     for layer, found in sums.items():
         tried[layer], left[layer] = _transforms(found, reason or pairs[layer])
-    transforms = TransformProbe(cache, tried)
+    transforms = TransformProbe(cache, kept, tried)
     if not reason:
         with transforms.at_work(model):
             for index, chunk in enumerate(torch.split(held_out, CHUNK_SIZE, dim=1)):
                 transforms.num_before = measured.shape[1] + index * CHUNK_SIZE
                 _forward(model, chunk, cache)
                 on_forward()
-    layers = {layer: _chosen(tried[layer], transforms.errors(layer), left[layer]) for layer in sorted(sums)}
-    chosen = {index: layer.transform for index, layer in layers.items()}
-    return Measured(layers, Calibration(chosen, identity, loaded.name, measured.shape[1]))
+    return {layer: _chosen(tried[layer], transforms.errors(layer), left[layer]) for layer in sorted(sums)}
 
 
 def _forward(model: PreTrainedModel, input_ids: torch.Tensor, cache: WatchedCache) -> None:

@@ -16,13 +16,25 @@ from turboquant_core.split import quantizer_of
 from turboquant_hf._compat import AttentionInterface, AttentionMaskInterface, sdpa_mask
 from turboquant_hf.attending import attending
 from turboquant_hf.attention.dense import attention_logits, attention_weights, causal_mask, dense_attention
-from turboquant_hf.layers.build import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
 from turboquant_hf.tools.calibrate.sums import Sums
 from turboquant_hf.tools.calibrate.watch import WatchedCache
 
 NAME = "turboquant_calibration"
 KEY_BITS = 3
 """Bits at which transforms are tried: those in the middle of the presets."""
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Tokens that a cache keeps as they are.
+
+    Attributes:
+        first: Of a sequence.
+        recent: Before a query, itself included.
+    """
+
+    first: int
+    recent: int
 
 
 @dataclass(frozen=True)
@@ -82,14 +94,16 @@ class Probe(ABC):
 
     Args:
         cache: The cache that the model fills.
+        kept: What the cache that is measured for would keep as it is.
 
     Attributes:
         num_before: Tokens before those of the next call.
     """
 
-    def __init__(self, cache: WatchedCache) -> None:
+    def __init__(self, cache: WatchedCache, kept: KeptTokens) -> None:
         self.num_before = 0
         self._cache = cache
+        self._kept = kept
 
     def at_work(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Have a model attend with it for a while."""
@@ -125,7 +139,7 @@ class Probe(ABC):
             call = Call(query, key, value, attention_mask, scaling, softcap, s_aux)
             query_at = self.num_before + torch.arange(query.shape[2], device=query.device)[:, None]
             key_at = query_at[-1] + 1 - key.shape[2] + torch.arange(key.shape[2], device=query.device)
-            self.look(layer, call, (key_at >= DEFAULT_SINK_TOKENS) & (key_at <= query_at - DEFAULT_RECENT_TOKENS))
+            self.look(layer, call, (key_at >= self._kept.first) & (key_at <= query_at - self._kept.recent))
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": s_aux, **kwargs}
         return dense_attention(module, query, key, value, attention_mask, **options)
 
@@ -138,11 +152,12 @@ class PairProbe(Probe):
 
     Args:
         cache: The cache that the model fills.
+        kept: As for `Probe`.
         sums: Layer index to the sums.
     """
 
-    def __init__(self, cache: WatchedCache, sums: Mapping[int, Sums]) -> None:
-        super().__init__(cache)
+    def __init__(self, cache: WatchedCache, kept: KeptTokens, sums: Mapping[int, Sums]) -> None:
+        super().__init__(cache, kept)
         self._sums = sums
 
     def look(self, layer: int, call: Call, is_code: torch.Tensor) -> None:
@@ -162,11 +177,12 @@ class TransformProbe(Probe):
 
     Args:
         cache: The cache that the model fills.
+        kept: As for `Probe`.
         tried: Layer index to transforms by name.
     """
 
-    def __init__(self, cache: WatchedCache, tried: Mapping[int, Mapping[str, KeyTransform]]) -> None:
-        super().__init__(cache)
+    def __init__(self, cache: WatchedCache, kept: KeptTokens, tried: Mapping[int, Mapping[str, KeyTransform]]) -> None:
+        super().__init__(cache, kept)
         self._tried = tried
         self._squares: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
 

@@ -141,7 +141,7 @@ def splits_keys(calibration: Path, checkpoint: Checkpoint) -> bool:
     """
     text_config = checkpoint.config.get_text_config(decoder=True)
     model = ModelIdentity.of(text_config, architecture_of(checkpoint.config))
-    return all(transform.order is not None for transform in read_calibration(calibration, model).layers.values())
+    return read_calibration(calibration, model).orders_every_layer(codes_only=True)
 
 
 def plotted_lengths(max_length: int | None) -> list[int]:
