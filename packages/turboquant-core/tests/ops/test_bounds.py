@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import IDENTITY
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
 from turboquant_core.ops.cache_gather import launch as gather_launch
 from turboquant_core.ops.cache_gather import reference as gather_reference
@@ -58,7 +59,7 @@ def guarded(device):
 
 def update_paths(device):
     vector = vectors(1, device)
-    reason = WARPGROUP.obstacle(LAYOUT, *vector, LAYOUT.allocate(1, device))
+    reason = WARPGROUP.obstacle(LAYOUT, IDENTITY, *vector, LAYOUT.allocate(1, device))
     return ["triton", "reference", *([] if reason else ["warpgroup"])]
 
 
@@ -263,9 +264,9 @@ def assert_gathers_what_fits(device, monkeypatch, table, lens, starts, cu_seqlen
         slots.append(existing(table[row][position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE)
     buffers = []
 
-    def empty_output(pages, layout, dtype, max_tokens):
+    def empty_output(pages, layout, key_dtype, dtype, max_tokens):
         shape = (max_tokens + 2 * GUARD, layout.num_kv_heads, layout.config.head_dim)
-        buffers[:] = [torch.full(shape, torch.nan, dtype=dtype, device=pages.device) for _ in range(2)]
+        buffers[:] = [torch.full(shape, torch.nan, dtype=each, device=pages.device) for each in (key_dtype, dtype)]
         return tuple(buffer[GUARD : GUARD + max_tokens] for buffer in buffers)
 
     for module in (gather_launch, gather_reference):

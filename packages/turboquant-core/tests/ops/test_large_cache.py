@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.key_transform import IDENTITY
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
 from turboquant_core.ops._path import find_path
 from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
@@ -36,7 +37,7 @@ def filled(pages, first_block, key, value, path):
 
 @pytest.mark.parametrize("path", ["warpgroup", "triton"])
 def test_updates_reach_the_last_page(large, vectors, path):
-    if path == "warpgroup" and (reason := WARPGROUP.obstacle(LAYOUT, *vectors, large)):
+    if path == "warpgroup" and (reason := WARPGROUP.obstacle(LAYOUT, IDENTITY, *vectors, large)):
         pytest.skip(reason)
     small = LAYOUT.allocate(2, large.device)
     expected = filled(small, 0, *vectors, path)
