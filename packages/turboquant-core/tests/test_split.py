@@ -45,6 +45,13 @@ def test_a_dear_half_gains_and_the_whole_does():
     assert split < 0.4 * whole
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
+def test_no_vectors_are_none_afterwards(shape):
+    quantizer = SplitQuantizer(64, 4)
+    stored = quantizer.quantize(torch.empty(shape))
+    assert quantizer.dequantize(stored).shape == shape
+
+
 def test_the_rotation_is_orthogonal_and_keeps_halves_apart():
     rotation = HalvesRotation(96)
     matrix = rotation.matrix

@@ -34,11 +34,14 @@ class HalvesRotation:
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """See `Rotation`."""
-        return self.half.rotate(x.view(*x.shape[:-1], 2, -1)).flatten(-2)
+        return self.half.rotate(self._halves(x)).flatten(-2)
 
     def unrotate(self, y: torch.Tensor) -> torch.Tensor:
         """See `Rotation`."""
-        return self.half.unrotate(y.view(*y.shape[:-1], 2, -1)).flatten(-2)
+        return self.half.unrotate(self._halves(y)).flatten(-2)
+
+    def _halves(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*x.shape[:-1], 2, self.head_dim // 2)
 
 
 @dataclass(frozen=True)

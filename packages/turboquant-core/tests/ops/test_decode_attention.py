@@ -192,7 +192,8 @@ def test_every_head_dim_is_more_accurate_than_eager_bfloat16(device, case, path)
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES, ids=lambda shape: shape.name)
 def test_shapes_of_real_models(device, shape):
-    case = DecodeCase(shape.head_dim, 4, 4, shape.num_heads, shape.num_kv_heads, seq_lens=(33,), dtype=torch.float16)
+    heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads}
+    case = DecodeCase(shape.head_dim, **heads, seq_lens=(33,), dtype=torch.float16)
     inputs = build(case, device)
     for path in kernels(case) if CUDA else ["portable"]:
         assert_accurate(inputs, path, *attend(inputs, path))

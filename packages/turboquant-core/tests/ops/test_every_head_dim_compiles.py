@@ -58,8 +58,8 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
         update.plan(layout, key.dtype, 100, key.device, transform.only_centres)(tensors, 100, 1)
         show(update_kernel)
     gather.launch(
-        pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, dtype=torch.bfloat16,
-        max_tokens=100,
+        pages, block_table, layout, starts=None, cu_seqlens=ints, rotated_key_mean=means, key_dtype=torch.bfloat16,
+        dtype=torch.bfloat16, max_tokens=100,
     )
     show(gather_kernel)
     query = torch.zeros(BATCH, 8, head_dim, dtype=torch.bfloat16)
