@@ -397,18 +397,19 @@ def test_nothing_is_warmed_up_without_a_gpu(model, monkeypatch):
         model(ids(), past_key_values=new_cache(model))
 
 
+@pytest.mark.parametrize("attention", ["turboquant", "sdpa"])
 @pytest.mark.parametrize("is_compiling", [False, True])
-def test_what_is_on_a_gpu_is_warmed_up_by_a_prompt_once(tiny_model, is_compiling, monkeypatch):
+def test_what_is_on_a_gpu_is_warmed_up_by_a_prompt_once(tiny_model, attention, is_compiling, monkeypatch):
     model, warmed_up = copy.deepcopy(tiny_model), []
-    model.set_attn_implementation("turboquant")
+    model.set_attn_implementation(attention)
     layer = new_cache(model).layers[0]
-    monkeypatch.setattr(Store, "warm_up", lambda store, dtype: warmed_up.append(store))
+    monkeypatch.setattr(Store, "warm_up", lambda store, dtype, *, attends: warmed_up.append((store, attends)))
     # There is no GPU here: storage is told that it is on one.
     monkeypatch.setattr(Pages, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: is_compiling)
     for num_tokens in (10, 1):
         layer.update(*torch.randn(2, 2, 2, num_tokens, 64))
-    assert warmed_up == ([] if is_compiling else [layer.store])
+    assert warmed_up == ([] if is_compiling else [(layer.store, attention == "turboquant")])
 
 
 def test_a_long_call_that_does_not_fit_is_nan_and_breaks_nothing():
