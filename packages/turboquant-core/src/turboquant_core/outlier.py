@@ -8,7 +8,7 @@ import torch
 
 from turboquant_core.mse import MSEQuantizer
 from turboquant_core.quantized import QuantizedTensor, check_stored
-from turboquant_core.scale import ScaleRule, check_scale_rule
+from turboquant_core.scale import ScaleRule, carried_together, check_scale_rule
 from turboquant_core.vector_format import OUTLIER_BITS, VectorFormat
 
 
@@ -83,9 +83,7 @@ class OutlierQuantizer:
             for quantizer, part in zip(self._quantizers, ordered.split_with_sizes(sizes, dim=-1), strict=True)
         ]
         q = QuantizedTensor.cat(parts, dim=-1)
-        # A vector with NaN or inf in one part is not to come back half plausible.
-        carried = q.scales.isfinite().all(-1, keepdim=True)
-        return QuantizedTensor(q.codes, torch.where(carried, q.scales, torch.nan))
+        return QuantizedTensor(q.codes, carried_together(q.scales))
 
     def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The vectors x̂ [..., head_dim] in the given type.

@@ -55,6 +55,14 @@ def is_storable(x: torch.Tensor) -> torch.Tensor:
     return norm <= MAX_SCALE
 
 
+def carried_together(stored: torch.Tensor) -> torch.Tensor:
+    """The scales [..., num_scales] of a vector's groups, all NaN where one is not finite.
+
+    A vector with NaN or inf in one group is not to come back half plausible.
+    """
+    return torch.where(stored.isfinite().all(-1, keepdim=True), stored, torch.nan)
+
+
 def encode_scale(scale: torch.Tensor) -> torch.Tensor:
     """Non-negative scales to their stored two bytes, float16 of the same shape; beyond 4.29e9 they become inf."""
     return scale.sqrt().to(SCALE_DTYPE)

@@ -8,7 +8,7 @@ from turboquant_core.mse import MSEQuantizer
 from turboquant_core.packing import pack, unpack
 from turboquant_core.quantized import QuantizedTensor, check_stored
 from turboquant_core.rotation import Rotation
-from turboquant_core.scale import ScaleRule
+from turboquant_core.scale import ScaleRule, carried_together, check_scale_rule
 from turboquant_core.vector_format import VectorFormat
 
 
@@ -62,8 +62,8 @@ class SplitQuantizer:
     scale: ScaleRule = "norm"
 
     def __post_init__(self) -> None:
-        assert self.format.groups
-        assert self._quantizers
+        check_scale_rule(self.scale)
+        VectorFormat(self.head_dim, self.bits, split=True)
 
     @property
     def format(self) -> VectorFormat:
@@ -89,9 +89,7 @@ class SplitQuantizer:
         (first, first_scale), (second, second_scale) = halves
         codes = pack(first | (second << (self.bits + 1)), 2 * self.bits, check=False)
         scales = torch.cat([first_scale, second_scale], dim=-1)
-        # A vector with NaN or inf in one half is not to come back half plausible.
-        carried = scales.isfinite().all(-1, keepdim=True)
-        return QuantizedTensor(codes, torch.where(carried, scales, torch.nan))
+        return QuantizedTensor(codes, carried_together(scales))
 
     def dequantize(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The vectors [..., head_dim] in the given type.

@@ -24,6 +24,18 @@ ALL_PAIRS = [(key_bits, value_bits) for key_bits in BITS for value_bits in BITS]
 # Every width of a key and of a value; the interpreter is slow.
 FEW_PAIRS = [(2, 8), (3, 4), (4, 3), (4, 4), (5, 2), (6, 5), (8, 6)]
 
+ALL_AT_ONCE = DecodeCase(
+    seq_lens=(70, 100, 0, 66),
+    query_lens=(1, 3, 2, 0),
+    num_heads=8,
+    num_kv_heads=2,
+    seq_starts=(3, 70, 0, 0),
+    window=50,
+    softcap=3.0,
+    sinks=True,
+    key_mean=True,
+)
+TRANSFORMED = replace(ALL_AT_ONCE, key_scale=True, key_channel_order=True)
 CASES = {
     "lengths about a page": DecodeCase(seq_lens=(0, 1, 15, 16, 17, 31), num_heads=2),
     "lengths about a tile": DecodeCase(seq_lens=(63, 64, 65, 0, 129), num_heads=2),
@@ -64,48 +76,13 @@ CASES = {
         )
         for bits, head_dim in ((2, 64), (3, 128), (4, 256))
     },
-    "split, with a transform and all else": DecodeCase(
-        key_split=True,
-        seq_lens=(70, 100, 0, 66),
-        query_lens=(1, 3, 2, 0),
-        num_heads=8,
-        num_kv_heads=2,
-        seq_starts=(3, 70, 0, 0),
-        window=50,
-        softcap=3.0,
-        sinks=True,
-        key_mean=True,
-        key_scale=True,
-        key_channel_order=True,
-    ),
+    "split, with a transform and all else": replace(TRANSFORMED, key_split=True),
     "split, contiguous": DecodeCase(80, 3, key_split=True, seq_lens=(80, 1, 79), paged=False, num_heads=2),
     "split, 16 tokens": DecodeCase(64, key_split=True, seq_lens=(40, 90), query_lens=(16, 9)),
-    "key scale, order and mean, all at once": DecodeCase(
-        seq_lens=(70, 100, 0, 66),
-        query_lens=(1, 3, 2, 0),
-        num_heads=8,
-        num_kv_heads=2,
-        seq_starts=(3, 70, 0, 0),
-        window=50,
-        softcap=3.0,
-        sinks=True,
-        key_mean=True,
-        key_scale=True,
-        key_channel_order=True,
-    ),
+    "key scale, order and mean, all at once": TRANSFORMED,
     "left padding": DecodeCase(seq_lens=(70, 20, 66), seq_starts=(65, 0, 30), query_lens=2),
     "rows that see nothing": DecodeCase(seq_lens=(70, 40, 40), seq_starts=(70, 100, 39), query_lens=3),
-    "all at once": DecodeCase(
-        seq_lens=(70, 100, 0, 66),
-        query_lens=(1, 3, 2, 0),
-        num_heads=8,
-        num_kv_heads=2,
-        seq_starts=(3, 70, 0, 0),
-        window=50,
-        softcap=3.0,
-        sinks=True,
-        key_mean=True,
-    ),
+    "all at once": ALL_AT_ONCE,
 }
 
 

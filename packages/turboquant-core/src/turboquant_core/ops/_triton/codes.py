@@ -106,13 +106,14 @@ def store_plane(
     width: tl.constexpr,
     shift: tl.constexpr,
     bits: tl.constexpr,
+    are_ranks: tl.constexpr,
     octet: tl.constexpr,
     padded_octet: tl.constexpr,
 ):
-    """Store one plane of the codes in words; see `pack_plane`."""
+    """Store one plane of the codes in words, or of codes of more than four bits that are ranks still."""
     pointers, mask = plane_bytes(code_rows, keep, width, shift, octet, padded_octet)
     packed = pack_plane(words, spacing, width, shift, bits)
-    if bits > MAX_TABLE_BITS and shift + width == bits:
+    if are_ranks and shift + width == bits:
         # Two's complement and ranks differ in the top bit alone.
         packed ^= 0xFF // ((1 << width) - 1) << (width - 1)
     tl.store(pointers, packed.to(tl.uint8), mask=mask)
@@ -148,14 +149,28 @@ def store_codes(
     They go to byte pointers code_rows [rows] where `keep` [rows].
     """
     if bits > MAX_TABLE_BITS:
-        for step in tl.static_range(4):
-            if bits & (8 >> step):
-                store_plane(code_rows, ranks, keep, 8, 8 >> step, bits & (-16 >> step), bits, octet, padded_octet)
+        _store_planes(code_rows, ranks, keep, 8, bits, True, octet, padded_octet)
     else:
         codes = numbered(join_halves(ranks, 4), 0x11, bits)
-        for step in tl.static_range(1, 4):
-            if bits & (8 >> step):
-                store_plane(code_rows, codes, keep, 4, 8 >> step, bits & (-16 >> step), bits, octet, padded_octet)
+        _store_planes(code_rows, codes, keep, 4, bits, False, octet, padded_octet)
+
+
+@triton.jit
+def _store_planes(
+    code_rows,
+    words,
+    keep,
+    spacing: tl.constexpr,
+    bits: tl.constexpr,
+    are_ranks: tl.constexpr,
+    octet: tl.constexpr,
+    padded_octet: tl.constexpr,
+):
+    for step in tl.static_range(4):
+        if bits & (8 >> step):
+            store_plane(
+                code_rows, words, keep, spacing, 8 >> step, bits & (-16 >> step), bits, are_ranks, octet, padded_octet
+            )
 
 
 @triton.jit
@@ -170,12 +185,7 @@ def store_halves(
 ):
     """Pack the codes of a split vector's halves, of ranks [rows, 8 * padded_octet] each; see `SplitQuantizer`."""
     codes = _code(first, bits + 1) | (_code(second, bits - 1) << (bits + 1))
-    width: tl.constexpr = 2 * bits
-    for step in tl.static_range(4):
-        if width & (8 >> step):
-            pointers, mask = plane_bytes(code_rows, keep, 8 >> step, width & (-16 >> step), octet, padded_octet)
-            packed = pack_plane(codes, 8, 8 >> step, width & (-16 >> step), width)
-            tl.store(pointers, packed.to(tl.uint8), mask=mask)
+    _store_planes(code_rows, codes, keep, 8, 2 * bits, False, octet, padded_octet)
 
 
 @triton.jit

@@ -63,10 +63,7 @@ def value_pair_layout(words):
 @gluon.jit
 def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr):
     """Words of 16 tokens to operand A, int8 [16 tokens, head_dim]; `pair` says whether codes come in two words."""
-    if pair:
-        args = (_twice(_twice(words[0])), _twice(_twice(words[1]))) + table
-    else:
-        args = (_twice(_twice(words[0])),) + table
+    args = _key_arguments(words, table, pair)
     a, b = gl.inline_asm_elementwise(asm, constraints, args, dtype=(gl.int8, gl.int8), is_pure=True, pack=4)
     return _key_positions(a, b, head_dim)
 
@@ -74,14 +71,20 @@ def key_operand(words, table, head_dim: gl.constexpr, asm: gl.constexpr, constra
 @gluon.jit
 def half_operands(words, table, half: gl.constexpr, asm: gl.constexpr, constraints: gl.constexpr, pair: gl.constexpr):
     """Words of 16 tokens of split keys to an operand A of each half, int8 [16 tokens, half]."""
-    if pair:
-        args = (_twice(_twice(words[0])), _twice(_twice(words[1]))) + table
-    else:
-        args = (_twice(_twice(words[0])),) + table
+    args = _key_arguments(words, table, pair)
     a, b, c, d = gl.inline_asm_elementwise(
         asm, constraints, args, dtype=(gl.int8, gl.int8, gl.int8, gl.int8), is_pure=True, pack=4
     )
     return _key_positions(a, b, half), _key_positions(c, d, half)
+
+
+@gluon.jit
+def _key_arguments(words, table, pair: gl.constexpr):
+    """What a look-up of keys takes: the same operand for all four elements of a register."""
+    if pair:
+        return (_twice(_twice(words[0])), _twice(_twice(words[1]))) + table
+    else:
+        return (_twice(_twice(words[0])),) + table
 
 
 @gluon.jit
