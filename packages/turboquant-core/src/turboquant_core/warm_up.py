@@ -25,6 +25,7 @@ def warm_up(
     window: int | None = None,
     softcap: float | None = None,
     has_sinks: bool = False,
+    has_ranges: bool = False,
     key_transform: KeyTransform = IDENTITY,
 ) -> None:
     """Launch cache_update and decode_attention once with every kernel that calls of these kinds compile.
@@ -40,6 +41,7 @@ def warm_up(
         window: As in `decode_attention`.
         softcap: As in `decode_attention`.
         has_sinks: Whether calls give sinks.
+        has_ranges: Whether calls give seq_starts and seq_ends, and take the log-sum-exp.
         key_transform: As in `decode_attention`.
 
     Raises:
@@ -56,21 +58,25 @@ def warm_up(
         cache_update(vectors, vectors, pages, slot_mapping, layout, key_transform=key_transform)
     for query_len in range(1, max_query_len + 1):
         for batch in _batches(layout, pages, num_heads * query_len, max_batch, max_blocks):
+            lengths = torch.full((batch,), query_len, dtype=torch.int32, device=device)
             decode_attention(
                 torch.zeros(batch * query_len, num_heads, head_dim, dtype=dtype, device=device),
                 pages,
                 # Every row the same one: no memory for a table that may be large.
                 torch.zeros(1, max_blocks, dtype=torch.int32, device=device).expand(batch, -1),
-                torch.full((batch,), query_len, dtype=torch.int32, device=device),
+                lengths,
                 layout,
                 query_start_loc=None
                 if query_len == 1
                 else torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len,
                 max_query_len=query_len,
+                seq_starts=torch.zeros_like(lengths) if has_ranges else None,
+                seq_ends=lengths.clone() if has_ranges else None,
                 window=window,
                 softcap=softcap,
                 sinks=sinks,
                 key_transform=key_transform,
+                return_lse=has_ranges,
             )
 
 

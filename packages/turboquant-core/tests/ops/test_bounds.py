@@ -121,7 +121,7 @@ def decode_paths(device, pages):
     return ["reference", *(path.name for path in kernels if path.obstacle(LAYOUT, device, pages) is None)]
 
 
-def assert_attends_to_what_fits(device, table, lens, starts, start_loc, num_tokens, options=None):
+def assert_attends_to_what_fits(device, table, lens, starts, ends, start_loc, num_tokens, options=None):
     """Compare with rows attended to one by one, with values that fit."""
     options = options or {}
     num_heads, most = 4, 3
@@ -150,6 +150,7 @@ def assert_attends_to_what_fits(device, table, lens, starts, start_loc, num_toke
             int32([clip(length, 0, capacity)], device),
             LAYOUT,
             seq_starts=None if starts is None else int32([clip(starts[row], 0, 2**20)], device),
+            seq_ends=None if ends is None else int32([clip(ends[row], 0, 2**20)], device),
             path="reference",
             **options,
         )
@@ -163,6 +164,7 @@ def assert_attends_to_what_fits(device, table, lens, starts, start_loc, num_toke
             int32(lens, device),
             layout,
             seq_starts=None if starts is None else int32(starts, device),
+            seq_ends=None if ends is None else int32(ends, device),
             query_start_loc=None if start_loc is None else int32(start_loc, device),
             max_query_len=None if start_loc is None else most,
             out=out,
@@ -205,12 +207,17 @@ BAD_ROWS = {
 @pytest.mark.parametrize("options", [{}, {"window": 7}], ids=["all", "window"])
 def test_rows_that_do_not_fit_are_clamped(device, name, options):
     table, lens = BAD_ROWS[name]
-    assert_attends_to_what_fits(device, table, lens, None, None, 2 * len(lens), options)
+    assert_attends_to_what_fits(device, table, lens, None, None, None, 2 * len(lens), options)
 
 
 @pytest.mark.parametrize("start", [25, 2**30, INT32[1], -3, INT32[0]])
 def test_first_positions_that_do_not_fit_are_clamped(device, start):
-    assert_attends_to_what_fits(device, [[0, 1]], [20], [start], None, 2)
+    assert_attends_to_what_fits(device, [[0, 1]], [20], [start], None, None, 2)
+
+
+@pytest.mark.parametrize("end", [25, 2**30, INT32[1], -3, INT32[0]])
+def test_ends_that_do_not_fit_are_clamped(device, end):
+    assert_attends_to_what_fits(device, [[0, 1]], [20], None, [end], None, 2)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ def test_first_positions_that_do_not_fit_are_clamped(device, start):
     ids=str,
 )
 def test_offsets_of_query_tokens_that_do_not_fit_are_clamped(device, start_loc):
-    assert_attends_to_what_fits(device, [[0, 1], [2, 3]], [20, 30], None, start_loc, 6)
+    assert_attends_to_what_fits(device, [[0, 1], [2, 3]], [20, 30], None, None, start_loc, 6)
 
 
 @bounded
@@ -233,10 +240,10 @@ def test_any_rows(device, data, batch, window):
 
     table = [drawn(columns, 0, NUM_BLOCKS - 1) for _ in range(batch)]
     lens = drawn(batch, 0, capacity)
-    starts = data.draw(st.none() | st.just(drawn(batch, 0, capacity)))
+    starts, ends = (data.draw(st.none() | st.just(drawn(batch, 0, capacity))) for _ in range(2))
     num_tokens = 2 * batch
     start_loc = data.draw(st.none() | st.just(drawn(batch + 1, 0, num_tokens)))
-    assert_attends_to_what_fits(device, table, lens, starts, start_loc, num_tokens, {"window": window})
+    assert_attends_to_what_fits(device, table, lens, starts, ends, start_loc, num_tokens, {"window": window})
 
 
 # ---------------------------------------------------------------------------------------------------------- gather

@@ -30,6 +30,7 @@ ALL_AT_ONCE = DecodeCase(
     num_heads=8,
     num_kv_heads=2,
     seq_starts=(3, 70, 0, 0),
+    seq_ends=(60, 90, 4, 66),
     window=50,
     softcap=3.0,
     sinks=True,
@@ -82,6 +83,12 @@ CASES = {
     "key scale, order and mean, all at once": TRANSFORMED,
     "left padding": DecodeCase(seq_lens=(70, 20, 66), seq_starts=(65, 0, 30), query_lens=2),
     "rows that see nothing": DecodeCase(seq_lens=(70, 40, 40), seq_starts=(70, 100, 39), query_lens=3),
+    "ends about a tile": DecodeCase(seq_lens=(200,) * 6, seq_ends=(63, 64, 65, 0, 200, 500), num_heads=2),
+    "ends among the tokens": DecodeCase(seq_lens=(66, 70, 40), seq_ends=(65, 68, 39), query_lens=(3, 5, 1)),
+    "ends and a window": DecodeCase(seq_lens=(150, 150, 70), seq_ends=(130, 100, -5), window=40, query_lens=2),
+    "ends and sinks": DecodeCase(seq_lens=(70, 3, 40), seq_ends=(33, 0, -1), sinks=True, query_lens=2),
+    "ends, contiguous": DecodeCase(seq_lens=(80, 33, 79), seq_ends=(64, 20, 17), query_lens=2, paged=False),
+    "ends at the starts and before": DecodeCase(seq_lens=(70, 70, 70), seq_starts=(30, 65, 5), seq_ends=(20, 65, 40)),
     "all at once": ALL_AT_ONCE,
 }
 
@@ -330,6 +337,21 @@ def test_a_key_mean_moves_the_log_sum_exp_alone(device, path):
     torch.testing.assert_close(lse - lse_centred, (inputs.query * mean).sum(-1) / math.sqrt(128), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("path", [*kernels(DecodeCase()), "reference"])
+@pytest.mark.parametrize("options", [{}, {"window": 50, "key_mean": True}, {"softcap": 2.0}], ids=str)
+def test_attention_on_parts_merges_into_attention_on_all(device, path, options):
+    case = DecodeCase(seq_lens=(150, 70, 33, 130), query_lens=(1, 3, 2, 1), num_heads=8, num_kv_heads=2, **options)
+    inputs = build(case, device)
+    first, second = (torch.tensor(x, dtype=torch.int32, device=device) for x in ((20, 0, 5, 64), (110, 68, 5, 128)))
+    ranges = ((None, first), (first, second), (second, None))
+    parts = [attend(inputs, path, seq_starts=start, seq_ends=end) for start, end in ranges]
+    outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
+    lse = lses.logsumexp(0)
+    expected, expected_lse = attend(inputs, path)
+    assert relative_error(((lses - lse).exp()[..., None] * outs).sum(0), expected) < 1e-3
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-4)
+
+
 EVERYTHING = CASES["all at once"]
 
 
@@ -371,11 +393,12 @@ def test_strides_do_not_matter(device, path):
 
 
 @pytest.mark.parametrize("path", [*kernels(DecodeCase()), "reference"])
-@pytest.mark.parametrize("name", ["seq_lens", "seq_starts", "query_start_loc", "sinks", "key_mean"])
+@pytest.mark.parametrize("name", ["seq_lens", "seq_starts", "seq_ends", "query_start_loc", "sinks", "key_mean"])
 def test_an_argument_with_gaps_is_read_right_or_refused(device, path, name):
     case = DecodeCase(
-        seq_lens=(70, 70), seq_starts=(5, 60), query_lens=(1, 1), num_kv_heads=2, sinks=True, key_mean=True
-    )
+        seq_lens=(70, 70), seq_starts=(5, 60), seq_ends=(30, 68), query_lens=(1, 1), num_kv_heads=2, sinks=True,
+        key_mean=True,
+    )  # fmt: skip
     inputs = build(case, device)
     expected, _ = attend(inputs, path)
     arguments = {"seq_lens": inputs.seq_lens, "key_mean": inputs.options["key_transform"].mean, **inputs.options}
@@ -407,8 +430,9 @@ def test_the_log_sum_exp_is_not_returned_unasked(device):
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("path", [*kernels(EVERYTHING), "auto"])
 def test_a_graph_serves_other_lengths(device, path):
-    longest = replace(EVERYTHING, seq_lens=(700, 100, 800, 66))
-    inputs, shorter = build(longest, device), build(replace(longest, seq_lens=(30, 0, 500, 1000)), device, seed=1)
+    longest = replace(EVERYTHING, seq_lens=(700, 100, 800, 66), seq_ends=(690, 90, 790, 66))
+    other = replace(longest, seq_lens=(30, 0, 500, 1000), seq_ends=(20, 0, 600, 1000))
+    inputs, shorter = build(longest, device), build(other, device, seed=1)
     width = max(x.block_table.shape[1] for x in (inputs, shorter))
     table = torch.zeros(4, width, dtype=torch.int32, device=device)
     pages = torch.zeros_like(max(inputs.pages, shorter.pages, key=len))
@@ -419,7 +443,7 @@ def test_a_graph_serves_other_lengths(device, path):
         static.seq_lens.copy_(source.seq_lens)
         static.pages[: len(source.pages)] = source.pages
         static.block_table.fill_(2**30)[:, : source.block_table.shape[1]] = source.block_table
-        for name in ("sinks", "seq_starts", "query_start_loc"):
+        for name in ("sinks", "seq_starts", "seq_ends", "query_start_loc"):
             static.options[name].copy_(source.options[name])
         static.options["key_transform"].mean.copy_(source.options["key_transform"].mean)
 
@@ -448,9 +472,10 @@ def test_any_shape(device, data):
     def draw(strategy):
         return data.draw(strategy)
 
-    rows = draw(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 4), st.integers(0, 90)), min_size=1, max_size=4))
+    each = st.tuples(st.integers(0, 90), st.integers(0, 4), st.integers(0, 90), st.integers(-5, 95))
+    rows = draw(st.lists(each, min_size=1, max_size=4))
     num_kv_heads = draw(st.integers(1, 2))
-    lens, tokens, starts = zip(*rows, strict=True)
+    lens, tokens, starts, ends = zip(*rows, strict=True)
     case = DecodeCase(
         head_dim=draw(st.sampled_from([16, 40, 64, 128])),
         key_bits=draw(st.sampled_from(BITS)),
@@ -462,6 +487,7 @@ def test_any_shape(device, data):
         query_lens=draw(st.sampled_from([1, 3, (*tokens[:-1], 2)])),
         paged=draw(st.booleans()),
         seq_starts=draw(st.sampled_from([None, starts])),
+        seq_ends=draw(st.sampled_from([None, ends])),
         window=draw(st.sampled_from([None, 7, 64])),
         softcap=draw(st.sampled_from([None, 1.5])),
         sinks=draw(st.booleans()),
@@ -504,6 +530,7 @@ def moved(x, device):
         bad(r"block_table has strides \[6, 2\] for", block_table=lambda x: x.repeat_interleave(2, 1)[:, ::2]),
         bad(r"query_start_loc is .* \[2\]; it must be torch.int32 \[3\]", query_start_loc=torch.zeros(2).int()),
         bad(r"seq_starts is torch.int64", seq_starts=torch.zeros(2).long()),
+        bad(r"seq_ends is .* \[3\]; it must be torch.int32 \[2\]", seq_ends=torch.zeros(3).int()),
         bad(r"sinks is torch.bfloat16", sinks=torch.zeros(4).bfloat16()),
         bad(r"sinks is .* \[2\]; it must be torch.float32 \[4\]", sinks=torch.zeros(2)),
         bad(

@@ -422,7 +422,7 @@ LAUNCH_CASES = {
     "rows": DecodeCase(seq_lens=(70, 0, 200, 3, 64), query_lens=(1, 2, 3, 1, 0), num_heads=8),
     "window": DecodeCase(
         seq_lens=(70, 150, 0, 300), query_lens=4, num_heads=10, num_kv_heads=2, window=90, sinks=True, key_mean=True,
-        seq_starts=(10, 0, 0, 250), softcap=3.0,
+        seq_starts=(10, 0, 0, 250), seq_ends=(64, 100, 3, 290), softcap=3.0,
     ),
 }  # fmt: skip
 CHANGES = [
@@ -610,8 +610,8 @@ def report(arch, case, folder):
     module.combine_kernel = combine = Recorder(module.combine_kernel)
     Attention(call, module.plan(call))(
         inputs.query, inputs.pages, inputs.block_table, inputs.seq_lens, out=inputs.query, lse=None,
-        query_start_loc=inputs.options["query_start_loc"], seq_starts=inputs.options["seq_starts"], sinks=None,
-        key_transform=inputs.options["key_transform"],
+        sinks=None,
+        **{name: inputs.options[name] for name in ("query_start_loc", "seq_starts", "seq_ends", "key_transform")},
     )
     compiled = recorder.compile(arch, Path(folder))
     buffers = getattr(launch, "stages", 0) * launch.tile * layout.slot_bytes
@@ -676,8 +676,8 @@ for path in (path for path in PATHS if path.name in ("fragment", "fp16")):
         launch = replace(decode.choose_launch(path, layout, 2, 4, 256, query.device), num_workers=batch)
         options = dict(query_len=1, scale=1.0, window=0, softcap=0.0)
         decode.plan(query, pages, table, layout, path, launch, batch=batch, **options)(
-            query, pages, table, lengths, query_start_loc=None, seq_starts=None, sinks=None, key_transform=IDENTITY,
-            out=torch.empty_like(query), lse=None,
+            query, pages, table, lengths, query_start_loc=None, seq_starts=None, seq_ends=None, sinks=None,
+            key_transform=IDENTITY, out=torch.empty_like(query), lse=None,
         )
         print(path.name, [signature(kernel.kernel, kernel.arguments) for kernel in kernels if kernel.arguments])
 """

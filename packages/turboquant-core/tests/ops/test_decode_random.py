@@ -38,6 +38,8 @@ def test_random_rows(device, kernel):
     for seed in range(cases_per_kernel(device)):
         batch = generator.choice([1, 2, 3, 7, 40] if device.type == "cuda" else [2])
         lengths = tuple(generator.choice([0, 1, 15, 16, 17, generator.randrange(longest)]) for _ in range(batch))
+        starts = tuple(generator.choice([0, 0, 16, generator.randrange(20)]) for _ in range(batch))
+        ends = tuple(generator.choice([0, 16, longest, generator.randrange(longest)]) for _ in range(batch))
         case = DecodeCase(
             head_dim=head_dim,
             key_bits=key_bits,
@@ -47,6 +49,8 @@ def test_random_rows(device, kernel):
             block_size=block_size,
             seq_lens=tuple(max(length, query_len) if length else 0 for length in lengths),
             query_lens=query_len,
+            seq_starts=starts if seed % 3 == 0 else None,
+            seq_ends=ends if seed % 3 == 0 else None,
             window=window,
             paged=generator.random() < 0.8,
             sinks=seed % 2 == 0,

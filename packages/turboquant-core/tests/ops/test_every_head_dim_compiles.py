@@ -41,8 +41,9 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
     layout = KVCacheLayout(TurboQuantConfig(head_dim, key_bits, 4, key_split=split), 2, 16)
     pages = layout.allocate(1)
     ints, means = torch.zeros(BATCH + 1, dtype=torch.int32), torch.zeros(2, head_dim)
-    transform = KeyTransform(means)
+    transform, bounds = KeyTransform(means), None
     if split:
+        bounds = ints[:BATCH]
         transform = KeyTransform(means, means + 1, torch.arange(head_dim).repeat(2, 1))
     block_table, lengths = ints[:BATCH].view(BATCH, 1), ints[:BATCH]
     decode.card_of = portable.card_of = lambda device: Card(divmod(arch, 10), 132)
@@ -72,9 +73,8 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
         launch = decode.choose_launch(path, layout, BATCH, 4, 16, query.device)
         options = {"batch": BATCH, "query_len": 1, "scale": 1.0, "window": 0, "softcap": 0.0}
         decode.plan(query, pages, block_table, layout, path, launch, **options)(
-            query, pages, block_table, lengths, query_start_loc=None, seq_starts=None, sinks=None,
-            key_transform=transform,
-            out=torch.empty_like(query), lse=None,
+            query, pages, block_table, lengths, query_start_loc=None, seq_starts=bounds, seq_ends=bounds, sinks=None,
+            key_transform=transform, out=torch.empty_like(query), lse=torch.zeros(BATCH, 8) if split else None,
         )
         show(portable_kernel)
     show(prepare)

@@ -52,7 +52,10 @@ for head_dim, key_bits, value_bits, dtype in shapes if device.type == "cuda" els
     merge_attention(query, dense, dense, torch.zeros(1, 3, 5, device=device), None, sinks=sinks, softcap=9.0)
     for path in PATHS:
         if path.obstacle(layout, device, pages) is None:
-            everything = {"window": 20, "softcap": 9.0, "sinks": sinks, "key_transform": KeyTransform(mean)}
+            everything = {
+                "window": 20, "softcap": 9.0, "sinks": sinks, "key_transform": KeyTransform(mean),
+                "seq_ends": int32(40, 2**31 - 1),
+            }
             for query_len, options in ((1, {}), (3, everything)):
                 query = torch.randn(2 * query_len, 8, head_dim, device=device, dtype=dtype)
                 for given in ((table, lens), wrong, (table, int32(-2**31, -1))):

@@ -48,6 +48,7 @@ def attend(**changes):
         "query_start_loc": int32([0, 3, 4]),
         "max_query_len": 3,
         "seq_starts": int32([0, 40]),
+        "seq_ends": int32([0, 90]),
         "sinks": torch.tensor([0.0, -math.inf, 1.0, 2.0]),
         "key_transform": KeyTransform(torch.zeros(2, 64)),
     }
@@ -116,6 +117,7 @@ def test_what_cannot_be_stored_is_named_before_anything_is(slots, options, messa
             r"seq_lens\[1\] is 17; a row has 0 to 16 tokens in 1 b",
         ),
         ({"seq_starts": int32([0, -3])}, r"seq_starts\[1\] is -3; positions begin at 0. Give 0"),
+        ({"seq_ends": int32([-1, 3])}, r"seq_ends\[0\] is -1; positions begin at 0. Give 0 for a row of which nothing"),
         ({"query_start_loc": int32([0, 3, 5])}, r"query_start_loc\[2\] is 5; the query has 4 tokens. Give the first"),
         ({"query_start_loc": int32([0, 3, 2])}, r"query_start_loc\[2\] is 2; it is not 0 to max_query_len = 3 after"),
         ({"query_start_loc": int32([0, 0, 4])}, r"query_start_loc\[2\] is 4; it is not 0 to max_query_len = 3 after"),

@@ -28,8 +28,21 @@ def centring(device):
 
 def test_without_kernels_there_is_nothing_to_compile_and_nothing_fails():
     warm_up(
-        LAYOUT, **options("cpu"), max_query_len=2, window=5, softcap=3.0, has_sinks=True, key_transform=centring("cpu")
-    )
+        LAYOUT, **options("cpu"), max_query_len=2, window=5, softcap=3.0, has_sinks=True, has_ranges=True,
+        key_transform=centring("cpu"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_attention_on_ranges_is_launched_where_calls_give_them(monkeypatch, has_ranges):
+    module, launched = sys.modules["turboquant_core.warm_up"], []
+    monkeypatch.setattr(module, "_batches", lambda *arguments: [3])
+    monkeypatch.setattr(module, "decode_attention", lambda *arguments, **options: launched.append(options))
+    warm_up(LAYOUT, **options("cpu"), has_ranges=has_ranges)
+    (call,) = launched
+    assert (call["seq_starts"] is not None) is has_ranges
+    assert (call["seq_ends"] is not None) is has_ranges
+    assert call["return_lse"] is has_ranges
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -54,12 +67,12 @@ def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a GPU")
-@pytest.mark.parametrize("centred", [True, False])
-def test_no_batch_compiles_anything_afterwards(monkeypatch, centred):
+@pytest.mark.parametrize(("centred", "has_ranges"), [(True, False), (False, False), (True, True)])
+def test_no_batch_compiles_anything_afterwards(monkeypatch, centred, has_ranges):
     from triton import knobs
 
     transform = centring("cuda") if centred else IDENTITY
-    warm_up(LAYOUT, **options("cuda"), max_query_len=4, key_transform=transform)
+    warm_up(LAYOUT, **options("cuda"), max_query_len=4, has_ranges=has_ranges, key_transform=transform)
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"]))
     pages = torch.zeros(3, 2, LAYOUT.head_bytes, dtype=torch.uint8, device="cuda")
@@ -69,21 +82,25 @@ def test_no_batch_compiles_anything_afterwards(monkeypatch, centred):
         cache_update(vectors, vectors, pages, slots, LAYOUT, key_transform=transform)
     for query_len in range(1, 5):
         for batch in (*range(1, 40), 63, 64, 65, 99, 100):
+            lengths = torch.full((batch,), 9, dtype=torch.int32, device="cuda")
             decode_attention(
                 torch.zeros(batch * query_len, 8, 128, dtype=torch.bfloat16, device="cuda"),
                 pages,
                 torch.zeros(batch, 40, dtype=torch.int32, device="cuda"),
-                torch.full((batch,), 9, dtype=torch.int32, device="cuda"),
+                lengths,
                 LAYOUT,
                 query_start_loc=None
                 if query_len == 1
                 else torch.arange(batch + 1, dtype=torch.int32, device="cuda") * query_len,
                 max_query_len=query_len,
+                seq_starts=lengths // 9 if has_ranges else None,
+                seq_ends=lengths - 3 if has_ranges else None,
                 key_transform=transform,
+                return_lse=has_ranges,
             )
     assert not compiled
     # Of bits that no other test has had compiled.
-    other = KVCacheLayout(TurboQuantConfig(128, 5, 3 if centred else 2), 2, 16)
+    other = KVCacheLayout(TurboQuantConfig(128, 5, 3 if centred else 2), 2, 32 if has_ranges else 16)
     cache_gather(
         other.allocate(3, "cuda"),
         torch.zeros(1, 1, dtype=torch.int32, device="cuda"),

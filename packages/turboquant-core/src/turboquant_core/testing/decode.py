@@ -37,6 +37,7 @@ class DecodeCase:
         paged: Whether there is a block table; without one row b is page b.
         scale: What logits are multiplied with, or None.
         seq_starts: The first position of every row that may be seen, or None.
+        seq_ends: One past the last position of every row that may be seen, or None; nothing is stored from there on.
         window: Positions that a token sees, or None.
         softcap: The bound of logits, or None.
         sinks: Whether every head has a sink.
@@ -58,6 +59,7 @@ class DecodeCase:
     paged: bool = True
     scale: float | None = None
     seq_starts: tuple[int, ...] | None = None
+    seq_ends: tuple[int, ...] | None = None
     window: int | None = None
     softcap: float | None = None
     sinks: bool = False
@@ -71,6 +73,12 @@ class DecodeCase:
         config = TurboQuantConfig(self.head_dim, self.key_bits, self.value_bits, key_split=self.key_split)
         longest = -(-max(1, *self.seq_lens) // 16) * 16
         return KVCacheLayout(config, self.num_kv_heads, self.block_size if self.paged else longest)
+
+    @property
+    def stored_lens(self) -> tuple[int, ...]:
+        """Tokens of every row whose codes the pages hold."""
+        ends = self.seq_ends or self.seq_lens
+        return tuple(min(max(end, 0), length) for end, length in zip(ends, self.seq_lens, strict=True))
 
     @property
     def row_lens(self) -> tuple[int, ...]:
@@ -121,10 +129,11 @@ class DecodeInputs:
             keys, values = stored_row(self.pages, self.block_table, row, length, layout, torch.float64)
             keys = options["key_transform"].restored(keys.transpose(0, 1)).transpose(0, 1)
             keys, values = (rounded(x).repeat_interleave(group, dim=0) for x in (keys, values))
-            start = case.seq_starts[row] if case.seq_starts else 0
             for token in range(row_len):
                 end = max(length - row_len + token + 1, 0)
-                seen = slice(min(max(start, end - case.window if case.window else 0), end), end)
+                start = max(case.seq_starts[row] if case.seq_starts else 0, end - case.window if case.window else 0)
+                end = min(end, case.stored_lens[row])
+                seen = slice(min(start, end), end)
                 scores = rounded(torch.einsum("hd,htd->ht", query[first + token], keys[:, seen]) * options["scale"])
                 if case.softcap:
                     scores = rounded(rounded(torch.tanh(rounded(scores / case.softcap))) * case.softcap)
@@ -160,7 +169,7 @@ def build(case: DecodeCase, device: torch.device, seed: int = 0) -> DecodeInputs
     scale = (normal(case.num_kv_heads, case.head_dim) / 2).exp() if case.key_scale else None
     order_of_channels = normal(case.num_kv_heads, case.head_dim).argsort(-1) if case.key_channel_order else None
     transform = KeyTransform(mean, scale, order_of_channels)
-    for row, length in enumerate(case.seq_lens):
+    for row, length in enumerate(case.stored_lens):
         own = order[sum(blocks[:row]) : sum(blocks[: row + 1])] if case.paged else order.new_tensor([row])
         table[row, : len(own)] = own
         token = torch.arange(length, device=device)
@@ -172,6 +181,7 @@ def build(case: DecodeCase, device: torch.device, seed: int = 0) -> DecodeInputs
         "query_start_loc": None,
         "max_query_len": None,
         "seq_starts": None if case.seq_starts is None else int32(case.seq_starts),
+        "seq_ends": None if case.seq_ends is None else int32(case.seq_ends),
         "window": case.window,
         "softcap": case.softcap,
         "sinks": normal(case.num_heads) if case.sinks else None,

@@ -53,6 +53,7 @@ def decode_attention(
     query_start_loc: torch.Tensor | None = None,
     max_query_len: int | None = None,
     seq_starts: torch.Tensor | None = None,
+    seq_ends: torch.Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -85,6 +86,10 @@ def decode_attention(
         query_start_loc: int32 [batch + 1], the first token of every row; None when all rows have equally many.
         max_query_len: The most query tokens of a row, at most 16; needed with query_start_loc.
         seq_starts: int32 [batch], the first position of a row that may be seen, such as after left padding.
+        seq_ends: int32 [batch], one past the last position of a row that may be seen, such as where its newest tokens
+            are kept uncompressed. Past the length it is the length; at the start or before it nothing is seen.
+            Positions, the window and query tokens are counted from seq_lens all the same. What is stored from there on
+            does not matter: attention on it can be merged with this by the log-sum-exp.
         window: Positions that a token sees, itself included; None for all.
         softcap: Logits become softcap * tanh(logits / softcap); up to 10,000, where float32 still tells logits apart.
         sinks: float32 [num_heads], a logit of each head that takes weight and gives no value.
@@ -116,6 +121,7 @@ def decode_attention(
         "block_table": block_table,
         "query_start_loc": query_start_loc,
         "seq_starts": seq_starts,
+        "seq_ends": seq_ends,
         "sinks": sinks,
     }
     check_is_key_transform(key_transform)
@@ -150,6 +156,7 @@ def decode_attention(
                 query_len=plan.query_len,
                 query_start_loc=query_start_loc,
                 seq_starts=seq_starts,
+                seq_ends=seq_ends,
                 sinks=sinks,
                 key_transform=key_transform,
                 **numbers,
@@ -167,6 +174,7 @@ def decode_attention(
                 seq_lens,
                 query_start_loc=query_start_loc,
                 seq_starts=seq_starts,
+                seq_ends=seq_ends,
                 sinks=sinks,
                 key_transform=key_transform,
                 out=out,
@@ -266,6 +274,7 @@ def _check_arrays(arrays: Mapping[str, torch.Tensor | None], num_heads: int) -> 
         "block_table": (torch.int32, (batch, -1)),
         "query_start_loc": (torch.int32, (batch + 1,)),
         "seq_starts": (torch.int32, (batch,)),
+        "seq_ends": (torch.int32, (batch,)),
         "sinks": (torch.float32, (num_heads,)),
     }
     for name, (dtype, shape) in expected.items():

@@ -23,6 +23,7 @@ class AttendTensors(NamedTuple):
         block_table: int32 [batch, max_blocks], or None when row b is page b.
         seq_lens: int32 [batch].
         seq_starts: int32 [batch], or None.
+        seq_ends: int32 [batch], or None.
         query_start_loc: int32 [batch + 1], or None when every row has query_len tokens.
         cu_tiles: int32 [batch + 1], the tiles of all rows in one line.
         bias: float32 [batch, num_kv_heads, num_columns], the score of the key mean, log2 units; None without one.
@@ -36,6 +37,7 @@ class AttendTensors(NamedTuple):
     block_table: torch.Tensor | None
     seq_lens: torch.Tensor
     seq_starts: torch.Tensor | None
+    seq_ends: torch.Tensor | None
     query_start_loc: torch.Tensor | None
     cu_tiles: torch.Tensor
     bias: torch.Tensor | None

@@ -21,6 +21,7 @@ def decode_attention(
     query_len: int | None = None,
     query_start_loc: torch.Tensor | None = None,
     seq_starts: torch.Tensor | None = None,
+    seq_ends: torch.Tensor | None = None,
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -38,6 +39,7 @@ def decode_attention(
         query_len: The most query tokens of a row; None for as many as there are.
         query_start_loc: The same as in the operation.
         seq_starts: The same.
+        seq_ends: The same.
         window: Positions that a token sees; 0 for all.
         softcap: The bound of logits; 0 for none.
         sinks: The same as in the operation.
@@ -57,20 +59,22 @@ def decode_attention(
         starts = query_start_loc.clamp(0, num_tokens).tolist()
         most = num_tokens if query_len is None else query_len
     capacity = row_capacity(len(pages), 1 if block_table is None else block_table.shape[1], layout.block_size)
-    for row, length in enumerate(seq_lens.clamp(0, capacity).tolist()):
+    lengths = seq_lens.clamp(0, capacity)
+    ends = lengths if seq_ends is None else seq_ends.clamp(min=0).minimum(lengths)
+    for row, (length, end) in enumerate(zip(lengths.tolist(), ends.tolist(), strict=True)):
         row_len = min(max(starts[row + 1] - starts[row], 0), most)
         tokens = slice(starts[row], starts[row] + row_len)
-        if row_len == 0 or (length == 0 and sinks is None):
+        if row_len == 0 or (end == 0 and sinks is None):
             continue
-        keys, values = stored_row(pages, block_table, row, length, layout, dtype)
+        keys, values = stored_row(pages, block_table, row, end, layout, dtype)
         keys = key_transform.of_row(row).restored(keys.transpose(0, 1)).transpose(0, 1)
         # The heads of a KV head are rows of one product.
         num_kv_heads, num_rows = keys.shape[0], num_heads // keys.shape[0] * row_len
         grouped = query[tokens].to(dtype).transpose(0, 1).reshape(num_kv_heads, num_rows, head_dim)
-        logits = (grouped @ keys.transpose(1, 2)).view(num_heads, row_len, length) * scale
+        logits = (grouped @ keys.transpose(1, 2)).view(num_heads, row_len, end) * scale
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        position = torch.arange(length, device=query.device)
+        position = torch.arange(end, device=query.device)
         seen_by = length - row_len + torch.arange(row_len, device=query.device)[:, None]
         seen = position <= seen_by
         if window:
@@ -83,8 +87,8 @@ def decode_attention(
             logits = torch.cat([logits, sink], dim=-1)
         row_lse = logits.logsumexp(-1)
         # Where nothing is seen every weight is zero.
-        weights = logits.softmax(-1).masked_fill(row_lse.isneginf()[..., None], 0.0)[..., :length]
-        attended = (weights.reshape(num_kv_heads, num_rows, length) @ values).view(num_heads, row_len, head_dim)
+        weights = logits.softmax(-1).masked_fill(row_lse.isneginf()[..., None], 0.0)[..., :end]
+        attended = (weights.reshape(num_kv_heads, num_rows, end) @ values).view(num_heads, row_len, head_dim)
         # A sink that is NaN or infinite leaves no number, also where there is no key.
         attended = attended.masked_fill(~(row_lse < torch.inf)[..., None], torch.nan)
         out[tokens] = attended.transpose(0, 1)

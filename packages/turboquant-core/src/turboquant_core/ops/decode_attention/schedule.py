@@ -31,10 +31,10 @@ def share_start(worker, num_workers, num_tiles):
 
 @triton.jit
 def row_reach(
-    row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile: tl.constexpr,
-    window: tl.constexpr,
+    row, real, seq_lens, seq_starts, seq_ends, query_start_loc, query_len, num_tokens, row_capacity,
+    tile: tl.constexpr, window: tl.constexpr,
 ):  # fmt: skip
-    """Of a row: its stored tokens, the first that may be seen, its query tokens, the first that those see, its tiles.
+    """Of a row: length, start and end of what may be seen, query tokens, the first position that those see, tiles.
 
     `row` may be a tensor of rows, of which those that are not `real` have no tiles.
     """
@@ -42,25 +42,28 @@ def row_reach(
     start = length * 0
     if seq_starts is not None:
         start = tl.maximum(tl.load(seq_starts + row, mask=real, other=0), 0)
+    end = length
+    if seq_ends is not None:
+        end = clamped(tl.load(seq_ends + row, mask=real, other=0), 0, length)
     row_len = length * 0 + query_len
     if query_start_loc is not None:
         row_begin_token = tl.load(query_start_loc + row, mask=real, other=0)
         row_end_token = tl.load(query_start_loc + row + 1, mask=real, other=0)
         row_len = row_queries(row_begin_token, row_end_token, num_tokens, query_len)
     first = first_position(length, row_len, start, window)
-    count = tl.maximum((length + tile - 1) // tile - first // tile, 0)
+    count = tl.maximum((end + tile - 1) // tile - first // tile, 0)
     # A row without query tokens has nothing to attend for.
-    return length, start, row_len, first, tl.where(real & (row_len > 0), count, 0)
+    return length, start, end, row_len, first, tl.where(real & (row_len > 0), count, 0)
 
 
 @triton.jit
 def row_tiles(
-    row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile: tl.constexpr,
-    window: tl.constexpr,
+    row, real, seq_lens, seq_starts, seq_ends, query_start_loc, query_len, num_tokens, row_capacity,
+    tile: tl.constexpr, window: tl.constexpr,
 ):  # fmt: skip
     """The tiles of a row: the last of `row_reach`."""
-    _, _, _, _, count = row_reach(
-        row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile, window
+    _, _, _, _, _, count = row_reach(
+        row, real, seq_lens, seq_starts, seq_ends, query_start_loc, query_len, num_tokens, row_capacity, tile, window
     )
     return count
 

@@ -18,10 +18,13 @@ def check_attended_values(
     num_blocks: int,
 ) -> None:
     """Raise ValueError for what `decode_attention` cannot read as it is told to."""
-    seq_lens, start_loc, sinks = arrays["seq_lens"], arrays["query_start_loc"], arrays["sinks"]
+    seq_lens, ends = arrays["seq_lens"], arrays["seq_ends"]
+    start_loc, sinks = arrays["query_start_loc"], arrays["sinks"]
     assert seq_lens is not None
     check_stored_rows(arrays["block_table"], seq_lens, layout, num_blocks)
     check_starts("seq_starts", arrays["seq_starts"])
+    if ends is not None:
+        refuse("seq_ends", ends, ends < 0, "positions begin at 0", "Give 0 for a row of which nothing is seen")
     if start_loc is not None:
         steps = torch.nn.functional.pad(start_loc.diff(), (1, 0))
         remedy = "Give the first token of every row, and the end of the last"

@@ -83,6 +83,7 @@ def fragment_kernel(
     num_columns: gl.constexpr = sizes.num_columns
     columns: gl.constexpr = sizes.columns
     window: gl.constexpr = sizes.window
+    has_ends: gl.constexpr = tensors.seq_ends is not None
     # Without a table a row has one page, however long that is.
     block_size: gl.constexpr = 0 if tensors.block_table is None else layout.block_size
     # What no kernel before this one writes comes while it waits for them.
@@ -102,8 +103,8 @@ def fragment_kernel(
 
     rows = gl.arange(0, sizes.block_batch, by_row)
     counts = row_tiles(
-        rows, rows < batch, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
-        row_capacity, tile_tokens, window,
+        rows, rows < batch, tensors.seq_lens, tensors.seq_starts, tensors.seq_ends, tensors.query_start_loc, query_len,
+        num_tokens, row_capacity, tile_tokens, window,
     )  # fmt: skip
     ends = gl.associative_scan(counts, 0, _plus)
     num_tiles = gl.sum(counts, axis=0)
@@ -128,9 +129,9 @@ def fragment_kernel(
     output_head = first_column + head_of_column(output_column, columns)
 
     while tile < share_end:
-        length, start, row_len, first, count = row_reach(
-            row, True, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
-            row_capacity, tile_tokens, window,
+        length, start, token_end, row_len, first, count = row_reach(
+            row, True, tensors.seq_lens, tensors.seq_starts, tensors.seq_ends, tensors.query_start_loc, query_len,
+            num_tokens, row_capacity, tile_tokens, window,
         )  # fmt: skip
         row_end = row_begin + count
         if row_end > tile:
@@ -159,7 +160,10 @@ def fragment_kernel(
             if window > 0:
                 first = gl.maximum(start, length - window)
             full_begin = gl.minimum(gl.maximum(begin, (first + tile_tokens - 1) // tile_tokens), end)
-            full_end = gl.maximum(gl.minimum(end, (length - row_len + 1) // tile_tokens), full_begin)
+            seen_by_all = length - row_len + 1
+            if has_ends:
+                seen_by_all = gl.minimum(seen_by_all, token_end)
+            full_end = gl.maximum(gl.minimum(end, seen_by_all // tile_tokens), full_begin)
             last = full_end - 1
             numbers = (row * 0,) * subtiles
             if full_end > full_begin:
@@ -167,14 +171,15 @@ def fragment_kernel(
                 for ahead in gl.static_range(stages - 1):
                     early = gl.minimum(full_begin + ahead, last)
                     first_numbers = first_numbers + (
-                        tile_pages(early, False, length, blocks, last_block, block_size, subtiles),
+                        tile_pages(early, False, token_end, blocks, last_block, block_size, subtiles),
                     )
                 numbers = tile_pages(
-                    gl.minimum(full_begin + stages - 1, last), False, length, blocks, last_block, block_size, subtiles
-                )
+                    gl.minimum(full_begin + stages - 1, last), False, token_end, blocks, last_block, block_size,
+                    subtiles,
+                )  # fmt: skip
                 for ahead in gl.static_range(stages - 1):
                     copy_tile(
-                        gl.minimum(full_begin + ahead, last), ahead, first_numbers[ahead], False, length, pages,
+                        gl.minimum(full_begin + ahead, last), ahead, first_numbers[ahead], False, token_end, pages,
                         tensors.page_stride, buffers, layout, block_size, subtiles,
                     )  # fmt: skip
             # While the first tiles are on their way.
@@ -194,33 +199,33 @@ def fragment_kernel(
                     turn = full - full_begin
                     async_copy.wait_group(stages - 2)
                     copy_tile(
-                        gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, length,
+                        gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, token_end,
                         pages, tensors.page_stride, buffers, layout, block_size, subtiles,
                     )  # fmt: skip
                     numbers = tile_pages(
-                        gl.minimum(full + stages, last), False, length, blocks, last_block, block_size, subtiles
+                        gl.minimum(full + stages, last), False, token_end, blocks, last_block, block_size, subtiles
                     )
                     top, total, result = _attend_tile(
-                        full, turn % stages, buffers, False, length, start, position, operands, lackings, factor, bias,
-                        softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units,
-                        columns, subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm,
-                        value_constraints,
+                        full, turn % stages, buffers, False, token_end, start, position, operands, lackings, factor,
+                        bias, softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits,
+                        key_units, columns, subtiles, window, has_ends, sizes.has_softcap, key_asm, key_constraints,
+                        value_asm, value_constraints,
                     )  # fmt: skip
                 async_copy.wait_group(0)
             for n in range(0, end - begin - (full_end - full_begin)):
                 edge = begin + n
                 if edge >= full_begin:
                     edge += full_end - full_begin
-                edge_numbers = tile_pages(edge, True, length, blocks, last_block, block_size, subtiles)
+                edge_numbers = tile_pages(edge, True, token_end, blocks, last_block, block_size, subtiles)
                 copy_tile(
-                    edge, 0, edge_numbers, True, length, pages, tensors.page_stride, buffers, layout, block_size,
+                    edge, 0, edge_numbers, True, token_end, pages, tensors.page_stride, buffers, layout, block_size,
                     subtiles,
                 )  # fmt: skip
                 async_copy.wait_group(0)
                 top, total, result = _attend_tile(
-                    edge, 0, buffers, True, length, start, position, operands, lackings, factor, bias,
+                    edge, 0, buffers, True, token_end, start, position, operands, lackings, factor, bias,
                     softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units,
-                    columns, subtiles, window, sizes.has_softcap, key_asm, key_constraints, value_asm,
+                    columns, subtiles, window, has_ends, sizes.has_softcap, key_asm, key_constraints, value_asm,
                     value_constraints,
                 )  # fmt: skip
 
@@ -244,12 +249,12 @@ def _plus(a, b):
 
 @gluon.jit
 def _attend_tile(
-    index, stage, buffers, masked: gl.constexpr, length, start, position, queries, lackings, scale, shift, softcap,
+    index, stage, buffers, masked: gl.constexpr, token_end, start, position, queries, lackings, scale, shift, softcap,
     top, total, result, key_table, value_table,
     head_dim: gl.constexpr, stored_keys: gl.constexpr, value_bits: gl.constexpr, key_units: gl.constexpr,
-    columns: gl.constexpr,
-    subtiles: gl.constexpr, window: gl.constexpr, has_softcap: gl.constexpr, key_asm: gl.constexpr,
-    key_constraints: gl.constexpr, value_asm: gl.constexpr, value_constraints: gl.constexpr,
+    columns: gl.constexpr, subtiles: gl.constexpr, window: gl.constexpr, has_ends: gl.constexpr,
+    has_softcap: gl.constexpr, key_asm: gl.constexpr, key_constraints: gl.constexpr, value_asm: gl.constexpr,
+    value_constraints: gl.constexpr,
 ):  # fmt: skip
     """One tile of online softmax.
 
@@ -272,14 +277,14 @@ def _attend_tile(
             first, second = half_operands(
                 key_words, key_table, head_dim // 2, key_asm, key_constraints, stored_keys.bits > 2
             )
-            root, second_root = read_half_roots(buffers[2], at, row_layout, masked, token_at < length)
+            root, second_root = read_half_roots(buffers[2], at, row_layout, masked, token_at < token_end)
             score = _products(first, queries[0], lackings[0], columns) * score_scale(root * root)[:, None]
             second_scale = score_scale(second_root * second_root) * key_units[1]
             score += _products(second, queries[1], lackings[1], columns) * second_scale[:, None]
         else:
             key_words = read_words(buffers[0], at, key_word_layout(words), head_dim, stored_keys.bits)
             keys = key_operand(key_words, key_table, head_dim, key_asm, key_constraints, stored_keys.bits > 4)
-            root = read_roots(buffers[2], at, row_layout, masked, token_at < length)
+            root = read_roots(buffers[2], at, row_layout, masked, token_at < token_end)
             score = _products(keys, queries[0], lackings[0], columns) * score_scale(root * root)[:, None]
         if has_softcap:
             score = softcapped(score * scale_tile + shift[None, :], softcap)
@@ -290,8 +295,10 @@ def _attend_tile(
             seen = (token_at[:, None] <= position[None, :]) & (token_at[:, None] >= start)
             if window > 0:
                 seen = seen & (token_at[:, None] > position[None, :] - window)
+            if has_ends:
+                seen = seen & (token_at < token_end)[:, None]
             score = gl.where(seen, score, float("-inf"))
-        root = read_roots(buffers[3], at, row_layout, masked, token_at < length)
+        root = read_roots(buffers[3], at, row_layout, masked, token_at < token_end)
         weight_scale = root * root
         exponent = scale_exponents(weight_scale)
         if has_softcap or masked:

@@ -74,9 +74,9 @@ def portable_kernel(
     while at < share_end:
         row_end = tl.load(tensors.cu_tiles + row + 1)
         if row_end > at:
-            length, start, row_len, first, _ = row_reach(
-                row, True, tensors.seq_lens, tensors.seq_starts, tensors.query_start_loc, query_len, num_tokens,
-                row_capacity, tile, window,
+            length, start, token_end, row_len, first, _ = row_reach(
+                row, True, tensors.seq_lens, tensors.seq_starts, tensors.seq_ends, tensors.query_start_loc, query_len,
+                num_tokens, row_capacity, tile, window,
             )  # fmt: skip
             begin = first // tile + at - tl.load(tensors.cu_tiles + row)
             end = begin + tl.minimum(share_end, row_end) - at
@@ -103,7 +103,7 @@ def portable_kernel(
             result = tl.zeros([columns, num_positions], tl.float32)
             for index in range(begin, end):
                 token = index * tile + in_tile
-                valid = token < length
+                valid = token < token_end
                 if tensors.block_table is None:
                     page = (tl.zeros([tile], tl.int32) + row).to(tl.int64)
                     slot = tl.where(valid, token, 0).to(tl.int64)
@@ -136,6 +136,8 @@ def portable_kernel(
                 seen = (token[None, :] <= last[:, None]) & (token >= start)[None, :] & used[:, None]
                 if window > 0:
                     seen = seen & (token[None, :] > last[:, None] - window)
+                if tensors.seq_ends is not None:
+                    seen = seen & valid[None, :]
                 score = tl.where(seen, score, float("-inf"))
 
                 value_scale = load_scales(head_rows + values.scales + slot * values.scale_stride, valid)

@@ -41,7 +41,7 @@ def prepare_kernel(
     first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if first_program:
         _write_cu_tiles(
-            tensors.cu_tiles, tensors.query_start_loc, tensors.seq_lens, tensors.seq_starts, batch,
+            tensors.cu_tiles, tensors.query_start_loc, tensors.seq_lens, tensors.seq_starts, tensors.seq_ends, batch,
             num_tokens, query_len, row_capacity, sizes.tile, sizes.window, sizes.block_batch,
         )  # fmt: skip
     row, head, column, token, used = query_heads(
@@ -105,6 +105,7 @@ def _write_cu_tiles(
     query_start_loc,
     seq_lens,
     seq_starts,
+    seq_ends,
     batch,
     num_tokens,
     query_len,
@@ -116,7 +117,7 @@ def _write_cu_tiles(
     row = tl.arange(0, block_batch)
     real = row < batch
     count = row_tiles(
-        row, real, seq_lens, seq_starts, query_start_loc, query_len, num_tokens, row_capacity, tile, window
+        row, real, seq_lens, seq_starts, seq_ends, query_start_loc, query_len, num_tokens, row_capacity, tile, window
     )
     tl.store(cu_tiles, 0)
     tl.store(cu_tiles + 1 + row, tl.cumsum(count, axis=0), mask=real)
