@@ -305,32 +305,34 @@ def test_every_query_head_is_visited_once(device, row_lens, num_heads, group):
 
 @triton.jit
 def _cu_tiles_kernel(
-    cu_tiles, start_loc, lens, starts, batch, num_tokens, query_len, tile: tl.constexpr, window: tl.constexpr
+    cu_tiles, start_loc, lens, starts, ends, batch, num_tokens, query_len, tile: tl.constexpr, window: tl.constexpr
 ):
-    _write_cu_tiles(cu_tiles, start_loc, lens, starts, batch, num_tokens, query_len, 200, tile, window, 16)
+    _write_cu_tiles(cu_tiles, start_loc, lens, starts, ends, batch, num_tokens, query_len, 200, tile, window, 16)
 
 
 @pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("window", [0, 1, 20, 100])
 @pytest.mark.parametrize("row_lens", [None, (1, 3, 2, 1, 0, 4, 2, 1, 3)])
-@pytest.mark.parametrize("padded", [False, True])
-def test_only_tiles_that_are_seen_count(device, tile, window, row_lens, padded):
+@pytest.mark.parametrize(("padded", "ended"), [(False, False), (True, False), (False, True), (True, True)])
+def test_only_tiles_that_are_seen_count(device, tile, window, row_lens, padded, ended):
     lens = [0, 3, 16, 64, 65, 200, 129, 1, 90]
     starts = [0, 1, 15, 63, 65, 90, 200, 0, 17] if padded else [0] * len(lens)
+    last_ends = [5, -2, 16, 63, 64, 130, 100, 2**31 - 1, 20] if ended else lens
     start_loc = None if row_lens is None else torch.tensor((0, *row_lens)).cumsum(0, dtype=torch.int32).to(device)
     cu_tiles = torch.full((len(lens) + 1,), -1, dtype=torch.int32, device=device)
-    int32 = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lens, starts)]
+    int32 = [torch.tensor(x, dtype=torch.int32, device=device) for x in (lens, starts, last_ends)]
     counts = row_lens or [2] * len(lens)
     _cu_tiles_kernel[(1,)](
-        cu_tiles, start_loc, int32[0], int32[1] if padded else None, len(lens), sum(counts), max(counts), tile, window
-    )
+        cu_tiles, start_loc, int32[0], int32[1] if padded else None, int32[2] if ended else None, len(lens),
+        sum(counts), max(counts), tile, window,
+    )  # fmt: skip
     expected = []
-    for length, start, row_len in zip(lens, starts, counts, strict=True):
+    for length, start, last_end, row_len in zip(lens, starts, last_ends, counts, strict=True):
         ends = [length - row_len + token + 1 for token in range(row_len)]
         seen = {
             position // tile
             for end in ends
-            for position in range(max(start, end - window if window else 0, 0), max(end, 0))
+            for position in range(max(start, end - window if window else 0, 0), max(min(end, last_end), 0))
         }
         expected.append(len(seen))
     counts = cu_tiles.diff().tolist()
