@@ -39,7 +39,7 @@ def test_random_rows(device, kernel):
         batch = generator.choice([1, 2, 3, 7, 40] if device.type == "cuda" else [2])
         lengths = tuple(generator.choice([0, 1, 15, 16, 17, generator.randrange(longest)]) for _ in range(batch))
         starts = tuple(generator.choice([0, 0, 16, generator.randrange(20)]) for _ in range(batch))
-        ends = tuple(generator.choice([0, 16, longest, generator.randrange(longest)]) for _ in range(batch))
+        ends = tuple(generator.choice([0, length + 1, generator.randrange(length + 1)]) for length in lengths)
         case = DecodeCase(
             head_dim=head_dim,
             key_bits=key_bits,
