@@ -1,34 +1,40 @@
-"""KL with and without a calibration file, on texts and at positions that the calibration did not see."""
+"""KL with and without a calibration file, and of the strongest peer, on texts and at positions not calibrated on."""
 
 import argparse
 import inspect
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from figure_text import nats, percent, table
 from results_file import RESULTS, read_result, write_result
+from side_by_side.caches import FAMILIES, reference
+from side_by_side.calibration import NUM_TOKENS, calibration_file
 from side_by_side.weights import file_stem, find_model
-from turboquant_core.calibration import write_calibration
-from turboquant_hf import TurboQuantCache
+from turboquant_core.vector_format import STORAGE_FORMAT
 from turboquant_hf._compat import with_cache
 from turboquant_hf.scoring import score_caches
 from turboquant_hf.tools.article import article
-from turboquant_hf.tools.calibrate.measure import measure
-from turboquant_hf.tools.calibrate.texts import shipped_texts, split_tokens
+from turboquant_hf.tools.caches import CACHES, NewCache
+from turboquant_hf.tools.calibrate.texts import shipped_texts
+from turboquant_hf.tools.eval.cache_bytes import bytes_per_token
 from turboquant_hf.tools.models import LoadedModel, load_model
 
-PRESETS = ("tq4", "tq3", "tq2")
+PEERS = FAMILIES["quanto, keys by channel"].caches
+"""The strongest of those that eval_side_by_side.py compares."""
+
+PRESETS = {"tq4": "quanto 4, keys by channel", "tq3": "quanto 2, keys by channel", "tq2": "quanto 2, keys by channel"}
+"""Those that split keys with a file, and the peer of as many bits or fewer."""
+
 CHUNK_SIZE = 128
 SHIFT = 6000
-LATE = 2000
-"""Tokens that are read before those of a long text are scored."""
+LATE = 2048
+"""Tokens that are read before those of a long text are scored; a multiple of the peer's groups."""
 
 FIRST_OF_LONG = 1280
 """Of which a fifth is held out."""
@@ -50,7 +56,7 @@ class Case:
     label: str
     calibrated: tuple[str, ...]
     text: str
-    num_calibrated: int = 4096
+    num_calibrated: int = NUM_TOKENS
     num_before: int = 0
     shift: int = 0
 
@@ -62,7 +68,8 @@ def cases() -> dict[str, Case]:
     return {
         "encyclopaedia": Case("an encyclopaedia", texts, article()),
         "shifted": Case(f"the same, positions + {SHIFT:,}", texts, article(), shift=SHIFT),
-        "code": Case("program code, calibrated on prose", (prose,), code),
+        "code": Case("program code", texts, code),
+        "code, prose": Case("program code, calibrated on prose", (prose,), code),
         "late": Case(
             f"tokens from {LATE:,} on of a text, calibrated on its first",
             (article(),),
@@ -89,50 +96,64 @@ def shifted(model: PreTrainedModel, cache_of_call: str, shift: int) -> Iterator[
         handle.remove()
 
 
+def new_caches(loaded: LoadedModel, case: Case) -> dict[str, NewCache]:
+    """Every preset without and with a calibration, and the peers."""
+    file = calibration_file(loaded, case.calibrated, case.num_calibrated)
+    ours = {preset: CACHES[preset].new for preset in PRESETS}
+    calibrated = {f"{preset}, calibrated": partial(ours[preset], key_transforms=file) for preset in PRESETS}
+    return {**ours, **calibrated, **PEERS}
+
+
 def score(loaded: LoadedModel, case: Case, num_tokens: int) -> dict[str, Any]:
-    """KL of every preset without and with a calibration."""
+    """What every cache gives in a case."""
     model, config = loaded.model, loaded.model.config
-
-    def encode(text: str) -> torch.Tensor:
-        ids: torch.Tensor = loaded.tokenizer(text, return_tensors="pt")["input_ids"]
-        return ids
-
-    measured, held_out = split_tokens([encode(text)[0] for text in case.calibrated], case.num_calibrated)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "calibration.safetensors")
-        write_calibration(path, measure(loaded, measured, held_out).calibration)
-        caches: dict[str, Cache] = {preset: TurboQuantCache(config, preset) for preset in PRESETS}
-        caches |= {f"{preset}, calibrated": TurboQuantCache(config, preset, key_transforms=path) for preset in PRESETS}
-    reference = DynamicCache(config=config)
-    ids = encode(case.text)[:, : case.num_before + num_tokens]
-    (cache_of_call,) = with_cache(reference).keys() - {"use_cache"}
+    constructors = new_caches(loaded, case)
+    uncompressed, caches = reference(config), {name: new_cache(config) for name, new_cache in constructors.items()}
+    ids = loaded.tokenizer(case.text, return_tensors="pt")["input_ids"][:, : case.num_before + num_tokens]
+    (cache_of_call,) = with_cache(uncompressed).keys() - {"use_cache"}
     with shifted(model, cache_of_call, case.shift), torch.inference_mode():
         if case.num_before:
-            for cache in (reference, *caches.values()):
-                model(input_ids=ids[:, : case.num_before], **with_cache(cache), logits_to_keep=1)
-        scores = score_caches(model, ids[:, case.num_before :], reference, caches, chunk_size=CHUNK_SIZE)
+            # Prefill gives every cache the same keys and values.
+            held = DynamicCache()
+            model(input_ids=ids[:, : case.num_before], **with_cache(held), logits_to_keep=1)
+            for cache in (uncompressed, *caches.values()):
+                for index, layer in enumerate(held.layers):
+                    cache.update(layer.keys, layer.values, index)
+        scores = score_caches(model, ids[:, case.num_before :], uncompressed, caches, chunk_size=CHUNK_SIZE)
+        nbytes = {
+            name: bytes_per_token(uncompressed, new_cache(config), ids.shape[1])
+            for name, new_cache in constructors.items()
+        }
     return {
         "label": case.label,
-        "num_measured": measured.shape[1],
-        "scores": {name: scores[name].to_dict() for name in caches},
-        "nbytes": {name: cache.nbytes for name, cache in caches.items()},
+        "caches": {name: {**scores[name].to_dict(), "bytes_per_token": nbytes[name]} for name in caches},
     }
 
 
 def calibration_table(found: Mapping[str, Any]) -> str:
-    """What a calibration leaves of the KL of every preset."""
-    rows = []
-    for case in found.values():
-        cells = [case["label"]]
-        for preset in PRESETS:
-            before, after = (case["scores"][name]["mean_kl"] for name in (preset, f"{preset}, calibrated"))
-            cells.append(f"{nats(before)} → **{nats(after)}** ({percent(after / before)})")
-        rows.append(cells)
-    return table(("scored", *(f"`{preset}`" for preset in PRESETS)), rows)
+    """What a calibration gives every preset, beside the peer."""
+    columns = ("scored", "preset", "bytes / token", "mean KL", "left", "top-1", "peer: mean KL at bytes / token")
+    return table(columns, [_row(case, preset) for case in found.values() for preset in PRESETS])
+
+
+def _row(case: Mapping[str, Any], preset: str) -> list[str]:
+    scores = case["caches"]
+    both = before, after = scores[preset], scores[f"{preset}, calibrated"]
+    peer = scores[PRESETS[preset]]
+    return [
+        case["label"],
+        f"`{preset}`",
+        " → ".join(f"{score['bytes_per_token']:,.0f}" for score in both),
+        f"{nats(before['mean_kl'])} → **{nats(after['mean_kl'])}**",
+        f"{100 * after['mean_kl'] / before['mean_kl']:.0f} %",
+        " → ".join(percent(score["top1_agreement"]) for score in both),
+        f"{nats(peer['mean_kl'])} at {peer['bytes_per_token']:,.0f}",
+    ]
 
 
 FIGURES = {
-    "calibration": lambda: calibration_table(read_result("calibration_smollm2")["cases"]),
+    "calibration-64": lambda: calibration_table(read_result("calibration_smollm2")["cases"]),
+    "calibration-128": lambda: calibration_table(read_result("calibration_qwen2.5-coder-1.5b")["cases"]),
 }
 
 
@@ -149,7 +170,12 @@ def main() -> None:
     for wanted in arguments.case or cases():
         found[wanted] = score(loaded, cases()[wanted], arguments.num_tokens)
         found = {known: found[known] for known in cases() if known in found}
-        options = {"model": loaded.name, "num_tokens": arguments.num_tokens, "chunk_size": CHUNK_SIZE}
+        options = {
+            "model": arguments.model,
+            "storage_format": STORAGE_FORMAT,
+            "num_tokens": arguments.num_tokens,
+            "chunk_size": CHUNK_SIZE,
+        }
         write_result(name, {**options, "cases": found}, device="cpu")
     print(calibration_table(found))
 

@@ -6,6 +6,7 @@ what is missing there.
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,16 @@ from transformers.utils import logging as transformers_logging
 
 from results_file import RESULTS, write_result
 from side_by_side.caches import FAMILIES, Family, reference
+from side_by_side.calibration import calibration_file
 from side_by_side.lifecycle import failure, lifecycle
 from side_by_side.speed import tokens_per_second
 from side_by_side.table import REFERENCE, markdown
 from side_by_side.weights import file_stem, find_model
+from turboquant_core.vector_format import STORAGE_FORMAT
 from turboquant_hf.scoring import score_caches
 from turboquant_hf.tools.article import article
 from turboquant_hf.tools.caches import WINDOW
+from turboquant_hf.tools.calibrate.texts import shipped_texts
 from turboquant_hf.tools.eval.cache_bytes import bytes_per_token
 from turboquant_hf.tools.models import LoadedModel, load_model
 
@@ -42,6 +46,7 @@ def main() -> None:
 
     name = "side_by_side_" + file_stem(arguments.model)
     settings = {
+        "storage_format": STORAGE_FORMAT,
         "text": "Encyclopaedia Britannica, 1911, Shakespeare",
         "num_tokens": arguments.num_tokens,
         "chunk_size": CHUNK_SIZE,
@@ -72,12 +77,19 @@ def _measure(loaded: LoadedModel, family: Family, num_tokens: int, decode_tokens
     """Everything about the caches of one family, and about DynamicCache measured with them."""
     model, config = loaded.model, loaded.model.config
     input_ids = loaded.tokenizer(article(), return_tensors="pt")["input_ids"][:, :num_tokens]
-    failures = {name: failure(new_cache) for name, new_cache in family.caches.items()}
-    caches = {name: family.caches[name](config) for name, failed in failures.items() if failed is None}
+    constructors, failures = dict(family.caches), {}
+    if family.is_calibrated:
+        file = calibration_file(loaded, shipped_texts())
+        constructors = {name: partial(new_cache, key_transforms=file) for name, new_cache in constructors.items()}
+    else:
+        # A tiny model, which no file is of, shows them. How split keys fare there is a test of turboquant-hf.
+        found = {name: failure(new_cache) for name, new_cache in constructors.items()}
+        failures = {name: error for name, error in found.items() if error is not None}
+    caches = {name: new_cache(config) for name, new_cache in constructors.items() if name not in failures}
     uncompressed = reference(config)
     scores = score_caches(model, input_ids, uncompressed, caches, chunk_size=CHUNK_SIZE)
     scores[REFERENCE] = scores.pop("reference")
-    constructors = {REFERENCE: reference, **family.caches}
+    constructors[REFERENCE] = reference
     with torch.inference_mode():
         num_held = uncompressed.get_seq_length()
         nbytes = {name: bytes_per_token(uncompressed, constructors[name](config), num_held) for name in scores}
@@ -87,11 +99,11 @@ def _measure(loaded: LoadedModel, family: Family, num_tokens: int, decode_tokens
             **scores[name].to_dict(),
             "bytes_per_token": nbytes[name],
             "tokens_per_second": speeds[name],
-            "lifecycle": lifecycle(constructors[name]),
+            **({"lifecycle": lifecycle(constructors[name])} if name == REFERENCE or not family.is_calibrated else {}),
         }
         for name in (REFERENCE, *caches)
     }
-    failed = {name: {"fails": error} for name, error in failures.items() if error is not None}
+    failed = {name: {"fails": error} for name, error in failures.items()}
     return {"settings": family.settings, "caches": measured | failed}
 
 

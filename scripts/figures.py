@@ -21,6 +21,7 @@ import bench_decode_attention  # noqa: E402
 import bench_hf_decode  # noqa: E402
 import engine_tables  # noqa: E402
 import eval_cache_options  # noqa: E402
+import eval_calibration  # noqa: E402
 import eval_centring  # noqa: E402
 import eval_engine  # noqa: E402
 import eval_left_out  # noqa: E402
@@ -41,6 +42,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     **command_results.FIGURES,
     **engine_tables.FIGURES,
     **eval_cache_options.FIGURES,
+    **eval_calibration.FIGURES,
     **eval_centring.FIGURES,
     **eval_engine.FIGURES,
     **eval_left_out.FIGURES,

@@ -14,10 +14,12 @@ COLOURS = {"bf16": "#9aa0a6", "fp8": "#5f6b7a", "tq4": "#4051b5"}
 # Families of benchmarks/eval_side_by_side.py: colour, marker, and how the first is called here.
 FAMILIES = {
     "turboquant": ("#4051b5", "o", "TurboQuant"),
+    "turboquant, calibrated": ("#1a237e", "P", "TurboQuant, calibrated"),
     "turboquant, codes only": ("#9fa8da", "o", "TurboQuant, codes only"),
     "quanto": ("#d9822b", "s", "quanto"),
     "quanto, keys by channel": ("#8e5a1d", "D", "quanto, keys by channel"),
     "hqq": ("#2e8b57", "^", "hqq"),
+    "hqq, keys by channel": ("#14532d", "v", "hqq, keys by channel"),
     "fp8": ("#5f6b7a", "*", "fp8"),
 }
 MODELS = {"SmolLM2-135M": "smollm2", "Qwen2.5-Coder-1.5B": "qwen2.5-coder-1.5b"}

@@ -14,12 +14,14 @@ SPEED = "decode, against DynamicCache"
 SHOWN_PRESETS = {"k8v4": "k8v4", "k6v4": "k6v4", "tq4": "4", "tq3": "3", "tq2": "2"}
 PEERS = {
     "`tq4`": "turboquant 4",
+    "`tq4`, with a calibration file": "turboquant 4, calibrated",
     "`k6v4`": "turboquant k6v4",
     "`tq4`, codes only": "turboquant 4, codes only",
     "`k6v4`, codes only": "turboquant k6v4, codes only",
     "quanto, 4 bits": "quanto 4",
     "quanto, 4 bits, keys by channel": "quanto 4, keys by channel",
     "hqq, 4 bits": "hqq 4",
+    "hqq, 4 bits, keys by channel": "hqq 4, keys by channel",
     "fp8": "fp8",
 }
 
@@ -72,8 +74,8 @@ def lifecycle(result: Mapping[str, Any]) -> str:
 
 
 def presets(result: Mapping[str, Any]) -> str:
-    """What every preset costs a model, with the first and newest tokens kept and without."""
-    kinds = {"first and newest tokens kept": "", "codes only": ", codes only"}
+    """What every preset costs a model: with the first and newest tokens kept, calibrated too, and without."""
+    kinds = {"first and newest tokens kept": "", "the same, calibrated": ", calibrated", "codes only": ", codes only"}
     known = scores(result)
     columns = ["preset"]
     for kind in kinds:
