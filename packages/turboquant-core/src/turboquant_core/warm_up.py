@@ -1,5 +1,7 @@
 """Compile ahead of time what a server will launch."""
 
+from typing import Any
+
 import torch
 
 from turboquant_core.key_transform import IDENTITY, KeyTransform
@@ -8,6 +10,8 @@ from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN, decode_attention
 from turboquant_core.ops.decode_attention.paths import choose_path
 from turboquant_core.ops.decode_attention.sizes import representative_batches
+from turboquant_core.ops.raw_copies import copy_update, merge_copies
+from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
 
 # One token more than the smallest tile of an update takes, for the other one.
 UPDATE_TOKENS = (1, 17)
@@ -25,7 +29,7 @@ def warm_up(
     window: int | None = None,
     softcap: float | None = None,
     has_sinks: bool = False,
-    has_ranges: bool = False,
+    copies: CopyColumns | None = None,
     key_transform: KeyTransform = IDENTITY,
 ) -> None:
     """Launch cache_update and decode_attention once with every kernel that calls of these kinds compile.
@@ -41,7 +45,7 @@ def warm_up(
         window: As in `decode_attention`.
         softcap: As in `decode_attention`.
         has_sinks: Whether calls give sinks.
-        has_ranges: Whether calls give seq_starts and seq_ends, and take the log-sum-exp.
+        copies: Of which tokens calls attend to raw copies instead of codes; None for none.
         key_transform: As in `decode_attention`.
 
     Raises:
@@ -59,25 +63,26 @@ def warm_up(
     for query_len in range(1, max_query_len + 1):
         for batch in _batches(layout, pages, num_heads * query_len, max_batch, max_blocks):
             lengths = torch.full((batch,), query_len, dtype=torch.int32, device=device)
-            decode_attention(
-                torch.zeros(batch * query_len, num_heads, head_dim, dtype=dtype, device=device),
-                pages,
-                # Every row the same one: no memory for a table that may be large.
-                torch.zeros(1, max_blocks, dtype=torch.int32, device=device).expand(batch, -1),
-                lengths,
-                layout,
-                query_start_loc=None
-                if query_len == 1
-                else torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len,
-                max_query_len=query_len,
-                seq_starts=torch.zeros_like(lengths) if has_ranges else None,
-                seq_ends=lengths.clone() if has_ranges else None,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-                key_transform=key_transform,
-                return_lse=has_ranges,
-            )
+            query = torch.zeros(batch * query_len, num_heads, head_dim, dtype=dtype, device=device)
+            # Every row the same one: no memory for a table that may be large.
+            block_table = torch.zeros(1, max_blocks, dtype=torch.int32, device=device).expand(batch, -1)
+            start_loc = None
+            if query_len > 1:
+                start_loc = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len
+            options: dict[str, Any] = {"query_start_loc": start_loc, "max_query_len": query_len, "sinks": sinks}
+            options |= {"window": window, "softcap": softcap, "key_transform": key_transform}
+            if copies is None:
+                decode_attention(query, pages, block_table, lengths, layout, **options)
+                continue
+            options |= {"seq_starts": torch.zeros_like(lengths), "seq_ends": lengths.clone(), "return_lse": True}
+            out, lse = decode_attention(query, pages, block_table, lengths, layout, **options)
+            entries = torch.full((batch, copies.num_columns), -1, dtype=torch.int32, device=device)
+            rows = CopyRows(copies, entries, lengths, start_loc, block_table, len(query), query_len)
+            own = torch.zeros(len(query), num_kv_heads, head_dim, dtype=dtype, device=device)
+            kept = RawCopies.allocate(layout.config, num_kv_heads, 1, dtype, device)
+            for reads_new in (True, False):
+                codes = copy_update((own, own), pages, rows, kept, layout, reads_new=reads_new)
+            merge_copies(query, out, lse, rows, kept, codes, scale=1.0, window=window, softcap=softcap)
 
 
 def _batches(

@@ -23,6 +23,9 @@ from turboquant_core.ops.decode_attention.paths import PATHS
 from turboquant_core.ops.decode_attention.portable import launch as portable
 from turboquant_core.ops.decode_attention.sizes import Card
 from turboquant_core.ops.merge_attention import launch as merge
+from turboquant_core.ops.raw_copies import CopyTable
+from turboquant_core.ops.raw_copies import launch as copies
+from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
 from turboquant_core.testing.compiled import Recorder
 
 BATCH = 32
@@ -36,6 +39,8 @@ prepare, portable_kernel, combine = (
     record(portable, f"{name}_kernel") for name in ("prepare", "portable", "combine")
 )
 merge_kernel = record(merge, "merge_kernel")
+copy_kernels = [record(copies, f"{name}_kernel") for name in ("assign", "update", "merge")]
+copies.interpreting = lambda: False
 
 def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=False):
     layout = KVCacheLayout(TurboQuantConfig(head_dim, key_bits, 4, key_split=split), 2, 16)
@@ -46,7 +51,7 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
         bounds = ints[:BATCH]
         transform = KeyTransform(means, means + 1, torch.arange(head_dim).repeat(2, 1))
     block_table, lengths = ints[:BATCH].view(BATCH, 1), ints[:BATCH]
-    decode.card_of = portable.card_of = lambda device: Card(divmod(arch, 10), 132)
+    decode.card_of = portable.card_of = copies.card_of = lambda device: Card(divmod(arch, 10), 132)
     update._processor = lambda device: Processor(132, shared_bytes)
 
     def show(kernel):
@@ -79,6 +84,18 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
         show(portable_kernel)
     show(prepare)
     show(combine)
+    columns = CopyColumns(1, 16, max_query_len=4 if split else 1)
+    table = CopyTable(columns, num_slots=16, num_copies=16, max_rows=BATCH)
+    options = {"num_slots": 16, "block_size": 16, "step": 1}
+    entries = torch.zeros(BATCH, columns.num_columns, dtype=torch.int32)
+    copies.assign(entries, table.state, lengths, ints, block_table, columns, **options)
+    rows = CopyRows(columns, entries, lengths, ints if split else None, block_table, BATCH, columns.max_query_len)
+    kept, new = RawCopies.allocate(layout.config, 2, 16, torch.bfloat16), query[:, :2]
+    copies.copy_update((new, new), pages, rows, kept, layout, reads_new=True)
+    options = {"scale": 1.0, "window": 0, "softcap": 0.0, "mean": means if split else None}
+    copies.merge_copies(query, query, torch.zeros(BATCH, 8), rows, kept, lengths, lengths, **options)
+    for kernel in copy_kernels:
+        show(kernel)
 """
 # What a program may use on an A100.
 SHARED_BYTES = 163 * 1024
@@ -93,7 +110,7 @@ def compile_kernels(run_python, monkeypatch, folder, arguments, split=False):
 
 def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, tmp_path):
     compiled = compile_kernels(run_python, monkeypatch, tmp_path, "512, 4, [torch.bfloat16], ['fp16'], 80")
-    assert len(compiled) == 6
+    assert len(compiled) == 9
     for name, shared_bytes, stack_bytes in compiled:
         assert shared_bytes <= SHARED_BYTES, name
         # A register or two of a thread may go to memory; hundreds would take most of the time.
@@ -104,7 +121,7 @@ def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, 
 def test_kernels_compile_for_every_card(run_python, monkeypatch, tmp_path, arch, split):
     arguments = f"128, 4, [torch.bfloat16], ['fp16'], {arch}"
     compiled = compile_kernels(run_python, monkeypatch, tmp_path, arguments, split)
-    assert len(compiled) == 6
+    assert len(compiled) == 9
 
 
 @pytest.mark.parametrize(("key_bits", "split"), [(8, False), (4, True)])
@@ -114,7 +131,7 @@ def test_kernels_compile_with_the_oldest_triton(run_python, monkeypatch, tmp_pat
         pytest.skip("TURBOQUANT_OLDEST_TRITON names no folder that it is in")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")]))
     arguments = f"128, {key_bits}, [torch.bfloat16], ['fp16'], 90"
-    assert len(compile_kernels(run_python, monkeypatch, tmp_path, arguments, split)) == 6
+    assert len(compile_kernels(run_python, monkeypatch, tmp_path, arguments, split)) == 9
 
 
 # Centroids of 4 bits are permuted as bytes, those of 8 are gathered.
@@ -123,4 +140,4 @@ def test_the_narrowest_heads_compile(run_python, monkeypatch, tmp_path, head_dim
     paths = ["fp16", "int8", "fp8", "portable"]
     arguments = f"{head_dim}, {key_bits}, [torch.bfloat16, torch.float32], {paths}, 90"
     compiled = compile_kernels(run_python, monkeypatch, tmp_path, arguments)
-    assert len(compiled) == 2 + 1 + 1 + len(paths) + 2
+    assert len(compiled) == 2 + 1 + 1 + len(paths) + 2 + 3

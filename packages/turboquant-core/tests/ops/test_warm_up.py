@@ -8,6 +8,7 @@ from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_gather, cache_update, decode_attention
 from turboquant_core.ops.cache_update.triton import launch as update_launch
 from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
+from turboquant_core.raw_copies import CopyColumns
 from turboquant_core.warm_up import warm_up
 
 LAYOUT = KVCacheLayout(TurboQuantConfig(128, 4, 4), num_kv_heads=2, block_size=16)
@@ -28,21 +29,25 @@ def centring(device):
 
 def test_without_kernels_there_is_nothing_to_compile_and_nothing_fails():
     warm_up(
-        LAYOUT, **options("cpu"), max_query_len=2, window=5, softcap=3.0, has_sinks=True, has_ranges=True,
+        LAYOUT, **options("cpu"), max_query_len=2, window=5, softcap=3.0, has_sinks=True, copies=CopyColumns(1, 16),
         key_transform=centring("cpu"),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("has_ranges", [True, False])
-def test_attention_on_ranges_is_launched_where_calls_give_them(monkeypatch, has_ranges):
+@pytest.mark.parametrize("copies", [CopyColumns(1, 16), None])
+def test_attention_on_ranges_is_launched_where_there_are_copies(monkeypatch, copies):
     module, launched = sys.modules["turboquant_core.warm_up"], []
     monkeypatch.setattr(module, "_batches", lambda *arguments: [3])
-    monkeypatch.setattr(module, "decode_attention", lambda *arguments, **options: launched.append(options))
-    warm_up(LAYOUT, **options("cpu"), has_ranges=has_ranges)
+
+    def attend(*arguments, **options):
+        launched.append(options)
+        return decode_attention(*arguments, **options)
+
+    monkeypatch.setattr(module, "decode_attention", attend)
+    warm_up(LAYOUT, **options("cpu"), copies=copies)
     (call,) = launched
-    assert (call["seq_starts"] is not None) is has_ranges
-    assert (call["seq_ends"] is not None) is has_ranges
-    assert call["return_lse"] is has_ranges
+    for name in ("seq_starts", "seq_ends", "return_lse"):
+        assert bool(name in call) is (copies is not None)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -67,12 +72,12 @@ def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles kernels for a GPU")
-@pytest.mark.parametrize(("centred", "has_ranges"), [(True, False), (False, False), (True, True)])
-def test_no_batch_compiles_anything_afterwards(monkeypatch, centred, has_ranges):
+@pytest.mark.parametrize(("centred", "copies"), [(True, None), (False, None), (True, CopyColumns(1, 16))])
+def test_no_batch_compiles_anything_afterwards(monkeypatch, centred, copies):
     from triton import knobs
 
     transform = centring("cuda") if centred else IDENTITY
-    warm_up(LAYOUT, **options("cuda"), max_query_len=4, has_ranges=has_ranges, key_transform=transform)
+    warm_up(LAYOUT, **options("cuda"), max_query_len=4, copies=copies, key_transform=transform)
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **event: compiled.append(event["repr"]))
     pages = torch.zeros(3, 2, LAYOUT.head_bytes, dtype=torch.uint8, device="cuda")
@@ -93,14 +98,14 @@ def test_no_batch_compiles_anything_afterwards(monkeypatch, centred, has_ranges)
                 if query_len == 1
                 else torch.arange(batch + 1, dtype=torch.int32, device="cuda") * query_len,
                 max_query_len=query_len,
-                seq_starts=lengths // 9 if has_ranges else None,
-                seq_ends=lengths - 3 if has_ranges else None,
+                seq_starts=lengths // 9 if copies else None,
+                seq_ends=lengths - 3 if copies else None,
                 key_transform=transform,
-                return_lse=has_ranges,
+                return_lse=copies is not None,
             )
     assert not compiled
     # Of bits that no other test has had compiled.
-    other = KVCacheLayout(TurboQuantConfig(128, 5, 3 if centred else 2), 2, 32 if has_ranges else 16)
+    other = KVCacheLayout(TurboQuantConfig(128, 5, 3 if centred else 2), 2, 32 if copies else 16)
     cache_gather(
         other.allocate(3, "cuda"),
         torch.zeros(1, 1, dtype=torch.int32, device="cuda"),

@@ -1,0 +1,196 @@
+"""Launch the kernels of raw copies."""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+# Says what is missing where Triton is.
+import turboquant_core.ops._triton  # noqa: F401
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
+from turboquant_core.ops._dispatch import interpreting
+from turboquant_core.ops._page_layout import page_layout
+from turboquant_core.ops.decode_attention.card import card_of
+from turboquant_core.ops.decode_attention.sizes import overlaps
+from turboquant_core.ops.raw_copies.assign_kernel import assign_kernel
+from turboquant_core.ops.raw_copies.kernel import merge_kernel, update_kernel
+from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
+
+if TYPE_CHECKING:
+    from turboquant_core.ops.raw_copies.table import CopyState
+
+# What products take at least.
+MIN_BLOCK = 16
+MAX_QUERIES = 32
+MERGE_COLUMNS = 32
+NUM_WARPS = 4
+
+
+def copy_update(
+    new: tuple[torch.Tensor, torch.Tensor] | None,
+    pages: torch.Tensor,
+    rows: CopyRows,
+    copies: RawCopies,
+    layout: KVCacheLayout,
+    *,
+    reads_new: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `turboquant_core.ops.raw_copies.copy_update`; first and last position as tensors."""
+    batch = len(rows.seq_lens)
+    starts, ends = torch.empty(2, batch, dtype=torch.int32, device=pages.device)
+    key, value = new or (None, None)
+    with torch.cuda.device_of(pages):  # type: ignore[no-untyped-call]
+        update_kernel[(batch, 1 if new is None else 2)](
+            keys=key,
+            values=value,
+            pages=pages,
+            block_table=rows.block_table,
+            entries=rows.entries,
+            seq_lens=rows.seq_lens,
+            query_start_loc=rows.query_start_loc,
+            copied_keys=copies.keys,
+            copied_values=copies.values,
+            copied_slots=copies.slots,
+            copied_scales=copies.scales,
+            starts=starts,
+            ends=ends,
+            key_token_stride=0 if key is None else key.stride(0),
+            key_head_stride=0 if key is None else key.stride(1),
+            value_token_stride=0 if value is None else value.stride(0),
+            value_head_stride=0 if value is None else value.stride(1),
+            page_stride=pages.stride(0),
+            page_head_stride=pages.stride(1),
+            table_stride=rows.block_table.stride(0),
+            entries_stride=rows.entries.stride(0),
+            num_tokens=rows.num_tokens,
+            query_len=rows.max_query_len,
+            row_capacity=row_capacity(len(pages), rows.block_table.shape[1], layout.block_size),
+            last_block=len(pages) - 1,
+            max_position=MAX_TOKENS,
+            layout=page_layout(layout),
+            **_columns(rows.columns),
+            reads_new=reads_new,
+            block_columns=_power_of_two(rows.columns.num_columns),
+            block_heads=_power_of_two(layout.num_kv_heads),
+            block_dim=_power_of_two(layout.config.head_dim),
+            num_warps=NUM_WARPS,
+            **_overlapped(pages.device),
+        )
+    return starts, ends
+
+
+def merge_copies(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rows: CopyRows,
+    copies: RawCopies,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+    mean: torch.Tensor | None,
+) -> None:
+    """See `turboquant_core.ops.raw_copies.merge_copies`."""
+    num_tokens, num_heads, head_dim = query.shape
+    batch, num_kv_heads = len(rows.seq_lens), copies.keys.shape[1]
+    group = num_heads // num_kv_heads
+    block_queries = max(MIN_BLOCK, min(MAX_QUERIES, _power_of_two(group * rows.max_query_len)))
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        merge_kernel[(batch, num_kv_heads, -(-group * rows.max_query_len // block_queries))](
+            query=query,
+            out=out,
+            lse=lse,
+            entries=rows.entries,
+            seq_lens=rows.seq_lens,
+            query_start_loc=rows.query_start_loc,
+            starts=starts,
+            ends=ends,
+            copied_keys=copies.keys,
+            copied_values=copies.values,
+            mean=mean,
+            query_token_stride=query.stride(0),
+            query_head_stride=query.stride(1),
+            out_token_stride=out.stride(0),
+            out_head_stride=out.stride(1),
+            entries_stride=rows.entries.stride(0),
+            num_tokens=num_tokens,
+            query_len=rows.max_query_len,
+            row_capacity=MAX_TOKENS,
+            scale=scale,
+            softcap=softcap,
+            has_softcap=softcap > 0,
+            window=window,
+            group=group,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            **_columns(rows.columns),
+            block_queries=block_queries,
+            block_columns=max(MIN_BLOCK, min(MERGE_COLUMNS, _power_of_two(rows.columns.num_columns))),
+            block_dim=max(MIN_BLOCK, _power_of_two(head_dim)),
+            widen=interpreting(),
+            num_warps=NUM_WARPS,
+            **_overlapped(query.device),
+        )
+
+
+# What one program holds at a time: more would leave fewer registers than its threads have.
+ASSIGN_ELEMENTS = 2048
+ASSIGN_WARPS = 16
+
+
+def assign(
+    entries: torch.Tensor,
+    copies: "CopyState",
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    block_table: torch.Tensor,
+    columns: CopyColumns,
+    *,
+    num_slots: int,
+    block_size: int,
+    step: int,
+) -> None:
+    """See `CopyTable.assign`."""
+    block_columns = _power_of_two(columns.num_columns)
+    with torch.cuda.device_of(entries):  # type: ignore[no-untyped-call]
+        assign_kernel[(1,)](
+            entries=entries,
+            copy_of_slot=copies.copy_of_slot,
+            slot_of_copy=copies.slot_of_copy,
+            used=copies.used,
+            free=copies.free,
+            seq_lens=seq_lens,
+            query_start_loc=query_start_loc,
+            block_table=block_table,
+            rows=len(seq_lens),
+            step=step,
+            num_copies=len(copies.free),
+            last_block=num_slots // block_size - 1,
+            row_capacity=row_capacity(num_slots, block_table.shape[1], block_size),
+            table_stride=block_table.stride(0),
+            entries_stride=entries.stride(0),
+            block_size=block_size,
+            **_columns(columns),
+            block_rows=max(1, ASSIGN_ELEMENTS // block_columns),
+            block_columns=block_columns,
+            block_copies=ASSIGN_ELEMENTS,
+            num_warps=ASSIGN_WARPS,
+        )
+
+
+@cache
+def _overlapped(device: torch.device) -> dict[str, bool]:
+    """Start a kernel while the one before it runs, where a card can."""
+    return {"overlap": True, "launch_pdl": True} if overlaps(card_of(device)) else {"overlap": False}
+
+
+def _columns(columns: CopyColumns) -> dict[str, int]:
+    return {"num_sinks": columns.sink_tokens, "num_before": columns.num_before, "num_new": columns.num_new}
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

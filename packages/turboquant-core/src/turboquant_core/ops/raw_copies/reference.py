@@ -1,0 +1,178 @@
+"""Raw copies in plain PyTorch."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._bounds import MAX_TOKENS, existing_blocks, row_capacity
+from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
+
+if TYPE_CHECKING:
+    from turboquant_core.ops.raw_copies.table import CopyState
+
+
+# As in the kernel: ages in steps that are told apart.
+MOST_AGE = 255
+
+
+def assign(
+    entries: torch.Tensor,
+    copies: "CopyState",
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    block_table: torch.Tensor,
+    columns: CopyColumns,
+    *,
+    num_slots: int,
+    block_size: int,
+    step: int,
+) -> None:
+    """See `CopyTable.assign`."""
+    num_copies, query_lens = len(copies.free), query_start_loc.diff()
+    capacity = row_capacity(num_slots, block_table.shape[1], block_size)
+
+    def find(position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots of positions [rows, n], and their copies; -1 where there is none, as for a negative position."""
+        inside = position.clamp(0, max(capacity - 1, 0))
+        block = block_table.gather(1, (inside // block_size).long())
+        real = (position == inside) & (block >= 0) & (block < num_slots // block_size)
+        slot = torch.where(real, block * block_size + inside % block_size, -1)
+        # The last element belongs to none.
+        found = copies.copy_of_slot[slot]
+        return slot, torch.where(real & (copies.slot_of_copy[found] == slot), found, -1)
+
+    position, real, new = columns.positions(seq_lens, query_lens)
+    # A row has no use any more for what it has left behind.
+    _, left = find(columns.left_behind(seq_lens, query_lens))
+    copies.used[left] = 0
+    slot, found = find(torch.where(real, position, -1))
+    held = found >= 0
+    copies.used[found] = step
+    wanted = (slot >= 0) & new & ~held
+    rank = wanted.flatten().cumsum(0).view(wanted.shape) - 1
+    used = copies.used[:num_copies]
+    age = (step - used).clamp(max=MOST_AGE)
+    oldest = age.sort(descending=True).values[(wanted.sum() - 1).clamp(0, num_copies - 1)].clamp(min=1)
+    longest_ago = torch.where(age > oldest, 0, torch.where(age == oldest, 1, 2)).argsort(stable=True)
+    taken = longest_ago[rank.clamp(0, num_copies - 1)].int()
+    given = wanted & (rank < num_copies) & (used[taken] < step)
+    at = torch.where(given, taken, -1)
+    copies.slot_of_copy[at] = slot
+    copies.used[at] = step
+    copies.copy_of_slot[torch.where(given, slot, -1)] = taken
+    entries.copy_(torch.where(held, found, at))
+
+
+def copy_update(
+    new: tuple[torch.Tensor, torch.Tensor] | None,
+    pages: torch.Tensor,
+    rows: CopyRows,
+    copies: RawCopies,
+    layout: KVCacheLayout,
+    *,
+    reads_new: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `turboquant_core.ops.raw_copies.copy_update`; first and last position as tensors."""
+    columns, entries = rows.columns, rows.entries
+    capacity = row_capacity(len(pages), rows.block_table.shape[1], layout.block_size)
+    seq_lens, query_lens = rows.seq_lens.clamp(0, capacity), rows.query_lens
+    position, real, is_new = columns.positions(seq_lens, query_lens)
+    context = (seq_lens - query_lens).clamp(min=0)
+    inside = position.clamp(0, max(capacity - 1, 0))
+    block = rows.block_table.gather(1, (inside // layout.block_size).long())
+    held = real & (entries >= 0) & (block >= 0) & (block < len(pages))
+    slot = block * layout.block_size + inside % layout.block_size
+    views = layout.views(pages)
+    stored = torch.cat(
+        [
+            plane.view(torch.int16)[existing_blocks(block, len(pages)), :, inside % layout.block_size]
+            for plane in (views.key_scales, views.value_scales)
+        ],
+        dim=-1,
+    )
+    entry = entries.clamp(min=0)
+    valid = held & (copies.slots[entry] == slot) & (copies.scales[entry] == stored).flatten(2).all(-1)
+    if new is not None:
+        written = held & is_new
+        first = torch.arange(len(seq_lens), dtype=torch.int32, device=seq_lens.device) * rows.max_query_len
+        if rows.query_start_loc is not None:
+            first = rows.query_start_loc[:-1]
+        token = (first - context)[:, None] + position
+        at = entry[written].long()
+        for copied, given in zip((copies.keys, copies.values), new, strict=True):
+            copied[at] = given[token[written]]
+        copies.slots[at] = slot[written]
+        copies.scales[at] = stored[written]
+        valid = valid | written
+    missing = real & ~valid
+    column = torch.arange(columns.num_columns, dtype=torch.int32, device=seq_lens.device)
+    is_sink = column < columns.sink_tokens
+    starts = (
+        torch.where(missing & is_sink, column, columns.sink_tokens).amin(-1) if columns.sink_tokens else context * 0
+    )
+    if not columns.num_new:
+        return starts.int(), torch.full_like(seq_lens, MAX_TOKENS)
+    ends = context - columns.num_before
+    read = missing & ~is_sink
+    if reads_new:
+        # More new tokens than there are columns: those before the newest are codes.
+        ends = torch.where(seq_lens - context > columns.num_new, seq_lens - columns.num_new, ends)
+    else:
+        read = read & ~is_new
+    ends = torch.maximum(ends, torch.where(read, position + 1, 0).amax(-1)).clamp(min=0)
+    return starts.int(), ends.int()
+
+
+def merge_copies(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rows: CopyRows,
+    copies: RawCopies,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    softcap: float,
+    mean: torch.Tensor | None,
+) -> None:
+    """See `turboquant_core.ops.raw_copies.merge_copies`."""
+    num_tokens, _, head_dim = query.shape
+    columns = rows.columns
+    num_kv_heads = copies.keys.shape[1]
+    batch = len(rows.seq_lens)
+    if not batch or not num_tokens:
+        return
+    token = torch.arange(num_tokens, dtype=torch.int32, device=query.device)
+    first = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * rows.max_query_len
+    if rows.query_start_loc is not None:
+        first = rows.query_start_loc
+    row = torch.searchsorted(first[1:].contiguous(), token, right=True).clamp(max=batch - 1)
+    row_len = first[1:] - first[:-1]
+    own = (rows.seq_lens - row_len)[row] + token - first[row]
+    position, real, _ = columns.positions(rows.seq_lens, row_len)
+    is_sink = torch.arange(columns.num_columns, device=query.device) < columns.sink_tokens
+    raw = torch.where(is_sink, position < starts[:, None], position >= ends[:, None])
+    seen = (real & raw & (rows.entries >= 0))[row] & (position[row] <= own[:, None])
+    if window:
+        seen &= position[row] > own[:, None] - window
+    seen &= (token < first[-1])[:, None]
+    entry = rows.entries.clamp(min=0)[row]
+    keys, values = copies.keys[entry].float(), copies.values[entry].float()
+    if mean is not None:
+        keys = keys - mean
+    grouped = query.float().view(num_tokens, num_kv_heads, -1, head_dim) * scale
+    logits = torch.einsum("thgd,tchd->thgc", grouped, keys)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
+    merged = torch.cat([logits, lse.view(num_tokens, num_kv_heads, -1, 1)], dim=-1)
+    total = merged.logsumexp(-1, keepdim=True)
+    # Where nothing is seen every weight is zero.
+    weights = torch.exp(merged - total).masked_fill(total.isneginf(), 0.0)
+    attended = torch.einsum("thgc,tchd->thgd", weights[..., :-1], values)
+    attended += weights[..., -1:] * out.view(grouped.shape).float()
+    out.copy_(attended.view(out.shape))
+    lse.copy_(total.view(lse.shape))
