@@ -18,14 +18,16 @@ def calibration_of(model_config: Any, path: str) -> Calibration:
     return _calibration(path, _identity(model_config))
 
 
-def orders_every_layer(path: str) -> bool:
+def orders_every_layer(path: str, *, codes_only: bool) -> bool:
     """Whether a calibration orders the channels of all its layers by what an error in them costs.
+
+    `codes_only` says whether first tokens are read as codes too.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or something else.
     """
-    return _calibration(path).orders_every_layer(codes_only=True)
+    return _calibration(path).orders_every_layer(codes_only=codes_only)
 
 
 def layer_bits_of(model_config: Any, path: str) -> LayerBits:

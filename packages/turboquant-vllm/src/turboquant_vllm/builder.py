@@ -5,12 +5,14 @@ from typing import Any, ClassVar
 import torch
 
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN
+from turboquant_core.raw_copies import CopyRows
 from turboquant_vllm._compat.interface import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from turboquant_vllm._compat.worker import split_decodes_and_prefills
 from turboquant_vllm.batch.metadata import DecodeRows, TurboQuantMetadata
 from turboquant_vllm.batch.prefill_rows import PrefillRows
 from turboquant_vllm.key_means.from_file import give_key_means
 from turboquant_vllm.key_means.from_texts import give_text_means
+from turboquant_vllm.raw_copies import GroupCopies, most_query_tokens
 from turboquant_vllm.refusals import INSTEAD
 from turboquant_vllm.settings import Settings
 from turboquant_vllm.warm_up import warm_up
@@ -36,8 +38,9 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
             vllm_config.model_config.dtype,
         )
         settings = Settings.of_engine(vllm_config)
+        self._copies = GroupCopies(layer_names, vllm_config, settings, device) if settings.keeps_copies else None
         if settings.calibration is not None:
-            give_key_means(settings.calibration, layer_names, vllm_config)
+            give_key_means(settings.calibration, layer_names, vllm_config, codes_only=settings.reads_first_codes)
         elif settings.center_keys:
             give_text_means(layer_names, vllm_config, device)
         if device.type == "cuda" and vllm_config.kernel_config.enable_jit_warmup:
@@ -46,8 +49,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Graphs hold decode rows: one token each, or those of a draft that decode attention takes."""
-        speculative = vllm_config.speculative_config
-        if speculative is not None and _most_query_tokens(speculative) > MAX_QUERY_LEN:
+        if most_query_tokens(vllm_config) > MAX_QUERY_LEN:
             return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return cls._cudagraph_support
 
@@ -62,6 +64,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
             common, self.reorder_batch_threshold
         )
         decode = prefill = None
+        copies = None if self._copies is None else self._copies.of_step(common)
         if num_decodes:
             lens = common.query_start_loc_cpu[: num_decodes + 1].diff()
             max_query_len = max(1, int(lens.max()))
@@ -72,12 +75,15 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
                 query_start_loc=None if one_each else common.query_start_loc[: num_decodes + 1],
                 seq_lens=common.seq_lens[:num_decodes],
                 block_table=common.block_table_tensor[:num_decodes],
+                copies=None if copies is None else copies.decoding(num_decodes, max_query_len, one_each=one_each),
             )
         if num_prefills:
-            prefill = self._prefill_rows(common, num_decodes, num_prefill_tokens)
+            prefill = self._prefill_rows(common, num_decodes, num_prefill_tokens, copies)
         return TurboQuantMetadata(decode, prefill)
 
-    def _prefill_rows(self, common: CommonAttentionMetadata, first: int, num_tokens: int) -> PrefillRows:
+    def _prefill_rows(
+        self, common: CommonAttentionMetadata, first: int, num_tokens: int, copies: CopyRows | None
+    ) -> PrefillRows:
         rows = slice(first, common.num_reqs)
         query_lens_cpu = common.query_start_loc_cpu[first : common.num_reqs + 1].diff()
         # Exact for rows that prefill.
@@ -93,11 +99,6 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
             context_lens_cpu=(seq_lens_cpu[rows] - query_lens_cpu).tolist(),
             query_lens_cpu=query_lens_cpu.tolist(),
             block_table=common.block_table_tensor[rows],
+            copies=None if copies is None else copies.between(first, common.num_reqs),
             workspace_tokens=self._workspace_tokens,
         )
-
-
-def _most_query_tokens(speculative: Any) -> int:
-    """The most tokens of a row that verifies a draft, in any version of vLLM: some count a parallel draft twice."""
-    drafted = speculative.num_speculative_tokens or 0
-    return 1 + (2 * drafted if speculative.parallel_drafting else drafted)

@@ -7,16 +7,20 @@ import torch
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.ops import cache_update, decode_attention
+from turboquant_core.ops.raw_copies import copy_update, merge_copies
+from turboquant_core.raw_copies import RawCopies
 from turboquant_vllm._compat.engine import all_layers, current_config, use_config
 from turboquant_vllm._compat.flash import flash_version
 from turboquant_vllm._compat.interface import AttentionImpl, AttentionType, current_platform
 from turboquant_vllm._compat.registry import own_backend
 from turboquant_vllm.artifacts import calibration_of
-from turboquant_vllm.batch.metadata import TurboQuantMetadata
+from turboquant_vllm.batch.metadata import DecodeRows, TurboQuantMetadata
 from turboquant_vllm.dense_attention import DenseAttention
 from turboquant_vllm.layer_pages import LayerPages, leave_to
 from turboquant_vllm.layer_transform import LayerTransform
 from turboquant_vllm.prefill.attention import Prefill
+from turboquant_vllm.prefill.raw_context import RawContext
+from turboquant_vllm.raw_copies import num_copies
 from turboquant_vllm.refusals import INSTEAD, check_layer, engine_problems
 from turboquant_vllm.settings import process_settings
 from turboquant_vllm.workspace import take_workspace, workspace_tokens
@@ -68,6 +72,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if settings.calibration is not None:
             # A file that does not fit is refused here, before weights are loaded.
             calibration_of(config.model_config, settings.calibration)
+        self._num_copies = num_copies(config, settings)
+        self._copies: RawCopies | None = None
+        self._copies_of: TurboQuantImpl = self
         self.key_transform = LayerTransform(device)
         if not settings.center_keys:
             # Else the builder settles it, for it knows which layer this is.
@@ -125,32 +132,60 @@ class TurboQuantImpl(AttentionImpl[Any]):
         if attn_metadata is None:
             return self._profile(query, output)
         pages, layout = self._pages(kv_cache)
+        # vLLM 0.29 gives a layer that shares a cache keys and values all the same, which nobody stores.
+        own = None if self._shares_with is not None or key is None or value is None else (key, value)
         first = 0
         if decode := attn_metadata.decode:
             first = decode.num_tokens
-            decode_attention(
-                query[:first],
-                pages,
-                decode.block_table,
-                decode.seq_lens,
-                layout,
-                scale=self.scale,
-                query_start_loc=decode.query_start_loc,
-                max_query_len=decode.max_query_len,
-                window=self.sliding_window,
-                softcap=self.softcap,
-                sinks=self._float_sinks,
-                key_transform=self.key_transform.settled,
-                out=output[:first],
-            )
+            self._decode(query[:first], own, pages, layout, decode, output[:first])
         if rows := attn_metadata.prefill:
             tokens = slice(first, first + rows.num_tokens)
+            own = None if own is None else (own[0][tokens], own[1][tokens])
+            raw = None
+            if rows.copies is not None:
+                copies = self.copies(query.dtype, query.device)
+                codes = copy_update(own, pages, rows.copies, copies, layout, reads_new=False)
+                raw = RawContext(rows.copies, copies, codes)
             prefill = Prefill(self.dense_attention, layout, self.sinks)
-            # vLLM 0.29 gives a layer that shares a cache keys and values all the same, which nobody stores.
-            shares = self._shares_with is not None
-            own = None if shares or key is None or value is None else (key[tokens], value[tokens])
-            prefill(query[tokens], own, pages, rows, self.key_transform.settled, output[tokens])
+            prefill(query[tokens], own, pages, rows, self.key_transform.settled, output[tokens], raw)
         return output
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor] | None,
+        pages: torch.Tensor,
+        layout: KVCacheLayout,
+        rows: DecodeRows,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend on codes, and on copies where there are some."""
+        options: dict[str, Any] = {"scale": self.scale, "window": self.sliding_window, "softcap": self.softcap}
+        arguments = (query, pages, rows.block_table, rows.seq_lens, layout)
+        options_of_codes: dict[str, Any] = {
+            **options,
+            "query_start_loc": rows.query_start_loc,
+            "max_query_len": rows.max_query_len,
+            "sinks": self._float_sinks,
+            "key_transform": self.key_transform.settled,
+            "out": output,
+        }
+        if rows.copies is None:
+            decode_attention(*arguments, **options_of_codes)
+            return
+        copies = self.copies(query.dtype, query.device)
+        codes = copy_update(own, pages, rows.copies, copies, layout)
+        out, lse = decode_attention(
+            *arguments, **options_of_codes, seq_starts=codes.starts, seq_ends=codes.ends, return_lse=True
+        )
+        merge_copies(query, out, lse, rows.copies, copies, codes, **options)
+
+    def copies(self, dtype: torch.dtype, device: torch.device) -> RawCopies:
+        """The layer's raw copies of keys and values of a type, or those of the layer whose cache it shares."""
+        owner = self._copies_of
+        if owner._copies is None:
+            owner._copies = RawCopies.allocate(owner.config, owner.num_kv_heads, owner._num_copies, dtype, device)
+        return owner._copies
 
     def _share(self, target: str) -> None:
         """Read what the layer whose cache this one shares has stored, as that one stores it.
@@ -164,7 +199,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
                 f"{target} stays uncompressed, and a layer that shares its cache is served by TurboQuant. "
                 "Leave --kv-cache-dtype-skip-layers out."
             )
-        self.config, self.key_transform = other.config, other.key_transform
+        self.config, self.key_transform, self._copies_of = other.config, other.key_transform, other
 
     def _leave_uncompressed(self, layer: Any, act_dtype: torch.dtype) -> None:
         """Leave the layer to vLLM's own backend from now on."""
@@ -197,6 +232,9 @@ class TurboQuantImpl(AttentionImpl[Any]):
             # Its own tokens are dequantised, and rotated back.
             num_tokens += 2 * most
         restores_keys = self._settings.calibration is not None
+        if self._num_copies:
+            # What stays, for vLLM to count.
+            self.copies(query.dtype, query.device)
         take_workspace(query, self.num_kv_heads, num_tokens, restores_keys=restores_keys)
         return output.zero_()
 

@@ -9,6 +9,7 @@ from typing import Any
 from turboquant_core import TurboQuantConfig
 from turboquant_core._checks import check_int
 from turboquant_core.config import PRESETS, WHOLE_BITS, preset_bits
+from turboquant_core.raw_copies import CopyColumns
 from turboquant_core.vector_format import can_split
 from turboquant_vllm._compat.engine import current_config
 from turboquant_vllm.artifacts import orders_every_layer
@@ -32,6 +33,8 @@ class Settings:
         calibration: A file by `turboquant calibrate` of those means, and of scale and order of channels, by which keys
             of 2, 3 or 4 bits are split; None to take means from texts that ship.
         layer_bits: A file of the bits of every layer by `turboquant tune`, instead of a preset.
+        sink_tokens: First tokens of a request that are attended to raw, from copies beside the pages.
+        recent_tokens: Newest tokens that are, each token's own included.
     """
 
     preset: str = "tq4"
@@ -40,11 +43,15 @@ class Settings:
     center_keys: bool = True
     calibration: str | None = None
     layer_bits: str | None = None
+    sink_tokens: int = 1
+    recent_tokens: int = 16
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
             if (given := getattr(self, name)) is not None:
                 check_int(name, given, WHOLE_BITS[0], WHOLE_BITS[-1], "The kernels read codes of whole bits.")
+        # Checks both.
+        CopyColumns(self.sink_tokens, self.recent_tokens)
         # A head_dim that every format takes: the rest is refused here, before weights are loaded.
         config = self._whole_config(head_dim=128)
         for name in ("key_bits", "value_bits"):
@@ -64,6 +71,16 @@ class Settings:
                 "give one of them"
             )
 
+    @property
+    def reads_first_codes(self) -> bool:
+        """Whether the first token is read as codes, which is unlike all others: a calibration has two parts for it."""
+        return self.sink_tokens == 0
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether any token is attended to raw."""
+        return self.sink_tokens > 0 or self.recent_tokens > 0
+
     def cache_config(self, head_dim: int, layer_bits: tuple[float, float] | None = None) -> TurboQuantConfig:
         """What is stored for one head, of a layer that has bits of its own or of any other.
 
@@ -75,7 +92,7 @@ class Settings:
         if self.calibration is None or not can_split(head_dim, config.key_bits):
             return config
         # Pages are of one size: either the channels of all layers are ordered, or keys are not split.
-        return replace(config, key_split=orders_every_layer(self.calibration))
+        return replace(config, key_split=orders_every_layer(self.calibration, codes_only=self.reads_first_codes))
 
     def _whole_config(self, head_dim: int, layer_bits: tuple[float, float] | None = None) -> TurboQuantConfig:
         if layer_bits is not None:
@@ -161,4 +178,4 @@ def _is_setting(name: object, value: object) -> bool:
         return isinstance(value, str) and value.lower() in PRESETS
     if name == "calibration":
         return isinstance(value, str) and value.endswith(".safetensors")
-    return name in ("key_bits", "value_bits", "center_keys", "layer_bits")
+    return name in ("key_bits", "value_bits", "center_keys", "layer_bits", "sink_tokens", "recent_tokens")

@@ -10,6 +10,8 @@ from turboquant_vllm._compat.engine import all_layers
 from turboquant_vllm._compat.interface import init_logger
 from turboquant_vllm.batch.prefill_rows import GROUP_COUNTS, PrefillRows
 from turboquant_vllm.prefill.attention import Prefill
+from turboquant_vllm.raw_copies import copy_columns
+from turboquant_vllm.settings import Settings
 
 if TYPE_CHECKING:
     from turboquant_vllm.impl import TurboQuantImpl
@@ -32,6 +34,8 @@ def warm_up(
         impl = layers[name].impl
         transformed = frozenset(impl.key_transform.settled.tensors())
         unlike.setdefault((impl.config, impl.num_heads, impl.dense_attention, impl.sinks is None, transformed), impl)
+    settings = Settings.of_engine(vllm_config)
+    columns = copy_columns(vllm_config, settings) if settings.keeps_copies else None
     logger.info_once("TurboQuant compiles its kernels.")
     for impl in unlike.values():
         layout = KVCacheLayout(impl.config, impl.num_kv_heads, kv_cache_spec.block_size)
@@ -47,6 +51,7 @@ def warm_up(
             softcap=impl.softcap,
             has_sinks=impl.sinks is not None,
             key_transform=impl.key_transform.settled,
+            copies=columns,
         )
         # Rows are padded to powers of two.
         for exponent in range(max_batch.bit_length() + 1):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_core.raw_copies import CopyRows
 from turboquant_vllm.batch.prefill_rows import PrefillRows
 
 
@@ -17,6 +18,7 @@ class DecodeRows:
         query_start_loc: int32 [rows + 1], or None when every row has one token.
         seq_lens: int32 [rows].
         block_table: int32 [rows, max_blocks].
+        copies: What of them is raw, or None.
     """
 
     num_tokens: int
@@ -24,6 +26,7 @@ class DecodeRows:
     query_start_loc: torch.Tensor | None
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    copies: CopyRows | None
 
 
 @dataclass

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from turboquant_core.ops.cache_gather import cumulative_lengths
+from turboquant_core.raw_copies import CopyRows
 from turboquant_vllm.workspace import MOST_WORKSPACE_TOKENS
 
 # New tokens of a group, which read the codes of their context together.
@@ -44,6 +45,7 @@ class TokenGroups:
     """New tokens of rows that have few, in groups that see the same context; the last group, at least, is empty.
 
     Attributes:
+        row: int64 [groups], the row of every group; any for an empty one.
         token: int64 [groups, GROUP_LEN], which of all rows' tokens are in a group; a group with fewer repeats its last.
         group: int64 [num_tokens], the group of every token: the empty one for tokens of other rows.
         place: int64 [num_tokens], its place in the group.
@@ -51,6 +53,7 @@ class TokenGroups:
         block_table: int32 [groups, max_blocks], of the context.
     """
 
+    row: torch.Tensor
     token: torch.Tensor
     group: torch.Tensor
     place: torch.Tensor
@@ -70,6 +73,7 @@ class PrefillRows:
         context_lens_cpu: The same as numbers.
         query_lens_cpu: Query tokens of every row.
         block_table: int32 [rows, max_blocks].
+        copies: What of them is raw, or None.
         workspace_tokens: Stored tokens that are dequantised at a time.
         most_grouped_tokens: Rows of up to so many query tokens read their context as codes.
     """
@@ -81,6 +85,7 @@ class PrefillRows:
     context_lens_cpu: list[int]
     query_lens_cpu: list[int]
     block_table: torch.Tensor
+    copies: CopyRows | None = None
     workspace_tokens: int = MOST_WORKSPACE_TOKENS
     most_grouped_tokens: int = MOST_GROUPED_TOKENS
 
@@ -132,6 +137,7 @@ class PrefillRows:
         copied = _to_device(torch.cat(planned), self.context_lens.device)
         row_of_group, token, at = torch.split(copied, [len(part) for part in planned])
         return TokenGroups(
+            row_of_group,
             token.view(-1, GROUP_LEN),
             at // GROUP_LEN,
             at % GROUP_LEN,
@@ -170,7 +176,8 @@ class PrefillRows:
             ends = rows.context_lens + rows.query_start_loc.diff()
             reached = lens[first:end]
             context = ContextPart(starts, ends, cumulative_lengths(ends, starts), sum(reached), max(reached))
-            parts.append(WindowPart(slice(first_token, first_token + rows.num_tokens), rows, context))
+            tokens = slice(first_token, first_token + rows.num_tokens)
+            parts.append(WindowPart(tokens, slice(first, end), rows, context))
             first_token += rows.num_tokens
         return parts
 
@@ -205,13 +212,23 @@ class WindowPart:
 
     Attributes:
         tokens: Where their query tokens lie among those of all rows.
+        places: Where they lie among all rows.
         rows: Those rows.
         reached: What their windows reach.
     """
 
     tokens: slice
+    places: slice
     rows: PrefillRows
     reached: ContextPart
+
+    @cached_property
+    def own(self) -> torch.Tensor:
+        """Where the rows' own tokens lie among those reached, int64 [num_tokens]: at the end of every row's."""
+        ends, starts = self.reached.start_loc[1:], self.rows.query_start_loc
+        lens = _to_device(torch.tensor(self.rows.query_lens_cpu), starts.device)
+        row = torch.repeat_interleave(lens, output_size=self.rows.num_tokens)
+        return (ends - starts[1:])[row] + torch.arange(self.rows.num_tokens, device=starts.device)
 
 
 def _to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:

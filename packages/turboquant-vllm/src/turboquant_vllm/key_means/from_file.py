@@ -13,8 +13,10 @@ from turboquant_vllm._compat.worker import (
 from turboquant_vllm.artifacts import calibration_of
 
 
-def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> None:
+def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any, *, codes_only: bool) -> None:
     """Give the layers of one group their transforms, whichever of the model's layers and KV heads they are.
+
+    `codes_only` says whether first tokens are read as codes too.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -33,7 +35,7 @@ def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any) -> N
         total = impl.num_kv_heads * world_size
         if impl.num_kv_heads == 1:
             total = min(world_size, model_config.get_total_num_kv_heads())
-        transform = calibration.of_layer(extract_layer_index(name), total, impl.head_size, codes_only=True)
+        transform = calibration.of_layer(extract_layer_index(name), total, impl.head_size, codes_only=codes_only)
         if not impl.config.key_split:
             # The order of channels is of no use to keys of one width.
             transform = KeyTransform.of_parts(transform.mean, transform.scale, None)

@@ -1,6 +1,6 @@
 """Prefill: a chunk's tokens attend to each other as they are, and to what is stored through a bounded workspace."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -11,6 +11,7 @@ from turboquant_core.ops import cache_gather
 from turboquant_vllm.batch.prefill_rows import ContextPart, PrefillRows
 from turboquant_vllm.dense_attention import DenseAttention, merge
 from turboquant_vllm.prefill.context_codes import attend_on_codes
+from turboquant_vllm.prefill.raw_context import RawContext
 
 Attended = tuple[torch.Tensor, torch.Tensor]
 
@@ -37,6 +38,7 @@ class Prefill:
         rows: PrefillRows,
         key_transform: KeyTransform,
         out: torch.Tensor,
+        raw: RawContext | None = None,
     ) -> None:
         """Attend with all rows; their keys and values are stored already.
 
@@ -47,22 +49,27 @@ class Prefill:
             rows: Of the query.
             key_transform: What stored keys went through.
             out: Like `query`, written.
+            raw: What is raw of their contexts, or None.
         """
         # A softcap bends, and sinks compete with, the logits of whole keys. Else the mean's own score moves all logits
         # of a token alike: without it everywhere, nothing changes.
         sees_mean = bool(self.attention.softcap) or self.sinks is not None
         undone = key_transform if sees_mean else key_transform.without_mean()
-        if self.attention.window is not None and rows.max_context_len:
-            self._windowed(query, pages, rows, undone, out)
-            return
-        key, value = own or self._own_as_stored(query, pages, rows, undone)
         if not rows.max_context_len:
+            key, value = own or self._own_as_stored(query, pages, rows, undone)
             self._own(query, key, value, rows, out)
             return
-        if own is not None and key_transform.mean is not None and not sees_mean:
-            key = torch.sub(key, key_transform.mean, out=torch.empty_like(key))
+        if (mean := key_transform.mean) is not None and not sees_mean:
+            if own is not None:
+                own = torch.sub(own[0], mean, out=torch.empty_like(own[0])), own[1]
+            if raw is not None:
+                raw = replace(raw, key_mean=mean)
+        if self.attention.window is not None:
+            self._windowed(query, own, pages, rows, undone, out, raw)
+            return
+        key, value = own or self._own_as_stored(query, pages, rows, undone)
         on_own = self._own(query, key, value, rows)
-        context = self._dequantised_context(query, pages, rows, undone)
+        context = self._dequantised_context(query, pages, rows, undone, raw)
         if rows.groups is not None:
             on_codes = attend_on_codes(
                 query,
@@ -72,6 +79,7 @@ class Prefill:
                 scale=self.attention.scale,
                 softcap=self.attention.softcap,
                 key_transform=undone,
+                raw=raw,
             )
             context = on_codes if context is None else merge(context, on_codes)
         assert context is not None
@@ -122,6 +130,7 @@ class Prefill:
         pages: torch.Tensor,
         rows: PrefillRows,
         undone: KeyTransform,
+        raw: RawContext | None,
     ) -> Attended | None:
         """Attention on the contexts of rows that are in no group, or None if there are none."""
         if not rows.context_parts:
@@ -129,7 +138,7 @@ class Prefill:
         rotated = self._rotated(query)
         context: Attended | None = None
         for part in rows.context_parts:
-            attended = self._stored(rotated, pages, rows, part, undone, causal=False)
+            attended = self._stored(rotated, pages, rows, part, undone, raw, causal=False)
             context = attended if context is None else merge(context, attended)
             # It would be held until the next part's is there.
             del attended
@@ -140,17 +149,27 @@ class Prefill:
     def _windowed(
         self,
         query: torch.Tensor,
+        own: tuple[torch.Tensor, torch.Tensor] | None,
         pages: torch.Tensor,
         rows: PrefillRows,
         undone: KeyTransform,
         out: torch.Tensor,
+        raw: RawContext | None,
     ) -> None:
-        """Attention on what the windows reach, the rows' own tokens as stored too: calls aligned at their ends."""
+        """Attention on what the windows reach, the rows' own tokens too: calls aligned at their ends."""
         assert self.attention.window is not None
         rotated = self._rotated(query)
         for part in rows.window_parts(self.attention.window):
             attended, _ = self._stored(
-                rotated[part.tokens], pages, part.rows, part.reached, undone, causal=True, sinks=self.sinks
+                rotated[part.tokens],
+                pages,
+                part.rows,
+                part.reached,
+                undone,
+                None if raw is None else raw.between(part.places),
+                own=None if own is None else (part.own, own[0][part.tokens], own[1][part.tokens]),
+                causal=True,
+                sinks=self.sinks,
             )
             out[part.tokens] = self._unrotated(attended)
 
@@ -161,11 +180,16 @@ class Prefill:
         rows: PrefillRows,
         part: ContextPart,
         undone: KeyTransform,
+        raw: RawContext | None,
         *,
         causal: bool,
+        own: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
         sinks: torch.Tensor | None = None,
     ) -> Attended:
-        """Attention of rotated queries on a part of what is stored; the output is rotated too."""
+        """Attention of rotated queries on a part of what is stored; the output is rotated too.
+
+        `own` says where in the part the rows' own tokens are, and their keys and values.
+        """
         key, value, start_loc = cache_gather(
             pages,
             rows.block_table,
@@ -175,8 +199,14 @@ class Prefill:
             cu_seqlens=part.start_loc,
             key_transform=undone,
             dtype=rotated.dtype,
-            max_tokens=part.num_tokens,
+            # One more row, where what is not of this part may be written.
+            max_tokens=part.num_tokens + (raw is not None),
         )
+        if raw is not None:
+            raw.restore(key, value, part, self._rotated)
+        if own is not None:
+            at, own_key, own_value = own
+            key[at], value[at] = self._rotated(own_key), self._rotated(own_value)
         return self.attention(
             rotated,
             key,

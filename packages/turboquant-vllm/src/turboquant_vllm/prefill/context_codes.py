@@ -5,7 +5,9 @@ import torch
 from turboquant_core import KVCacheLayout
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import decode_attention
+from turboquant_core.ops.raw_copies import merge_copies
 from turboquant_vllm.batch.prefill_rows import TokenGroups
+from turboquant_vllm.prefill.raw_context import RawContext
 
 
 def attend_on_codes(
@@ -17,6 +19,7 @@ def attend_on_codes(
     scale: float,
     softcap: float | None,
     key_transform: KeyTransform,
+    raw: RawContext | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of the groups' tokens on all of their context; nothing for tokens in no group.
 
@@ -30,6 +33,7 @@ def attend_on_codes(
         scale: What logits are multiplied with.
         softcap: As in `decode_attention`.
         key_transform: As in `decode_attention`.
+        raw: What is raw of the rows' contexts, or None.
 
     Returns:
         The output like `query`, and the natural log-sum-exp, float32 [num_heads, num_tokens].
@@ -40,17 +44,33 @@ def attend_on_codes(
     by_kv_head = query.view(num_tokens, num_kv_heads, -1, head_dim)
     # [groups, num_kv_heads, group_len, heads of a KV head, head_dim]
     gathered = by_kv_head[groups.token[:, None], kv_head[:, None]]
+    gathered_query = gathered.view(len(gathered), -1, head_dim)
+    of_groups = None if raw is None else raw.of_groups(groups)
     out, lse = decode_attention(
-        gathered.view(len(gathered), -1, head_dim),
+        gathered_query,
         pages,
         groups.block_table,
         groups.seq_lens,
         layout,
         scale=scale,
+        seq_starts=None if of_groups is None else of_groups.codes.starts,
+        seq_ends=None if of_groups is None else of_groups.codes.ends,
         softcap=softcap,
         key_transform=key_transform,
         return_lse=True,
     )
+    if of_groups is not None:
+        merge_copies(
+            gathered_query,
+            out,
+            lse,
+            of_groups.rows,
+            of_groups.copies,
+            of_groups.codes,
+            scale=scale,
+            softcap=softcap,
+            key_mean=of_groups.key_mean,
+        )
     token = (groups.group, slice(None), groups.place)
     lse = lse.view(gathered.shape[:-1])[token].reshape(num_tokens, num_heads).T.contiguous()
     return out.view(gathered.shape)[token].reshape(query.shape), lse

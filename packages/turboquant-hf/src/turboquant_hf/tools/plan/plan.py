@@ -135,13 +135,15 @@ def make_plan(
 def splits_keys(calibration: Path, checkpoint: Checkpoint) -> bool:
     """Whether vLLM splits keys with a calibration file: pages are of one size, so all layers have to be ordered.
 
+    As by default: the first token is raw.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, something else, or belongs to another model.
     """
     text_config = checkpoint.config.get_text_config(decoder=True)
     model = ModelIdentity.of(text_config, architecture_of(checkpoint.config))
-    return read_calibration(calibration, model).orders_every_layer(codes_only=True)
+    return read_calibration(calibration, model).orders_every_layer(codes_only=False)
 
 
 def plotted_lengths(max_length: int | None) -> list[int]:
