@@ -22,6 +22,10 @@ CACHES: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"kv_cache_dtype": "fp8"},
     "tq4": {"attention_backend": "CUSTOM"},
+    "tq4, codes only": {
+        "attention_backend": "CUSTOM",
+        "additional_config": {"turboquant": {"sink_tokens": 0, "recent_tokens": 0}},
+    },
     "k8v4": {"attention_backend": "CUSTOM", "additional_config": {"turboquant": {"preset": "k8v4"}}},
 }
 SHAPES = [(16, 16384), (1, 32768), (32, 4096), (64, 8192)]
@@ -35,6 +39,7 @@ PARTS: dict[str, tuple[dict[str, Any], str]] = {
 MEMORY = {"gpu_memory_utilization": 0.88}
 GATE = {
     "packages/turboquant-vllm/tests/test_prefill.py": "own_tokens and (mixed or context)",
+    "packages/turboquant-core/tests/ops/test_raw_copies.py": "newest",
     "packages/turboquant-core/tests/ops/test_decode_attention.py": "every_option and fragment and (tile or mean)",
 }
 
