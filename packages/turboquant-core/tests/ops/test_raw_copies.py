@@ -15,7 +15,7 @@ from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
 pytest.importorskip("triton")
 
 from turboquant_core.ops.raw_copies import launch
-from turboquant_core.ops.raw_copies.table import CopyState
+from turboquant_core.ops.raw_copies.state import CopyState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_DIM = 8, 2, 3, 64

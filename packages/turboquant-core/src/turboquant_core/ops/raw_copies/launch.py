@@ -1,7 +1,6 @@
 """Launch the kernels of raw copies."""
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,10 +14,8 @@ from turboquant_core.ops.decode_attention.card import card_of
 from turboquant_core.ops.decode_attention.sizes import overlaps
 from turboquant_core.ops.raw_copies.assign_kernel import assign_kernel
 from turboquant_core.ops.raw_copies.kernel import merge_kernel, update_kernel
+from turboquant_core.ops.raw_copies.state import CopyState
 from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
-
-if TYPE_CHECKING:
-    from turboquant_core.ops.raw_copies.table import CopyState
 
 # What products take at least.
 MIN_BLOCK = 16
@@ -144,7 +141,7 @@ ASSIGN_WARPS = 16
 
 def assign(
     entries: torch.Tensor,
-    copies: "CopyState",
+    copies: CopyState,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     block_table: torch.Tensor,

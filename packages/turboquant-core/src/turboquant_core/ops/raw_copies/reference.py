@@ -1,16 +1,11 @@
 """Raw copies in plain PyTorch."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, existing_blocks, row_capacity
+from turboquant_core.ops.raw_copies.state import CopyState
 from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
-
-if TYPE_CHECKING:
-    from turboquant_core.ops.raw_copies.table import CopyState
-
 
 # As in the kernel: ages in steps that are told apart.
 MOST_AGE = 255
@@ -18,7 +13,7 @@ MOST_AGE = 255
 
 def assign(
     entries: torch.Tensor,
-    copies: "CopyState",
+    copies: CopyState,
     seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor,
     block_table: torch.Tensor,
