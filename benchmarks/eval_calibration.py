@@ -126,13 +126,23 @@ def score(loaded: LoadedModel, case: Case, num_tokens: int) -> dict[str, Any]:
         }
     return {
         "label": case.label,
+        "num_tokens": num_tokens,
         "caches": {name: {**scores[name].to_dict(), "bytes_per_token": nbytes[name]} for name in caches},
     }
 
 
 def calibration_table(found: Mapping[str, Any]) -> str:
     """What a calibration gives every preset, beside the peer."""
-    columns = ("scored", "preset", "bytes / token", "mean KL", "left", "top-1", "peer: mean KL at bytes / token")
+    columns = (
+        "scored",
+        "tokens",
+        "preset",
+        "bytes / token",
+        "mean KL",
+        "left",
+        "top-1",
+        "peer: mean KL at bytes / token",
+    )
     return table(columns, [_row(case, preset) for case in found.values() for preset in PRESETS])
 
 
@@ -142,6 +152,7 @@ def _row(case: Mapping[str, Any], preset: str) -> list[str]:
     peer = scores[PRESETS[preset]]
     return [
         case["label"],
+        f"{after['num_tokens']:,}",
         f"`{preset}`",
         " → ".join(f"{score['bytes_per_token']:,.0f}" for score in both),
         f"{nats(before['mean_kl'])} → **{nats(after['mean_kl'])}**",
@@ -170,12 +181,7 @@ def main() -> None:
     for wanted in arguments.case or cases():
         found[wanted] = score(loaded, cases()[wanted], arguments.num_tokens)
         found = {known: found[known] for known in cases() if known in found}
-        options = {
-            "model": arguments.model,
-            "storage_format": STORAGE_FORMAT,
-            "num_tokens": arguments.num_tokens,
-            "chunk_size": CHUNK_SIZE,
-        }
+        options = {"model": arguments.model, "storage_format": STORAGE_FORMAT, "chunk_size": CHUNK_SIZE}
         write_result(name, {**options, "cases": found}, device="cpu")
     print(calibration_table(found))
 
