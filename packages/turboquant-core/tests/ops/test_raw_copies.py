@@ -232,6 +232,19 @@ def test_whatever_else_writes_a_page_makes_its_copies_stale():
     assert cache.update(new, rows).ends.tolist() == [22]
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_short_row_that_lost_one_of_its_first_tokens_reads_it_and_those_after_it_as_codes(lost):
+    """The newest tokens, which have copies, begin before it."""
+    columns = CopyColumns(3, 8)
+    cache = Cache(columns, 1)
+    cache.update(*cache.step({0: 5})[:2], reads_new=False)
+    cache.copies.slots[cache.copies.slots == cache.rows[0].blocks[0] * BLOCK_SIZE + lost] = -1
+    new, rows, used = cache.step({0: 1})
+    codes = cache.update(new, rows)
+    assert (codes.starts.tolist(), codes.ends.tolist()) == ([lost], [3])
+    assert_attends(cache, rows, used, codes, [{*range(lost), 3, 4, 5}])
+
+
 def test_a_row_that_is_assigned_for_other_lengths_is_read_as_codes():
     """As by a draft that moves the lengths of a step without describing it anew."""
     columns = CopyColumns(1, 4)

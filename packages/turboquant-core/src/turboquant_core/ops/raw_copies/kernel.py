@@ -108,11 +108,13 @@ def update_kernel(
         valid = written | (same & (tl.max(unlike, axis=1) == 0))
         missing = real & (valid == 0)
 
-        tl.store(starts + row, tl.min(tl.where(missing & (column < num_sinks), column, num_sinks), axis=0))
+        start = tl.min(tl.where(missing & (column < num_sinks), column, num_sinks), axis=0)
+        tl.store(starts + row, start)
         end = max_position
         if num_new > 0:
             end = context - num_before
-            read = missing & (column >= num_sinks)
+            # First tokens from the missing one on are codes, also where the newest begin before them.
+            read = tl.where(column < num_sinks, real & (column >= start), missing)
             if reads_new:
                 # More new tokens than there are columns: those before the newest are codes.
                 end = tl.where(length - context > num_new, length - num_new, end)

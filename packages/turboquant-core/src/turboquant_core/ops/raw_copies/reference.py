@@ -109,7 +109,8 @@ def copy_update(
     if not columns.num_new:
         return starts.int(), torch.full_like(seq_lens, MAX_TOKENS)
     ends = context - columns.num_before
-    read = missing & ~is_sink
+    # First tokens from the missing one on are codes, also where the newest begin before them.
+    read = torch.where(is_sink, real & (column >= starts[:, None]), missing)
     if reads_new:
         # More new tokens than there are columns: those before the newest are codes.
         ends = torch.where(seq_lens - context > columns.num_new, seq_lens - columns.num_new, ends)
