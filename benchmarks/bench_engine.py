@@ -28,7 +28,7 @@ CACHES: dict[str, dict[str, Any]] = {
     },
     "k8v4": {"attention_backend": "CUSTOM", "additional_config": {"turboquant": {"preset": "k8v4"}}},
 }
-SHAPES = [(16, 16384), (1, 32768), (32, 4096), (64, 8192)]
+SHAPES = [(16, 16384), (1, 32768), (32, 4096), (64, 8192), (4, 65536)]
 # 1,152,000 tokens of prefixes: more than an H200 holds beside this model in bf16, less than in the others.
 LOAD = {"conversations": 72, "prefix": 16000, "question": 64, "answer": 64, "rounds": 2, "concurrency": 16}
 # What a part measures, and the name of its results.

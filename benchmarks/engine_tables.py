@@ -12,11 +12,12 @@ LABELS = {"bf16": "bf16, FlashAttention 3", "fp8": "fp8, FlashAttention 3", "tq4
 Shape = tuple[int, int]
 BUSY: Shape = (64, 8192)
 LONG: Shape = (16, 16_384)
+LONGEST: Shape = (4, 65_536)
 
 
 def overview() -> str:
     """Decode steps, prefill and tokens, a row for each cache."""
-    shapes = _shapes()[::-1]
+    shapes = shapes_of_all()[::-1]
     columns = [
         "KV cache",
         f"decode step, {shape(*shapes[0])}",
@@ -34,7 +35,7 @@ def overview() -> str:
 def steps() -> str:
     """Decode steps, a row for each shape."""
     rows = []
-    for at in _shapes():
+    for at in shapes_of_all():
         bf16, fp8, ours = (_step_text(name, at) for name in LABELS)
         ratios = [f"{step(peer, at) / step('tq4', at):.2f}x" for peer in ("bf16", "fp8")]
         rows.append([shape(*at), bf16, fp8, bold_if(_is_fastest("tq4", at), ours), *ratios])
@@ -44,7 +45,7 @@ def steps() -> str:
 
 def prefills() -> str:
     """Prefill, a row for each shape."""
-    rows = [[shape(*at), *(f"{prefill(name, at):.2f} s" for name in LABELS)] for at in _shapes()]
+    rows = [[shape(*at), *(f"{prefill(name, at):.2f} s" for name in LABELS)] for at in shapes_of_all()]
     return table(("batch × context", "prefill: bf16", "fp8", "tq4"), rows)
 
 
@@ -96,9 +97,12 @@ def tokens(name: str) -> int:
     return int(read_result("engine")["caches"][name]["kv_tokens"])
 
 
-def _shapes() -> list[Shape]:
-    shapes = ((batch, context) for batch, context in read_result("engine")["shapes"])
-    return sorted(shapes, key=lambda at: step("tq4", at))
+def shapes_of_all() -> list[Shape]:
+    """Those that every cache was measured at."""
+    measured = [
+        {(row["batch"], row["context"]) for row in read_result("engine")["caches"][name]["steps"]} for name in LABELS
+    ]
+    return sorted(set.intersection(*measured), key=lambda at: step("tq4", at))
 
 
 def _is_fastest(name: str, at: Shape) -> bool:
@@ -125,6 +129,9 @@ FIGURES = {
     "fp8-tokens-ratio": ratio(tokens, "fp8", "bf16"),
     "step-bf16": ratio(lambda name: step(name, BUSY), "bf16", "tq4"),
     "step-fp8": ratio(lambda name: step(name, BUSY), "fp8", "tq4"),
+    "longest-step": lambda: _step_text("tq4", LONGEST),
+    "longest-step-fp8": ratio(lambda name: step(name, LONGEST), "fp8", "tq4"),
+    "long-step-fp8": ratio(lambda name: step(name, LONG), "fp8", "tq4"),
     "long-step-bf16": ratio(lambda name: step(name, LONG), "bf16", "tq4"),
     "prefill-bf16": ratio(lambda name: prefill(name, LONG), "bf16", "tq4"),
     "fp8-long-step-bf16": ratio(lambda name: step(name, LONG), "bf16", "fp8"),

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib as mpl
 from figures import ROOT, checksum
 
-from engine_tables import LABELS
+from engine_tables import LABELS, shapes_of_all
 from results_file import read_result
 from side_by_side.table import of_model
 
@@ -37,13 +37,13 @@ def save(figure: Any, name: str, sources: Sequence[str]) -> None:
 def engine(plt: Any) -> None:
     """Decode steps in vLLM as bars, and tokens that fit."""
     data = read_result("engine")
-    shapes = sorted(data["shapes"], key=lambda shape: shape[0])
+    shapes = sorted(shapes_of_all(), key=lambda shape: shape[0])
     figure, (time, room) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", width_ratios=(3, 1))
     for number, (name, label) in enumerate(LABELS.items()):
         cache = data["caches"][name]
         steps = {(step["batch"], step["context"]): step["decode_step_ms"] for step in cache["steps"]}
         places = [place + 0.27 * (number - 1) for place in range(len(shapes))]
-        heights = [steps[tuple(shape)] for shape in shapes]
+        heights = [steps[shape] for shape in shapes]
         bars = time.bar(places, heights, 0.25, color=COLOURS[name], label=label.replace("`", ""))
         time.bar_label(bars, fmt="%.1f", fontsize="small")
         tokens = cache["kv_tokens"] / 1e6
