@@ -90,6 +90,13 @@ class CopyColumns:
         position = first - 1 - torch.arange(self.num_new, dtype=torch.int32, device=seq_lens.device)
         return torch.where(position >= self.sink_tokens, position, -1)
 
+    def without_column(
+        self, seq_lens: torch.Tensor, query_lens: torch.Tensor | int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the new tokens that have no column begin and end in every row, [rows, 1]; reversed for none."""
+        context = (seq_lens - query_lens).clamp(min=0)[:, None]
+        return context.clamp(min=self.sink_tokens), seq_lens[:, None] - self.num_new
+
 
 @dataclass(frozen=True)
 class RawCopies:

@@ -232,6 +232,26 @@ def test_whatever_else_writes_a_page_makes_its_copies_stale():
     assert cache.update(new, rows).ends.tolist() == [22]
 
 
+def test_a_token_that_is_written_without_a_copy_takes_that_of_its_slot_also_if_the_scales_are_the_same():
+    """As of the same token at another position: in the first layer its key is only rotated otherwise."""
+    columns = CopyColumns(1, 4)
+    cache = Cache(columns, 2, num_copies=40)
+    cache.update(*cache.step({0: 16})[:2], reads_new=False)
+    first, second = cache.rows
+    second.blocks = [first.blocks[1], first.blocks[0], *second.blocks[2:]]
+    cache.update(*cache.step({1: 30})[:2], reads_new=False)
+    # A key the other way round is as long.
+    slot = torch.tensor([first.blocks[1] * BLOCK_SIZE + 7], device=DEVICE)
+    key, value = -first.keys[15:], first.values[15:]
+    cache_update(key, value, cache.pages, slot, cache.layout)
+    # As a row that shares the first block of this one.
+    second.keys, second.values = torch.cat([second.keys[:7], key]), torch.cat([second.values[:7], value])
+    new, rows, used = cache.step({1: 1})
+    codes = cache.update(new, rows)
+    assert (codes.starts.tolist(), codes.ends.tolist()) == ([1], [8])
+    assert_attends(cache, rows, used, codes, [{0, 8}])
+
+
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_a_short_row_that_lost_one_of_its_first_tokens_reads_it_and_those_after_it_as_codes(lost):
     """The newest tokens, which have copies, begin before it."""

@@ -43,11 +43,21 @@ def assign_kernel(
     num_columns: tl.constexpr = num_sinks + num_before + num_new
     in_rows = tl.arange(0, block_rows)[:, None]
     column = tl.arange(0, block_columns)[None, :]
-    # A row has no use any more for what it has left behind.
     for base in range(0, rows, block_rows):
         length, context, blocks = _rows(
             base + in_rows, rows, seq_lens, query_start_loc, block_table, row_capacity, table_stride
         )
+        # A copy that new tokens get no copy over is of what their slots held before.
+        begin = tl.maximum(context, num_sinks)
+        end = length - num_new
+        for at in range(0, tl.max(tl.max(end - begin, axis=1), axis=0), block_columns):
+            position = begin + at + column
+            _, _, found, held = _find(
+                position, position < end, blocks, last_block, copy_of_slot, slot_of_copy, block_size
+            )
+            tl.store(slot_of_copy + found, found * 0 - 1, mask=held)
+            tl.store(used + found, found * 0, mask=held)
+        # A row has no use any more for what it has left behind.
         position = context - num_before - 1 - column
         real = (column < num_new) & (position >= num_sinks) & (base + in_rows < rows)
         _, _, found, held = _find(position, real, blocks, last_block, copy_of_slot, slot_of_copy, block_size)

@@ -37,6 +37,13 @@ def assign(
         found = copies.copy_of_slot[slot]
         return slot, torch.where(real & (copies.slot_of_copy[found] == slot), found, -1)
 
+    # A copy that new tokens get no copy over is of what their slots held before.
+    begin, end = columns.without_column(seq_lens, query_lens)
+    most = int((end.clamp(max=capacity) - begin).clamp(min=0).amax()) if len(seq_lens) else 0
+    position = begin + torch.arange(most, dtype=torch.int32, device=seq_lens.device)
+    _, overwritten = find(torch.where(position < end, position, -1))
+    copies.slot_of_copy[overwritten] = -1
+    copies.used[overwritten] = 0
     position, real, new = columns.positions(seq_lens, query_lens)
     # A row has no use any more for what it has left behind.
     _, left = find(columns.left_behind(seq_lens, query_lens))
@@ -48,7 +55,9 @@ def assign(
     rank = wanted.flatten().cumsum(0).view(wanted.shape) - 1
     used = copies.used[:num_copies]
     age = (step - used).clamp(max=MOST_AGE)
-    oldest = age.sort(descending=True).values[(wanted.sum() - 1).clamp(0, num_copies - 1)].clamp(min=1)
+    # Where there are too few, all that are not in use.
+    by_age = torch.nn.functional.pad(age.sort(descending=True).values, (0, 1))
+    oldest = by_age[(wanted.sum() - 1).clamp(0, num_copies)].clamp(min=1)
     longest_ago = torch.where(age > oldest, 0, torch.where(age == oldest, 1, 2)).argsort(stable=True)
     taken = longest_ago[rank.clamp(0, num_copies - 1)].int()
     given = wanted & (rank < num_copies) & (used[taken] < step)

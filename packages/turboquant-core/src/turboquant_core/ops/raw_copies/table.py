@@ -12,7 +12,8 @@ class CopyTable:
     """The copies of the slots of one block table, on the device alone: nothing is read back.
 
     New tokens get the copies that were not in use for longest. So those of a row that waits a few steps last, and so
-    does the first token of a prompt that other requests share. A token for which there is none left has none.
+    does the first token of a prompt that other requests share. A token for which there is none left has none, and a
+    new token that is none of the columns takes the copy from its slot, which is of what the slot held before.
 
     Attributes:
         columns: The tokens of a row that have copies.
