@@ -188,6 +188,14 @@ def test_stages_that_may_have_no_compressed_layer_need_a_file(config, monkeypatc
         assert engine_problems(config, settings) == []
 
 
+def test_microbatches_that_overlap_cannot_share_raw_copies(config, monkeypatch):
+    monkeypatch.setattr(config.parallel_config, "enable_dbo", True)
+    for settings in (Settings(), Settings(sink_tokens=0), Settings(recent_tokens=0)):
+        (problem,) = engine_problems(config, settings)
+        assert re.search("microbatches.*--enable-dbo.*sink_tokens.*recent_tokens", problem)
+    assert engine_problems(config, Settings(sink_tokens=0, recent_tokens=0)) == []
+
+
 def test_a_connector_is_not_served_with_layers_that_stay_uncompressed(config, monkeypatch):
     monkeypatch.setattr(config.cache_config, "kv_cache_dtype_skip_layers", ["0", "3"])
     assert engine_problems(config, Settings()) == []

@@ -33,6 +33,7 @@ def engine_problems(config: Any, settings: Settings) -> list[str]:
     return [
         *_cache_problems(config.cache_config),
         *_attention_problems(config),
+        *_copy_problems(config, settings),
         *_connector_problems(config.kv_transfer_config),
         *_mean_problems(config, settings),
         *_layer_problems(config, settings),
@@ -110,6 +111,15 @@ def _attention_problems(config: Any) -> Iterator[str]:
     # For these vLLM lengthens the rows and leaves the lengths on the CPU, which prefill is planned with, as they were.
     if _compresses_draft(speculative) and (speculative.method == "draft_model" or speculative.parallel_drafting):
         yield f"a draft of method {speculative.method} is not served by TurboQuant. {OWN_DRAFT_BACKEND}"
+
+
+def _copy_problems(config: Any, settings: Settings) -> Iterator[str]:
+    # Halves of a batch that run at the same time would write each other's copies.
+    if settings.keeps_copies and config.parallel_config.use_ubatching:
+        yield (
+            "batches are cut into microbatches that overlap, by --enable-dbo or --ubatch-size, and those cannot share "
+            'raw copies of tokens. Leave it out, or give "sink_tokens": 0 and "recent_tokens": 0.'
+        )
 
 
 def _connector_problems(transfer: Any) -> Iterator[str]:
