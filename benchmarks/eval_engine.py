@@ -1,4 +1,4 @@
-"""Perplexity and KL in vLLM's engine with keys centred by the texts that ship, by a calibration file, and not at all.
+"""Perplexity and KL in vLLM: keys centred by the texts that ship, by a calibration file, not at all; and codes only.
 
 Needs vLLM, with or without a GPU, and the plugin. A text is prefilled in chunks, each of which reads the codes of those
 before it; the calibration file is made from the text that follows.
@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,14 @@ def engines(preset: str, folder: Path) -> dict[str, dict[str, Any]]:
     def turboquant(**settings: Any) -> dict[str, Any]:
         return {"attention_backend": "CUSTOM", "additional_config": {"turboquant": {"preset": preset, **settings}}}
 
+    calibration, codes_only = str(folder / "calibration.safetensors"), {"sink_tokens": 0, "recent_tokens": 0}
     return {
         "uncompressed": {},
         "means of the texts that ship": turboquant(),
-        "means of a calibration file": turboquant(calibration=str(folder / "calibration.safetensors")),
+        "means of a calibration file": turboquant(calibration=calibration),
         "not centred": turboquant(center_keys=False),
+        "codes only, means of the texts that ship": turboquant(**codes_only),
+        "codes only, means of a calibration file": turboquant(calibration=calibration, **codes_only),
     }
 
 
@@ -80,6 +83,8 @@ LABELS = {
     "means of the texts that ship": "less the means of the texts that ship",
     "means of a calibration file": "less the means of a calibration file, from the text that follows",
     "not centred": "not centred",
+    "codes only, means of the texts that ship": "codes only, less the means of the texts that ship",
+    "codes only, means of a calibration file": "codes only, by a calibration file",
 }
 
 
@@ -95,11 +100,18 @@ def scores_table(scores: Mapping[str, Any]) -> str:
     return table(("keys", "perplexity", "KL, nats per token", "same likeliest token"), rows)
 
 
-FIGURES = {"engine-centring": lambda: scores_table(read_result("engine_centring_qwen2.5-coder-1.5b")["scores"])}
+def _scores(name: str) -> Callable[[], str]:
+    return lambda: scores_table(read_result(f"engine_centring_{name}")["scores"])
+
+
+FIGURES = {
+    "engine-centring": _scores("qwen2.5-coder-1.5b"),
+    "engine-raw-tq4": _scores("smollm2"),
+}
 
 
 def main() -> None:
-    """Score, print, and write results/engine_centring_MODEL.json."""
+    """Score, print, and write results/engine_centring_MODEL.json, with the preset behind the name if it is not tq4."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, qwen2.5-coder-1.5b, hub id, folder or GGUF file")
     parser.add_argument("--preset", default="tq4")
@@ -133,7 +145,8 @@ def main() -> None:
             print(name, flush=True)
     print(scores_table(scores))
     data = {**vars(arguments), "dtype": dtype, "calibration_tokens": calibration_tokens, "scores": scores}
-    write_result("engine_centring_" + file_stem(arguments.model), data)
+    preset = "" if arguments.preset == "tq4" else f"_{arguments.preset}"
+    write_result(f"engine_centring_{file_stem(arguments.model)}{preset}", data)
 
 
 if __name__ == "__main__":
