@@ -104,9 +104,15 @@ def _scores(name: str) -> Callable[[], str]:
     return lambda: scores_table(read_result(f"engine_centring_{name}")["scores"])
 
 
+def _kl(engine: str) -> Callable[[], str]:
+    return lambda: nats(read_result("engine_centring_smollm2")["scores"][engine]["mean_kl"])
+
+
 FIGURES = {
     "engine-centring": _scores("qwen2.5-coder-1.5b"),
     "engine-raw-tq4": _scores("smollm2"),
+    "engine-raw-kl": _kl("means of the texts that ship"),
+    "engine-codes-kl": _kl("codes only, means of the texts that ship"),
 }
 
 
