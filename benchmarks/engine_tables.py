@@ -131,7 +131,6 @@ FIGURES = {
     "step-fp8": ratio(lambda name: step(name, BUSY), "fp8", "tq4"),
     "longest-step": lambda: _step_text("tq4", LONGEST),
     "longest-step-fp8": ratio(lambda name: step(name, LONGEST), "fp8", "tq4"),
-    "long-step-fp8": ratio(lambda name: step(name, LONG), "fp8", "tq4"),
     "long-step-bf16": ratio(lambda name: step(name, LONG), "bf16", "tq4"),
     "prefill-bf16": ratio(lambda name: prefill(name, LONG), "bf16", "tq4"),
     "fp8-long-step-bf16": ratio(lambda name: step(name, LONG), "bf16", "fp8"),

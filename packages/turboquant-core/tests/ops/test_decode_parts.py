@@ -11,8 +11,8 @@ import triton.language as tl
 from turboquant_core import KVCacheLayout, TurboQuantConfig, grid_codebook
 from turboquant_core.codebook import ascending_codes
 from turboquant_core.ops import _dispatch, _path
+from turboquant_core.ops._card import Card, card_of
 from turboquant_core.ops._path import find_path
-from turboquant_core.ops.decode_attention.card import card_of
 from turboquant_core.ops.decode_attention.centroids import unit_variance_centroids
 from turboquant_core.ops.decode_attention.fragment.lookup import key_lookup, split_key_lookup, value_lookup
 from turboquant_core.ops.decode_attention.fragment.positions import bit_swaps, key_channels, value_channels
@@ -24,7 +24,7 @@ from turboquant_core.ops.decode_attention.portable.lookup import PARTS, entries,
 from turboquant_core.ops.decode_attention.portable.prepare import _write_cu_tiles
 from turboquant_core.ops.decode_attention.portable.sizes import portable_launch
 from turboquant_core.ops.decode_attention.schedule import owner, query_heads, share_start
-from turboquant_core.ops.decode_attention.sizes import Card, DecodeShape, padded_batch, representative_batches
+from turboquant_core.ops.decode_attention.sizes import DecodeShape, padded_batch, representative_batches
 from turboquant_core.testing import MODEL_SHAPES
 from turboquant_core.testing.decode import DecodeCase, build, relative_error
 from turboquant_core.vector_format import SPLIT_BITS
@@ -594,7 +594,8 @@ from turboquant_core.ops.decode_attention.fragment import launch as module
 from turboquant_core.ops.decode_attention.call import AttendCall
 from turboquant_core.ops.decode_attention.fragment.sizes import fragment_launch
 from turboquant_core.ops.decode_attention.launch import Attention
-from turboquant_core.ops.decode_attention.sizes import Card, DecodeShape
+from turboquant_core.ops._card import Card
+from turboquant_core.ops.decode_attention.sizes import DecodeShape
 from turboquant_core.testing.compiled import Recorder
 from turboquant_core.testing.decode import DecodeCase, build
 

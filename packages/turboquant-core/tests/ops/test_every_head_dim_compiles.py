@@ -21,7 +21,7 @@ from turboquant_core.ops.cache_update.triton.sizes import Processor
 from turboquant_core.ops.decode_attention import launch as decode
 from turboquant_core.ops.decode_attention.paths import PATHS
 from turboquant_core.ops.decode_attention.portable import launch as portable
-from turboquant_core.ops.decode_attention.sizes import Card
+from turboquant_core.ops._card import Card
 from turboquant_core.ops.merge_attention import launch as merge
 from turboquant_core.ops.raw_copies import CopyTable
 from turboquant_core.ops.raw_copies import launch as copies

@@ -6,8 +6,8 @@ import torch
 
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._card import card_of
 from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors, AttendTransform
-from turboquant_core.ops.decode_attention.card import card_of
 from turboquant_core.ops.decode_attention.path import Attend, DecodePath
 from turboquant_core.ops.decode_attention.sizes import DecodeLaunch, DecodeShape
 

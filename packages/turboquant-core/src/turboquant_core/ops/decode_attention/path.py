@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_core.layout import KVCacheLayout
+from turboquant_core.ops._card import Card
 from turboquant_core.ops._path import Path
 from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
-from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape
+from turboquant_core.ops.decode_attention.sizes import DecodeLaunch, DecodeShape
 
 Attend = Callable[[AttendTensors, AttendEnds], None]
 """The launches of a planned call."""

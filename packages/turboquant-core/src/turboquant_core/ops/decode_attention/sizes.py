@@ -3,18 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-
-@dataclass(frozen=True)
-class Card:
-    """What of a GPU the launch depends on.
-
-    Attributes:
-        capability: (major, minor) compute capability.
-        num_multiprocessors: Streaming multiprocessors.
-    """
-
-    capability: tuple[int, int]
-    num_multiprocessors: int
+from turboquant_core.ops._card import Card
 
 
 @dataclass(frozen=True)
@@ -78,8 +67,3 @@ def share_among_workers(shape: DecodeShape, card: Card, columns: int, *, tile: i
     groups = shape.num_kv_heads * -(-shape.num_columns // columns)
     most_tiles = -(-shape.max_tokens // tile) + shape.batch
     return max(1, min(waves * resident * card.num_multiprocessors // groups, most_tiles))
-
-
-def overlaps(card: Card) -> bool:
-    """Whether a kernel can be launched while the one before it runs: programmatic dependent launch came with Hopper."""
-    return card.capability >= (9, 0)

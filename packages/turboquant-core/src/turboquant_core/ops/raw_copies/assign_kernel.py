@@ -11,7 +11,7 @@ MOST_AGE = tl.constexpr(255)
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "step", "num_copies", "last_block", "row_capacity", "table_stride", "entries_stride", "lens_stride",
+        "rows", "step", "num_copies", "last_block", "row_capacity", "table_stride", "entries_stride",
     ],
     do_not_specialize_on_alignment=["seq_lens", "query_start_loc", "block_table"],
 )  # fmt: skip

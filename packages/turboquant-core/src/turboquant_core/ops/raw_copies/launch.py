@@ -1,17 +1,14 @@
 """Launch the kernels of raw copies."""
 
-from functools import cache
-
 import torch
 
 # Says what is missing where Triton is.
 import turboquant_core.ops._triton  # noqa: F401
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
+from turboquant_core.ops._card import card_of, overlapped, overlaps
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._page_layout import page_layout
-from turboquant_core.ops.decode_attention.card import card_of
-from turboquant_core.ops.decode_attention.sizes import overlaps
 from turboquant_core.ops.raw_copies.assign_kernel import assign_kernel
 from turboquant_core.ops.raw_copies.kernel import merge_kernel, update_kernel
 from turboquant_core.ops.raw_copies.state import CopyState
@@ -179,10 +176,10 @@ def assign(
         )
 
 
-@cache
 def _overlapped(device: torch.device) -> dict[str, bool]:
     """Start a kernel while the one before it runs, where a card can."""
-    return {"overlap": True, "launch_pdl": True} if overlaps(card_of(device)) else {"overlap": False}
+    overlap = overlaps(card_of(device))
+    return {"overlap": overlap, **overlapped(overlap)}
 
 
 def _columns(columns: CopyColumns) -> dict[str, int]:

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 
+from turboquant_core.ops._card import overlapped
 from turboquant_core.ops._page_layout import PageLayout
 from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
-from turboquant_core.ops.decode_attention.card import overlapped
 from turboquant_core.ops.decode_attention.fragment.combine import combine_kernel
 from turboquant_core.ops.decode_attention.fragment.kernel import fragment_kernel
 from turboquant_core.ops.decode_attention.fragment.lookup import Lookup, key_lookup, split_key_lookup, value_lookup
@@ -44,7 +44,7 @@ def plan(call: AttendCall) -> FragmentAttend:
     key, value = _key_lookup(layout), value_lookup(head_dim, value_bits)
     group_dim = head_dim // len(key.groups)
     tables = _tables(head_dim, key, value_bits, call.device)
-    common: dict[str, Any] = overlapped(launch)
+    common: dict[str, Any] = overlapped(launch.overlap)
     attend = partial(
         fragment_kernel[call.grid],
         **call.arguments(),

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 
+from turboquant_core.ops._card import card_of, overlapped
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
 from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
-from turboquant_core.ops.decode_attention.card import card_of, overlapped
 from turboquant_core.ops.decode_attention.centroids import MAX_PERMUTED_BITS
 from turboquant_core.ops.decode_attention.portable.combine import combine_kernel
 from turboquant_core.ops.decode_attention.portable.kernel import portable_kernel
@@ -77,7 +77,7 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
         "sizes": sizes,
         "block_dim": sizes.num_positions,
         "precision": "tf32x3" if card_of(device).capability >= (8, 0) else "ieee",
-        **overlapped(launch),
+        **overlapped(launch.overlap),
     }
     prepare = partial(
         prepare_kernel[(-(-heads // launch.prepare_heads), sizes.num_positions // block_positions)],
@@ -106,7 +106,7 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
         value_permute=value_permute,
         widen=interpreting(),
         num_warps=launch.num_warps,
-        **overlapped(launch),
+        **overlapped(launch.overlap),
     )
     combine = partial(
         combine_kernel[(-(-heads // launch.merge_heads),)],

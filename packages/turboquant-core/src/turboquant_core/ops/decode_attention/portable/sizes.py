@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch, DecodeShape, overlaps, share_among_workers
+from turboquant_core.ops._card import Card, overlaps
+from turboquant_core.ops.decode_attention.sizes import DecodeLaunch, DecodeShape, share_among_workers
 
 MANY_ROWS = 16
 

@@ -1,10 +1,22 @@
 """The card that a launch is for."""
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from turboquant_core.ops.decode_attention.sizes import Card, DecodeLaunch
+
+@dataclass(frozen=True)
+class Card:
+    """What of a GPU the launch depends on.
+
+    Attributes:
+        capability: (major, minor) compute capability.
+        num_multiprocessors: Streaming multiprocessors.
+    """
+
+    capability: tuple[int, int]
+    num_multiprocessors: int
 
 
 @cache
@@ -19,6 +31,11 @@ def card_of(device: torch.device) -> Card:
     return Card((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def overlapped(launch: DecodeLaunch) -> dict[str, bool]:
+def overlaps(card: Card) -> bool:
+    """Whether a kernel can be launched while the one before it runs: programmatic dependent launch came with Hopper."""
+    return card.capability >= (9, 0)
+
+
+def overlapped(overlap: bool) -> dict[str, bool]:
     """The launch option of a kernel that may start before the previous one has finished."""
-    return {"launch_pdl": True} if launch.overlap else {}
+    return {"launch_pdl": True} if overlap else {}
