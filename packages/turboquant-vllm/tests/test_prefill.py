@@ -165,6 +165,7 @@ class Inputs:
             context_lens_cpu=list(case.context_lens),
             query_lens_cpu=list(case.query_lens),
             block_table=self.table,
+            copies=None if self.raw is None else self.raw.rows,
             most_grouped_tokens=case.most_grouped_tokens,
         )
 
@@ -301,6 +302,14 @@ def test_windows_of_many_rows_are_dequantised_a_few_rows_at_a_time(device, works
         assert part.rows.context_lens_cpu == part.rows.context_lens.tolist()
         assert part.reached.start_loc[-1] == part.reached.num_tokens
     assert len(parts) > 1 or parts[0].rows is inputs.rows
+    assert_accurate(inputs)
+
+
+@pytest.mark.parametrize("workspace", [1, 57])
+def test_windows_of_a_few_rows_at_a_time_have_the_copies_of_those(device, workspace):
+    inputs = Inputs(Case(context_lens=(100, 0, 64), window=24, copies=CopyColumns(1, 6)), device)
+    inputs.rows.workspace_tokens = workspace
+    assert len(inputs.rows.window_parts(24)) > 1
     assert_accurate(inputs)
 
 

@@ -139,6 +139,19 @@ class RawCopies:
 
 
 @dataclass(frozen=True)
+class CodeRange:
+    """The positions of every row that are attended to as codes; those around them have copies, each one that stands.
+
+    Attributes:
+        starts: int32 [rows], the first, as `decode_attention` takes it.
+        ends: int32 [rows], one past the last, the same.
+    """
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+
+
+@dataclass(frozen=True)
 class CopyRows:
     """The copies of some rows in one step.
 
@@ -165,10 +178,39 @@ class CopyRows:
         """Query tokens of every row."""
         return self.max_query_len if self.query_start_loc is None else self.query_start_loc.diff()
 
+    @property
+    def first_tokens(self) -> torch.Tensor:
+        """The first query token of every row, and the end of the last, int32 [rows + 1]."""
+        if self.query_start_loc is not None:
+            return self.query_start_loc
+        rows = torch.arange(len(self.seq_lens) + 1, dtype=torch.int32, device=self.seq_lens.device)
+        return rows * self.max_query_len
+
+    def raw(self, codes: CodeRange) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The position of every row's columns, whether a copy serves it, and whether it is new, [rows, num_columns]."""
+        position, real, new = self.columns.positions(self.seq_lens, self.query_lens)
+        is_sink = torch.arange(self.columns.num_columns, device=position.device) < self.columns.sink_tokens
+        around = torch.where(is_sink, position < codes.starts[:, None], position >= codes.ends[:, None])
+        return position, real & around & (self.entries >= 0), new
+
     def decoding(self, count: int, max_query_len: int, *, one_each: bool) -> "CopyRows":
         """The first `count` rows, of up to `max_query_len` query tokens, or of one each."""
         rows = replace(self.between(0, count), max_query_len=max_query_len)
         return replace(rows, query_start_loc=None) if one_each else rows
+
+    def of_contexts(self, row: torch.Tensor, context_lens: torch.Tensor, block_table: torch.Tensor) -> "CopyRows":
+        """The contexts of rows, int64 [n], in which none of the new tokens is seen, each with one token after it."""
+        entries = self.entries[row]
+        entries[:, self.columns.sink_tokens + self.columns.num_before :] = -1
+        return replace(
+            self,
+            entries=entries,
+            seq_lens=context_lens + 1,
+            query_start_loc=None,
+            block_table=block_table,
+            num_tokens=len(entries),
+            max_query_len=1,
+        )
 
     def between(self, first: int, end: int) -> "CopyRows":
         """Rows first to end - 1."""

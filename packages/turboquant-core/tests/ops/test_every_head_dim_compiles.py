@@ -25,7 +25,7 @@ from turboquant_core.ops._card import Card
 from turboquant_core.ops.merge_attention import launch as merge
 from turboquant_core.ops.raw_copies import CopyTable
 from turboquant_core.ops.raw_copies import launch as copies
-from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
+from turboquant_core.raw_copies import CodeRange, CopyColumns, CopyRows, RawCopies
 from turboquant_core.testing.compiled import Recorder
 
 BATCH = 32
@@ -93,7 +93,7 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
     kept, new = RawCopies.allocate(layout.config, 2, 16, torch.bfloat16), query[:, :2]
     copies.copy_update((new, new), pages, rows, kept, layout, reads_new=True)
     options = {"scale": 1.0, "window": 0, "softcap": 0.0, "mean": means if split else None}
-    copies.merge_copies(query, query, torch.zeros(BATCH, 8), rows, kept, lengths, lengths, **options)
+    copies.merge_copies(query, query, torch.zeros(BATCH, 8), rows, kept, CodeRange(lengths, lengths), **options)
     for kernel in copy_kernels:
         show(kernel)
 """

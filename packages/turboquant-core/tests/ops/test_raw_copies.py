@@ -106,7 +106,7 @@ class Cache:
         found = launch.copy_update(
             new, self.pages, rows, self.copies, self.layout, reads_new=options.get("reads_new", True)
         )
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
             assert torch.equal(one, other)
         for one, other in zip(vars(self.copies).values(), vars(left).values(), strict=True):
             assert torch.equal(one, other)
@@ -121,7 +121,7 @@ class Cache:
             seq_ends=codes.ends, key_transform=self.transform, return_lse=True, path="reference", **options,
         )  # fmt: skip
         plain = [out.clone(), lse.clone()]
-        arguments = (rows, self.copies, codes.starts, codes.ends)
+        arguments = (rows, self.copies, codes)
         options = {"scale": SCALE, "window": options.get("window") or 0, "softcap": options.get("softcap") or 0.0}
         launch.merge_copies(query, out, lse, *arguments, **options, mean=None)
         reference.merge_copies(query, *plain, *arguments, **options, mean=None)
@@ -385,7 +385,7 @@ def test_other_types(dtype, with_mean):
     for merge in (launch.merge_copies, reference.merge_copies):
         given = out.clone(), lse.clone()
         options = {"scale": SCALE, "window": 0, "softcap": 0.0, "mean": mean}
-        merge(query, *given, rows, cache.copies, codes.starts, codes.ends, **options)
+        merge(query, *given, rows, cache.copies, codes, **options)
         results.append(given)
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)

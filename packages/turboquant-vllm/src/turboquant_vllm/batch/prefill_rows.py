@@ -51,6 +51,7 @@ class TokenGroups:
         place: int64 [num_tokens], its place in the group.
         seq_lens: int32 [groups], the length of the context.
         block_table: int32 [groups, max_blocks], of the context.
+        copies: What of the contexts is raw, each group a row of one token that comes after its context; or None.
     """
 
     row: torch.Tensor
@@ -59,6 +60,7 @@ class TokenGroups:
     place: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    copies: CopyRows | None
 
 
 @dataclass
@@ -136,13 +138,16 @@ class PrefillRows:
         # One copy, which nothing waits for.
         copied = _to_device(torch.cat(planned), self.context_lens.device)
         row_of_group, token, at = torch.split(copied, [len(part) for part in planned])
+        seq_lens = pad(self.context_lens[row_of_group[: len(row)]], (0, num_empty))
+        block_table = self.block_table[row_of_group]
         return TokenGroups(
             row_of_group,
             token.view(-1, GROUP_LEN),
             at // GROUP_LEN,
             at % GROUP_LEN,
-            pad(self.context_lens[row_of_group[: len(row)]], (0, num_empty)),
-            self.block_table[row_of_group],
+            seq_lens,
+            block_table,
+            None if self.copies is None else self.copies.of_contexts(row_of_group, seq_lens, block_table),
         )
 
     def window_parts(self, window: int) -> "list[WindowPart]":
@@ -195,6 +200,7 @@ class PrefillRows:
             context_lens_cpu=self.context_lens_cpu[first:end],
             query_lens_cpu=query_lens_cpu,
             block_table=self.block_table[first:end],
+            copies=None if self.copies is None else self.copies.between(first, end),
         )
 
     @cached_property

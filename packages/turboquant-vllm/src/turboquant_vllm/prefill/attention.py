@@ -166,7 +166,7 @@ class Prefill:
                 part.rows,
                 part.reached,
                 undone,
-                None if raw is None else raw.between(part.places),
+                None if raw is None else raw.of_window(part),
                 own=None if own is None else (part.own, own[0][part.tokens], own[1][part.tokens]),
                 causal=True,
                 sinks=self.sinks,

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turboquant_core.ops.raw_copies import CodeRange
-from turboquant_core.raw_copies import CopyRows, RawCopies
-from turboquant_vllm.batch.prefill_rows import ContextPart, TokenGroups
+from turboquant_core.raw_copies import CodeRange, CopyRows, RawCopies
+from turboquant_vllm.batch.prefill_rows import ContextPart, TokenGroups, WindowPart
 
 
 @dataclass(frozen=True)
@@ -26,26 +25,17 @@ class RawContext:
     codes: CodeRange
     key_mean: torch.Tensor | None = None
 
-    def between(self, places: slice) -> "RawContext":
-        """Those of some rows."""
-        codes = CodeRange(self.codes.starts[places], self.codes.ends[places])
-        return replace(self, rows=self.rows.between(places.start, places.stop), codes=codes)
+    def of_window(self, part: WindowPart) -> "RawContext":
+        """Those of the rows of a part."""
+        assert part.rows.copies is not None
+        codes = CodeRange(self.codes.starts[part.places], self.codes.ends[part.places])
+        return replace(self, rows=part.rows.copies, codes=codes)
 
     def of_groups(self, groups: TokenGroups) -> "RawContext":
-        """Those of groups of tokens, each as a row of one token that comes after its context."""
-        entries = self.rows.entries[groups.row]
-        entries[:, self.rows.columns.sink_tokens + self.rows.columns.num_before :] = -1
-        rows = replace(
-            self.rows,
-            entries=entries,
-            seq_lens=groups.seq_lens + 1,
-            query_start_loc=None,
-            block_table=groups.block_table,
-            num_tokens=len(entries),
-            max_query_len=1,
-        )
+        """Those of groups of tokens."""
+        assert groups.copies is not None
         starts = self.codes.starts[groups.row].minimum(groups.seq_lens)
-        return replace(self, rows=rows, codes=CodeRange(starts, self.codes.ends[groups.row]))
+        return replace(self, rows=groups.copies, codes=CodeRange(starts, self.codes.ends[groups.row]))
 
     def restore(
         self,
@@ -62,14 +52,11 @@ class RawContext:
             part: The stored tokens that the others are.
             rotated: The rotation that they are in.
         """
-        columns, entries = self.rows.columns, self.rows.entries
-        position, real, is_new = columns.positions(self.rows.seq_lens, self.rows.query_lens)
-        is_sink = torch.arange(columns.num_columns, device=key.device) < columns.sink_tokens
-        raw = torch.where(is_sink, position < self.codes.starts[:, None], position >= self.codes.ends[:, None])
+        position, raw, is_new = self.rows.raw(self.codes)
         starts = part.starts[:, None]
-        raw &= real & ~is_new & (entries >= 0) & (position >= starts) & (position < part.ends[:, None])
+        raw = raw & ~is_new & (position >= starts) & (position < part.ends[:, None])
         at = torch.where(raw, part.start_loc[:-1, None] + position - starts, part.num_tokens)
-        entry = entries.clamp(min=0)
+        entry = self.rows.entries.clamp(min=0)
         keys, values = self.copies.keys[entry], self.copies.values[entry]
         if self.key_mean is not None:
             keys = keys.float().sub_(self.key_mean)

@@ -1,25 +1,10 @@
 """Copy a step's tokens beside their codes, and attend to copies instead of codes."""
 
-from dataclasses import dataclass
-
 import torch
 
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops.raw_copies import reference
-from turboquant_core.raw_copies import CopyRows, RawCopies
-
-
-@dataclass(frozen=True)
-class CodeRange:
-    """The positions of every row that are attended to as codes; those around them have copies, each one that stands.
-
-    Attributes:
-        starts: int32 [rows], the first, as `decode_attention` takes it.
-        ends: int32 [rows], one past the last, the same.
-    """
-
-    starts: torch.Tensor
-    ends: torch.Tensor
+from turboquant_core.raw_copies import CodeRange, CopyRows, RawCopies
 
 
 def copy_update(
@@ -52,7 +37,7 @@ def copy_update(
     update = reference.copy_update
     if pages.is_cuda:
         from turboquant_core.ops.raw_copies.launch import copy_update as update
-    return CodeRange(*update(new, pages, rows, copies, layout, reads_new=reads_new))
+    return update(new, pages, rows, copies, layout, reads_new=reads_new)
 
 
 def merge_copies(
@@ -86,6 +71,6 @@ def merge_copies(
     if query.is_cuda:
         from turboquant_core.ops.raw_copies.launch import merge_copies as merge
     merge(
-        query, out, lse, rows, copies, codes.starts, codes.ends,
+        query, out, lse, rows, copies, codes,
         scale=scale, window=window or 0, softcap=softcap or 0.0, mean=key_mean,
     )  # fmt: skip

@@ -7,6 +7,9 @@ from turboquant_core.ops._triton.bounds import clamped, row_queries
 from turboquant_core.ops._triton.codes import scale_pointers
 from turboquant_core.ops.raw_copies.columns import column_position, slot_of
 
+# The lowest that is finite: a block that is hidden altogether must not give minus infinity less itself.
+LOWEST = tl.constexpr(-3.0e38)
+
 
 @triton.jit
 def row_of_step(row, seq_lens, query_start_loc, num_tokens, query_len, row_capacity):
@@ -239,8 +242,7 @@ def merge_kernel(
         key_mean = tl.load(mean + kv_head * head_dim + channel, mask=channel < head_dim, other=0.0)
         shift = tl.sum(q.to(tl.float32) * key_mean[None, :], axis=1)
     row_entries = entries + row.to(tl.int64) * entries_stride
-    # The lowest that is finite: a block that is hidden altogether must not give minus infinity less itself.
-    top = tl.full([block_queries], -3.0e38, tl.float32)
+    top = tl.full([block_queries], LOWEST, tl.float32)
     total = tl.zeros([block_queries], tl.float32)
     result = tl.zeros([block_queries, block_dim], tl.float32)
     for base in range(0, num_sinks + num_before + num_new, block_columns):
@@ -279,7 +281,7 @@ def merge_kernel(
     rescale = tl.exp(top - highest)
     total = total * rescale + weight
     # Where nothing is seen, what attention on codes gave stays.
-    written = used & (total > 0) & (top > -3.0e38)
+    written = used & (total > 0) & (top > LOWEST)
     total = tl.where(written, total, 1.0)
     codes = tl.load(place, mask=written[:, None] & real_channel, other=0.0).to(tl.float32)
     result = (result * rescale[:, None] + codes * weight[:, None]) / total[:, None]

@@ -12,7 +12,7 @@ from turboquant_core.ops._page_layout import page_layout
 from turboquant_core.ops.raw_copies.assign_kernel import assign_kernel
 from turboquant_core.ops.raw_copies.kernel import merge_kernel, update_kernel
 from turboquant_core.ops.raw_copies.state import CopyState
-from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
+from turboquant_core.raw_copies import CodeRange, CopyColumns, CopyRows, RawCopies
 
 # What products take at least.
 MIN_BLOCK = 16
@@ -29,10 +29,10 @@ def copy_update(
     layout: KVCacheLayout,
     *,
     reads_new: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `turboquant_core.ops.raw_copies.copy_update`; first and last position as tensors."""
+) -> CodeRange:
+    """See `turboquant_core.ops.raw_copies.copy_update`."""
     batch = len(rows.seq_lens)
-    starts, ends = torch.empty(2, batch, dtype=torch.int32, device=pages.device)
+    codes = CodeRange(*torch.empty(2, batch, dtype=torch.int32, device=pages.device))
     key, value = new or (None, None)
     with torch.cuda.device_of(pages):  # type: ignore[no-untyped-call]
         update_kernel[(batch, 1 if new is None else 2)](
@@ -47,8 +47,8 @@ def copy_update(
             copied_values=copies.values,
             copied_slots=copies.slots,
             copied_scales=copies.scales,
-            starts=starts,
-            ends=ends,
+            starts=codes.starts,
+            ends=codes.ends,
             key_token_stride=0 if key is None else key.stride(0),
             key_head_stride=0 if key is None else key.stride(1),
             value_token_stride=0 if value is None else value.stride(0),
@@ -71,7 +71,7 @@ def copy_update(
             num_warps=NUM_WARPS,
             **_overlapped(pages.device),
         )
-    return starts, ends
+    return codes
 
 
 def merge_copies(
@@ -80,8 +80,7 @@ def merge_copies(
     lse: torch.Tensor,
     rows: CopyRows,
     copies: RawCopies,
-    starts: torch.Tensor,
-    ends: torch.Tensor,
+    codes: CodeRange,
     *,
     scale: float,
     window: int,
@@ -101,8 +100,8 @@ def merge_copies(
             entries=rows.entries,
             seq_lens=rows.seq_lens,
             query_start_loc=rows.query_start_loc,
-            starts=starts,
-            ends=ends,
+            starts=codes.starts,
+            ends=codes.ends,
             copied_keys=copies.keys,
             copied_values=copies.values,
             mean=mean,

@@ -5,7 +5,7 @@ import torch
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, existing_blocks, row_capacity
 from turboquant_core.ops.raw_copies.state import CopyState
-from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
+from turboquant_core.raw_copies import CodeRange, CopyColumns, CopyRows, RawCopies
 
 # As in the kernel: ages in steps that are told apart.
 MOST_AGE = 255
@@ -24,21 +24,19 @@ def assign(
     step: int,
 ) -> None:
     """See `CopyTable.assign`."""
-    num_copies, query_lens = len(copies.free), query_start_loc.diff()
-    capacity = row_capacity(num_slots, block_table.shape[1], block_size)
+    num_copies, query_lens, num_blocks = len(copies.free), query_start_loc.diff(), num_slots // block_size
 
     def find(position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The slots of positions [rows, n], and their copies; -1 where there is none, as for a negative position."""
-        inside = position.clamp(0, max(capacity - 1, 0))
-        block = block_table.gather(1, (inside // block_size).long())
-        real = (position == inside) & (block >= 0) & (block < num_slots // block_size)
-        slot = torch.where(real, block * block_size + inside % block_size, -1)
+        block, offset, real = _place(position, block_table, num_blocks, block_size)
+        slot = torch.where(real, block * block_size + offset, -1)
         # The last element belongs to none.
         found = copies.copy_of_slot[slot]
         return slot, torch.where(real & (copies.slot_of_copy[found] == slot), found, -1)
 
     # A copy that new tokens get no copy over is of what their slots held before.
     begin, end = columns.without_column(seq_lens, query_lens)
+    capacity = row_capacity(num_blocks, block_table.shape[1], block_size)
     most = int((end.clamp(max=capacity) - begin).clamp(min=0).amax()) if len(seq_lens) else 0
     position = begin + torch.arange(most, dtype=torch.int32, device=seq_lens.device)
     _, overwritten = find(torch.where(position < end, position, -1))
@@ -76,21 +74,20 @@ def copy_update(
     layout: KVCacheLayout,
     *,
     reads_new: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `turboquant_core.ops.raw_copies.copy_update`; first and last position as tensors."""
+) -> CodeRange:
+    """See `turboquant_core.ops.raw_copies.copy_update`."""
     columns, entries = rows.columns, rows.entries
     capacity = row_capacity(len(pages), rows.block_table.shape[1], layout.block_size)
     seq_lens, query_lens = rows.seq_lens.clamp(0, capacity), rows.query_lens
     position, real, is_new = columns.positions(seq_lens, query_lens)
     context = (seq_lens - query_lens).clamp(min=0)
-    inside = position.clamp(0, max(capacity - 1, 0))
-    block = rows.block_table.gather(1, (inside // layout.block_size).long())
-    held = real & (entries >= 0) & (block >= 0) & (block < len(pages))
-    slot = block * layout.block_size + inside % layout.block_size
+    block, offset, exists = _place(position, rows.block_table, len(pages), layout.block_size)
+    held = real & (entries >= 0) & exists
+    slot = block * layout.block_size + offset
     views = layout.views(pages)
     stored = torch.cat(
         [
-            plane.view(torch.int16)[existing_blocks(block, len(pages)), :, inside % layout.block_size]
+            plane.view(torch.int16)[existing_blocks(block, len(pages)), :, offset]
             for plane in (views.key_scales, views.value_scales)
         ],
         dim=-1,
@@ -99,10 +96,7 @@ def copy_update(
     valid = held & (copies.slots[entry] == slot) & (copies.scales[entry] == stored).flatten(2).all(-1)
     if new is not None:
         written = held & is_new
-        first = torch.arange(len(seq_lens), dtype=torch.int32, device=seq_lens.device) * rows.max_query_len
-        if rows.query_start_loc is not None:
-            first = rows.query_start_loc[:-1]
-        token = (first - context)[:, None] + position
+        token = (rows.first_tokens[:-1] - context)[:, None] + position
         at = entry[written].long()
         for copied, given in zip((copies.keys, copies.values), new, strict=True):
             copied[at] = given[token[written]]
@@ -116,7 +110,7 @@ def copy_update(
         torch.where(missing & is_sink, column, columns.sink_tokens).amin(-1) if columns.sink_tokens else context * 0
     )
     if not columns.num_new:
-        return starts.int(), torch.full_like(seq_lens, MAX_TOKENS)
+        return CodeRange(starts.int(), torch.full_like(seq_lens, MAX_TOKENS))
     ends = context - columns.num_before
     # First tokens from the missing one on are codes, also where the newest begin before them.
     read = torch.where(is_sink, real & (column >= starts[:, None]), missing)
@@ -126,7 +120,7 @@ def copy_update(
     else:
         read = read & ~is_new
     ends = torch.maximum(ends, torch.where(read, position + 1, 0).amax(-1)).clamp(min=0)
-    return starts.int(), ends.int()
+    return CodeRange(starts.int(), ends.int())
 
 
 def merge_copies(
@@ -135,8 +129,7 @@ def merge_copies(
     lse: torch.Tensor,
     rows: CopyRows,
     copies: RawCopies,
-    starts: torch.Tensor,
-    ends: torch.Tensor,
+    codes: CodeRange,
     *,
     scale: float,
     window: int,
@@ -145,22 +138,16 @@ def merge_copies(
 ) -> None:
     """See `turboquant_core.ops.raw_copies.merge_copies`."""
     num_tokens, _, head_dim = query.shape
-    columns = rows.columns
     num_kv_heads = copies.keys.shape[1]
     batch = len(rows.seq_lens)
     if not batch or not num_tokens:
         return
     token = torch.arange(num_tokens, dtype=torch.int32, device=query.device)
-    first = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * rows.max_query_len
-    if rows.query_start_loc is not None:
-        first = rows.query_start_loc
+    first = rows.first_tokens
     row = torch.searchsorted(first[1:].contiguous(), token, right=True).clamp(max=batch - 1)
-    row_len = first[1:] - first[:-1]
-    own = (rows.seq_lens - row_len)[row] + token - first[row]
-    position, real, _ = columns.positions(rows.seq_lens, row_len)
-    is_sink = torch.arange(columns.num_columns, device=query.device) < columns.sink_tokens
-    raw = torch.where(is_sink, position < starts[:, None], position >= ends[:, None])
-    seen = (real & raw & (rows.entries >= 0))[row] & (position[row] <= own[:, None])
+    own = (rows.seq_lens - first.diff())[row] + token - first[row]
+    position, raw, _ = rows.raw(codes)
+    seen = raw[row] & (position[row] <= own[:, None])
     if window:
         seen &= position[row] > own[:, None] - window
     seen &= (token < first[-1])[:, None]
@@ -181,3 +168,13 @@ def merge_copies(
     attended += weights[..., -1:] * out.view(grouped.shape).float()
     out.copy_(attended.view(out.shape))
     lse.copy_(total.view(lse.shape))
+
+
+def _place(
+    position: torch.Tensor, block_table: torch.Tensor, num_blocks: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The block of positions [rows, n], the token of it, and whether there are both."""
+    capacity = row_capacity(num_blocks, block_table.shape[1], block_size)
+    inside = position.clamp(0, max(capacity - 1, 0))
+    block = block_table.gather(1, (inside // block_size).long())
+    return block, inside % block_size, (position == inside) & (block >= 0) & (block < num_blocks)
