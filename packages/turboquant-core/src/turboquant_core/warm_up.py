@@ -10,7 +10,8 @@ from turboquant_core.ops.cache_update import cache_update
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN, decode_attention
 from turboquant_core.ops.decode_attention.paths import choose_path
 from turboquant_core.ops.decode_attention.sizes import representative_batches
-from turboquant_core.ops.raw_copies import copy_update, merge_copies
+from turboquant_core.ops.merge_attention import merge_copies
+from turboquant_core.ops.raw_copies import copy_update
 from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
 
 # One token more than the smallest tile of an update takes, for the other one.

@@ -21,8 +21,10 @@ from turboquant_core.ops.cache_update.triton.sizes import Processor
 from turboquant_core.ops.decode_attention import launch as decode
 from turboquant_core.ops.decode_attention.paths import PATHS
 from turboquant_core.ops.decode_attention.portable import launch as portable
+from turboquant_core.ops import _card
 from turboquant_core.ops._card import Card
 from turboquant_core.ops.merge_attention import launch as merge
+from turboquant_core.ops.merge_attention import sizes as merge_sizes
 from turboquant_core.ops.raw_copies import CopyTable
 from turboquant_core.ops.raw_copies import launch as copies
 from turboquant_core.raw_copies import CodeRange, CopyColumns, CopyRows, RawCopies
@@ -39,8 +41,8 @@ prepare, portable_kernel, combine = (
     record(portable, f"{name}_kernel") for name in ("prepare", "portable", "combine")
 )
 merge_kernel = record(merge, "merge_kernel")
-copy_kernels = [record(copies, f"{name}_kernel") for name in ("assign", "update", "merge")]
-copies.interpreting = lambda: False
+copy_kernels = [record(copies, f"{name}_kernel") for name in ("assign", "update")]
+merge_sizes.interpreting = lambda: False
 
 def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=False):
     layout = KVCacheLayout(TurboQuantConfig(head_dim, key_bits, 4, key_split=split), 2, 16)
@@ -51,7 +53,7 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
         bounds = ints[:BATCH]
         transform = KeyTransform(means, means + 1, torch.arange(head_dim).repeat(2, 1))
     block_table, lengths = ints[:BATCH].view(BATCH, 1), ints[:BATCH]
-    decode.card_of = portable.card_of = copies.card_of = lambda device: Card(divmod(arch, 10), 132)
+    decode.card_of = portable.card_of = merge_sizes.card_of = _card.card_of = lambda device: Card(divmod(arch, 10), 132)
     update._processor = lambda device: Processor(132, shared_bytes)
 
     def show(kernel):
@@ -68,18 +70,19 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
         dtype=torch.bfloat16, max_tokens=100,
     )
     show(gather_kernel)
-    query = torch.zeros(BATCH, 8, head_dim, dtype=torch.bfloat16)
-    dense = torch.zeros(BATCH, 2, 5, head_dim, dtype=torch.bfloat16)
-    merge.launch(
-        query[:, :, None], dense, dense, torch.zeros(1, 1, 5), None, scale=None, softcap=None, sinks=None
-    )
-    show(merge_kernel)
+    query, lse = torch.zeros(BATCH, 8, head_dim, dtype=torch.bfloat16), torch.zeros(BATCH, 8)
+    options = {"scale": 1.0, "softcap": 3.0 if split else 0.0}
+    for dtype in dtypes:
+        dense = torch.zeros(BATCH, 2, 18, head_dim, dtype=dtype)
+        of_type = query.to(dtype)
+        merge.merge_attention(of_type, of_type, lse, dense, dense, torch.zeros(1, 1, 17, dtype=torch.bool), **options)
+        show(merge_kernel)
     for path in (path for path in PATHS if path.name in paths):
         launch = decode.choose_launch(path, layout, BATCH, 4, 16, query.device)
         options = {"batch": BATCH, "query_len": 1, "scale": 1.0, "window": 0, "softcap": 0.0}
         decode.plan(query, pages, block_table, layout, path, launch, **options)(
             query, pages, block_table, lengths, query_start_loc=None, seq_starts=bounds, seq_ends=bounds, sinks=None,
-            key_transform=transform, out=torch.empty_like(query), lse=torch.zeros(BATCH, 8) if split else None,
+            key_transform=transform, out=torch.empty_like(query), lse=lse if split else None,
         )
         show(portable_kernel)
     show(prepare)
@@ -93,8 +96,8 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
     kept, new = RawCopies.allocate(layout.config, 2, 16, torch.bfloat16), query[:, :2]
     copies.copy_update((new, new), pages, rows, kept, layout, reads_new=True)
     options = {"scale": 1.0, "window": 0, "softcap": 0.0, "mean": means if split else None}
-    copies.merge_copies(query, query, torch.zeros(BATCH, 8), rows, kept, CodeRange(lengths, lengths), **options)
-    for kernel in copy_kernels:
+    merge.merge_copies(query, query, lse, rows, kept, CodeRange(lengths, lengths), **options)
+    for kernel in (*copy_kernels, merge_kernel):
         show(kernel)
 """
 # What a program may use on an A100.
@@ -109,8 +112,10 @@ def compile_kernels(run_python, monkeypatch, folder, arguments, split=False):
 
 
 def test_head_dim_512_fits_shared_memory_and_registers(run_python, monkeypatch, tmp_path):
-    compiled = compile_kernels(run_python, monkeypatch, tmp_path, "512, 4, [torch.bfloat16], ['fp16'], 80")
-    assert len(compiled) == 9
+    compiled = compile_kernels(
+        run_python, monkeypatch, tmp_path, "512, 4, [torch.bfloat16, torch.float32], ['fp16'], 80"
+    )
+    assert len(compiled) == 11
     for name, shared_bytes, stack_bytes in compiled:
         assert shared_bytes <= SHARED_BYTES, name
         # A register or two of a thread may go to memory; hundreds would take most of the time.
@@ -140,4 +145,4 @@ def test_the_narrowest_heads_compile(run_python, monkeypatch, tmp_path, head_dim
     paths = ["fp16", "int8", "fp8", "portable"]
     arguments = f"{head_dim}, {key_bits}, [torch.bfloat16, torch.float32], {paths}, 90"
     compiled = compile_kernels(run_python, monkeypatch, tmp_path, arguments)
-    assert len(compiled) == 2 + 1 + 1 + len(paths) + 2 + 3
+    assert len(compiled) == 2 + 1 + 2 + len(paths) + 2 + 3

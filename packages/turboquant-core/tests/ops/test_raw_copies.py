@@ -9,11 +9,13 @@ from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops.decode_attention.reference import stored_row
+from turboquant_core.ops.merge_attention import reference as merge_reference
 from turboquant_core.ops.raw_copies import CopyTable, copy_update, reference
 from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
 
 pytest.importorskip("triton")
 
+from turboquant_core.ops.merge_attention import launch as merge_launch
 from turboquant_core.ops.raw_copies import launch
 from turboquant_core.ops.raw_copies.state import CopyState
 
@@ -123,8 +125,8 @@ class Cache:
         plain = [out.clone(), lse.clone()]
         arguments = (rows, self.copies, codes)
         options = {"scale": SCALE, "window": options.get("window") or 0, "softcap": options.get("softcap") or 0.0}
-        launch.merge_copies(query, out, lse, *arguments, **options, mean=None)
-        reference.merge_copies(query, *plain, *arguments, **options, mean=None)
+        merge_launch.merge_copies(query, out, lse, *arguments, **options, mean=None)
+        merge_reference.merge_copies(query, *plain, *arguments, **options, mean=None)
         torch.testing.assert_close(out, plain[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(lse, plain[1], rtol=1e-4, atol=1e-5)
         return query, out, lse
@@ -382,7 +384,7 @@ def test_other_types(dtype, with_mean):
     mean = cache.draw(KV_HEADS, HEAD_DIM) if with_mean else None
     lse = cache.draw(4, KV_HEADS * GROUP)
     results = []
-    for merge in (launch.merge_copies, reference.merge_copies):
+    for merge in (merge_launch.merge_copies, merge_reference.merge_copies):
         given = out.clone(), lse.clone()
         options = {"scale": SCALE, "window": 0, "softcap": 0.0, "mean": mean}
         merge(query, *given, rows, cache.copies, codes, **options)

@@ -17,6 +17,9 @@ from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_gather, cache_update, decode_attention, merge_attention
 from turboquant_core.ops.decode_attention.paths import PATHS
 from turboquant_core.ops.cache_update.warpgroup import WARPGROUP
+from turboquant_core.ops.merge_attention import merge_copies
+from turboquant_core.ops.raw_copies import CopyTable, copy_update
+from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
 
 device, seen = torch.device("cuda" if torch.cuda.is_available() else "cpu"), set()
 shapes = [
@@ -47,9 +50,17 @@ for head_dim, key_bits, value_bits, dtype in shapes if device.type == "cuda" els
     for offsets in (None, *wrong_offsets):
         cache_gather(pages, *wrong, layout, starts=int32(-2**31, 7), cu_seqlens=offsets, max_tokens=65)
     sinks = torch.zeros(8, device=device)
-    query = torch.randn(2, 8, 3, head_dim, device=device, dtype=dtype)
-    dense = torch.randn(2, 2, 5, head_dim, device=device, dtype=dtype)
-    merge_attention(query, dense, dense, torch.zeros(1, 3, 5, device=device), None, sinks=sinks, softcap=9.0)
+    query = torch.randn(6, 8, head_dim, device=device, dtype=dtype)
+    attended = torch.zeros_like(query), sinks.repeat(6, 1)
+    dense, shown = query[:2, :2, None].repeat(1, 1, 5, 1), torch.ones(1, 3, 5, dtype=torch.bool, device=device)
+    merge_attention(query, *attended, dense, dense, shown, softcap=9.0)
+    columns = CopyColumns(1, 4, max_query_len=3)
+    copies = CopyTable(columns, num_slots=96, num_copies=2 * columns.copies_of_row, max_rows=2, device=device)
+    offsets = int32(0, 3, 6)
+    rows = CopyRows(columns, copies.assign(lens, offsets, table, 16), lens, offsets, table, 6, 3)
+    kept = RawCopies.allocate(layout.config, 2, copies.num_copies, dtype, device)
+    codes = copy_update((key[:6], value[:6]), pages, rows, kept, layout)
+    merge_copies(query, *attended, rows, kept, codes, scale=1.0, window=20, softcap=9.0, key_mean=mean)
     for path in PATHS:
         if path.obstacle(layout, device, pages) is None:
             everything = {

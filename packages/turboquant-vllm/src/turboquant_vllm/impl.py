@@ -7,7 +7,8 @@ import torch
 
 from turboquant_core import KVCacheLayout
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_core.ops.raw_copies import copy_update, merge_copies
+from turboquant_core.ops.merge_attention import merge_copies
+from turboquant_core.ops.raw_copies import copy_update
 from turboquant_core.raw_copies import RawCopies
 from turboquant_vllm._compat.engine import all_layers, current_config, use_config
 from turboquant_vllm._compat.flash import flash_version

@@ -39,3 +39,14 @@ def overlaps(card: Card) -> bool:
 def overlapped(overlap: bool) -> dict[str, bool]:
     """The launch option of a kernel that may start before the previous one has finished."""
     return {"launch_pdl": True} if overlap else {}
+
+
+def overlap_options(device: torch.device) -> dict[str, bool]:
+    """What a kernel with a constant `overlap` takes to start while the one before it runs, where the card can."""
+    overlap = overlaps(card_of(device))
+    return {"overlap": overlap, **overlapped(overlap)}
+
+
+def float32_precision(card: Card) -> str:
+    """How kernels multiply float32 without losing any of it: in parts where tensor cores take them."""
+    return "tf32x3" if card.capability >= (8, 0) else "ieee"

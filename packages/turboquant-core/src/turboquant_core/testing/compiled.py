@@ -22,6 +22,7 @@ _TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
     torch.float8_e4m3fn: "*fp8e4nv",
 }
 
@@ -54,9 +55,8 @@ class Recorder:
 
     def __call__(self, *args: object, **kwargs: object) -> None:
         """Keep the launch."""
-        names = self.kernel.arg_names
-        passed = dict(zip(names, args, strict=False)) | kwargs
-        self.arguments = {name: passed.pop(name) for name in names}
+        passed = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        self.arguments = {x.name: passed.pop(x.name, x.default) for x in self.kernel.params}
         self.options = {name: x for name, x in passed.items() if x is not None}
 
     def compile(self, arch: int, folder: Path) -> Compiled:

@@ -145,7 +145,11 @@ class Pages(ABC):
         sinks: torch.Tensor | None,
         return_lse: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Causal attention of the last stored tokens on the codes; see `attend_pages`."""
+        """Causal attention of the last stored tokens on the codes, if any are seen; see `attend_pages`."""
+        if not seen.has_codes:
+            # What takes weight are sinks alone.
+            lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32)
+            return query.new_zeros(query.shape), lse if sinks is None else sinks.repeat(len(query), 1)
         codec, table, tensor = self._codec(), self._table, self.tensor
         options = (scale, seen.starts, seen.window, softcap, sinks, return_lse)
         if torch.compiler.is_compiling():
@@ -296,7 +300,7 @@ def attend_pages(
     """Causal attention of the last stored tokens on the codes, which must be of whole bits.
 
     Args:
-        query: [batch_size, num_heads, query_len, head_dim] of 1 to 8 tokens.
+        query: [num_tokens, num_heads, head_dim], 1 to 8 tokens of every row, one row after another.
         pages: As everywhere.
         table: What `block_table` gives.
         lengths: int32 [batch_size], the tokens of every row.
@@ -310,10 +314,10 @@ def attend_pages(
         transform: What `row_transform` gives; None to make it.
 
     Returns:
-        [batch_size, query_len, num_heads, head_dim], and the log-sum-exp of the logits float32 [batch_size, query_len,
-        num_heads], or [0] where it is not needed.
+        Like the query, and the log-sum-exp of the logits, float32 [num_tokens, num_heads], or [0] where it is not
+        needed.
     """
-    batch_size, num_heads, query_len, head_dim = query.shape
+    batch_size = len(lengths)
     layout = page_layout(codec.config, pages.shape[1] // batch_size)
     if transform is None:
         transform = row_transform(codec, batch_size)
@@ -321,7 +325,7 @@ def attend_pages(
         # Softmax does not see the mean.
         transform = transform.without_mean()
     result = decode_attention(
-        query.transpose(1, 2).reshape(-1, num_heads, head_dim),
+        query,
         pages.view(-1, layout.num_kv_heads, layout.head_bytes),
         table,
         lengths,
@@ -334,9 +338,7 @@ def attend_pages(
         key_transform=transform,
         return_lse=return_lse,
     )
-    output, lse = result if isinstance(result, tuple) else (result, query.new_empty(0, dtype=torch.float32))
-    output = output.view(batch_size, query_len, num_heads, head_dim)
-    return output, lse.view(batch_size, query_len, num_heads) if return_lse else lse
+    return result if isinstance(result, tuple) else (result, query.new_empty(0, dtype=torch.float32))
 
 
 def _read_shapes(
@@ -347,11 +349,8 @@ def _read_shapes(
 
 
 def _attend_shapes(query: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    batch_size, num_heads, query_len, head_dim = query.shape
     *_, return_lse, _ = arguments
-    lse = (batch_size, query_len, num_heads) if return_lse else (0,)
-    output = query.new_empty(batch_size, query_len, num_heads, head_dim)
-    return output, query.new_empty(lse, dtype=torch.float32)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2] if return_lse else 0, dtype=torch.float32)
 
 
 _traced_write = operation(

@@ -1,7 +1,5 @@
 """The stored keys and values of one layer."""
 
-from typing import Any
-
 import torch
 
 from turboquant_core import TurboQuantConfig
@@ -214,14 +212,16 @@ class Store:
             self.pages.batch_size,
             query.device,
         )
-        options: dict[str, Any] = {"scale": scale, "softcap": softcap}
-        if full_precision is None:
-            output, _ = self.pages.attend(query, seen, sinks=sinks, return_lse=False, **options)
-        else:
-            assert seen.bias is not None
-            codes = self.pages.attend(query, seen, sinks=None, return_lse=True, **options) if seen.has_codes else None
-            dense = (full_precision.keys, full_precision.values, seen.bias)
-            output = merge_attention(query, *dense, codes, sinks=sinks, scale=scale, softcap=softcap)
+        batch_size, num_heads, query_len, head_dim = query.shape
+        tokens = query.transpose(1, 2).flatten(0, 1)
+        output, lse = self.pages.attend(
+            tokens, seen, scale=scale, softcap=softcap, sinks=sinks, return_lse=full_precision is not None
+        )
+        if full_precision is not None:
+            assert seen.places is not None
+            raw = (full_precision.keys, full_precision.values, seen.places)
+            merge_attention(tokens, output, lse, *raw, scale=scale, softcap=softcap)
+        output = output.view(batch_size, query_len, num_heads, head_dim)
         return output if seen.overflow is None else output + seen.overflow.to(output.dtype)
 
     def warm_up(self, dtype: torch.dtype, *, attends: bool = True) -> None:

@@ -72,8 +72,8 @@ class Seen(NamedTuple):
         lengths: int32 [rows], the slots of a row before which there are codes to see.
         starts: int32 [rows], the first slot of every row that is seen as codes; None for the very first.
         window: Tokens before `lengths` that a token sees codes of, as if it came last; None for all.
-        bias: float32 [1 or rows, query_len, places]: 0 where a token sees a place of full precision, else minus
-            infinity; None where there is none.
+        places: bool [1 or rows, query_len, places]: whether a token sees a place of full precision; None where there
+            is none.
         overflow: float32 [], added to what is attended to: NaN where tokens did not fit, else 0. None where all do.
     """
 
@@ -81,7 +81,7 @@ class Seen(NamedTuple):
     lengths: torch.Tensor
     starts: torch.Tensor | None
     window: int | None
-    bias: torch.Tensor | None
+    places: torch.Tensor | None
     overflow: torch.Tensor | None
 
 
@@ -193,7 +193,7 @@ def seen(
         lengths,
         code_starts,
         None if window is None else window - sizes.recent,
-        None if sizes == CODES_ONLY else _bias(length, query_len, sizes, window, starts, row_starts, device),
+        None if sizes == CODES_ONLY else _seen_places(length, query_len, sizes, window, starts, row_starts, device),
         overflow(length, room),
     )
 
@@ -233,7 +233,7 @@ def _code_starts(
     return starts.clamp(min=sizes.first)
 
 
-def _bias(
+def _seen_places(
     length: int | torch.Tensor,
     query_len: int,
     sizes: FullPrecisionSizes,
@@ -266,7 +266,4 @@ def _bias(
         shows_padding = start < first
         is_first = is_first & (is_recent(firsts) | ~shows_padding)
         in_ring = in_ring & ((newest >= first + sizes.first) | (shows_padding & (newest < first)))
-    shown = torch.cat([is_first, in_ring], dim=-1)
-    bias = torch.where(shown, 0.0, -torch.inf).view(-1, query_len, sizes.first + sizes.ring)
-    # The place that nobody reads.
-    return torch.nn.functional.pad(bias, (0, 1), value=-torch.inf)
+    return torch.cat([is_first, in_ring], dim=-1).view(-1, query_len, sizes.first + sizes.ring)

@@ -5,7 +5,7 @@ import torch
 from turboquant_core import KVCacheLayout
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import decode_attention
-from turboquant_core.ops.raw_copies import merge_copies
+from turboquant_core.ops.merge_attention import merge_copies
 from turboquant_vllm.batch.prefill_rows import TokenGroups
 from turboquant_vllm.prefill.raw_context import RawContext
 

@@ -1,5 +1,5 @@
-"""Attend on dense tokens, merged with what attention on codes gave."""
+"""Attend on raw tokens, and merge that with what attention on codes gave."""
 
-from turboquant_core.ops.merge_attention.api import merge_attention
+from turboquant_core.ops.merge_attention.api import merge_attention, merge_copies
 
-__all__ = ["merge_attention"]
+__all__ = ["merge_attention", "merge_copies"]

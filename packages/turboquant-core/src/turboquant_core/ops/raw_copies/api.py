@@ -1,4 +1,4 @@
-"""Copy a step's tokens beside their codes, and attend to copies instead of codes."""
+"""Copy a step's tokens beside their codes, and see which copies still stand."""
 
 import torch
 
@@ -38,39 +38,3 @@ def copy_update(
     if pages.is_cuda:
         from turboquant_core.ops.raw_copies.launch import copy_update as update
     return update(new, pages, rows, copies, layout, reads_new=reads_new)
-
-
-def merge_copies(
-    query: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    rows: CopyRows,
-    copies: RawCopies,
-    codes: CodeRange,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    key_mean: torch.Tensor | None = None,
-) -> None:
-    """Add attention on copies to attention on codes, in place; one softmax over both, in float32.
-
-    Args:
-        query: [num_tokens, num_heads, head_dim], channels contiguous.
-        out: Like `query`, of `decode_attention` on the codes of the range; written.
-        lse: float32 [num_tokens, num_heads], its log-sum-exp; written.
-        rows: The rows and their copies.
-        copies: Of the layer.
-        codes: What `copy_update` gave.
-        scale: What logits are multiplied with.
-        window: As in `decode_attention`.
-        softcap: The same.
-        key_mean: float32 [num_kv_heads, head_dim] that keys are taken less of, where attention on codes leaves it out.
-    """
-    merge = reference.merge_copies
-    if query.is_cuda:
-        from turboquant_core.ops.raw_copies.launch import merge_copies as merge
-    merge(
-        query, out, lse, rows, copies, codes,
-        scale=scale, window=window or 0, softcap=softcap or 0.0, mean=key_mean,
-    )  # fmt: skip

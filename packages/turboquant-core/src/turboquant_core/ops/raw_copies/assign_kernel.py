@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from turboquant_core.ops.raw_copies.columns import column_position, slot_of
+from turboquant_core.ops._triton.columns import column_position
+from turboquant_core.ops.raw_copies.slots import slot_of
 
 # Ages in steps that are told apart: a copy that was not in use for longer is as good as any other such.
 MOST_AGE = tl.constexpr(255)

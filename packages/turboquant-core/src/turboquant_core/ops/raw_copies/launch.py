@@ -2,22 +2,17 @@
 
 import torch
 
-# Says what is missing where Triton is.
-import turboquant_core.ops._triton  # noqa: F401
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
-from turboquant_core.ops._card import card_of, overlapped, overlaps
-from turboquant_core.ops._dispatch import interpreting
+from turboquant_core.ops._card import overlap_options
+from turboquant_core.ops._padding import power_of_two
 from turboquant_core.ops._page_layout import page_layout
+from turboquant_core.ops._triton.columns import column_counts
 from turboquant_core.ops.raw_copies.assign_kernel import assign_kernel
-from turboquant_core.ops.raw_copies.kernel import merge_kernel, update_kernel
+from turboquant_core.ops.raw_copies.kernel import update_kernel
 from turboquant_core.ops.raw_copies.state import CopyState
 from turboquant_core.raw_copies import CodeRange, CopyColumns, CopyRows, RawCopies
 
-# What products take at least.
-MIN_BLOCK = 16
-MAX_QUERIES = 32
-MERGE_COLUMNS = 32
 NUM_WARPS = 4
 
 
@@ -63,71 +58,15 @@ def copy_update(
             last_block=len(pages) - 1,
             max_position=MAX_TOKENS,
             layout=page_layout(layout),
-            **_columns(rows.columns),
+            **column_counts(rows.columns),
             reads_new=reads_new,
-            block_columns=_power_of_two(rows.columns.num_columns),
-            block_heads=_power_of_two(layout.num_kv_heads),
-            block_dim=_power_of_two(layout.config.head_dim),
+            block_columns=power_of_two(rows.columns.num_columns),
+            block_heads=power_of_two(layout.num_kv_heads),
+            block_dim=power_of_two(layout.config.head_dim),
             num_warps=NUM_WARPS,
-            **_overlapped(pages.device),
+            **overlap_options(pages.device),
         )
     return codes
-
-
-def merge_copies(
-    query: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    rows: CopyRows,
-    copies: RawCopies,
-    codes: CodeRange,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
-    mean: torch.Tensor | None,
-) -> None:
-    """See `turboquant_core.ops.raw_copies.merge_copies`."""
-    num_tokens, num_heads, head_dim = query.shape
-    batch, num_kv_heads = len(rows.seq_lens), copies.keys.shape[1]
-    group = num_heads // num_kv_heads
-    block_queries = max(MIN_BLOCK, min(MAX_QUERIES, _power_of_two(group * rows.max_query_len)))
-    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
-        merge_kernel[(batch, num_kv_heads, -(-group * rows.max_query_len // block_queries))](
-            query=query,
-            out=out,
-            lse=lse,
-            entries=rows.entries,
-            seq_lens=rows.seq_lens,
-            query_start_loc=rows.query_start_loc,
-            starts=codes.starts,
-            ends=codes.ends,
-            copied_keys=copies.keys,
-            copied_values=copies.values,
-            mean=mean,
-            query_token_stride=query.stride(0),
-            query_head_stride=query.stride(1),
-            out_token_stride=out.stride(0),
-            out_head_stride=out.stride(1),
-            entries_stride=rows.entries.stride(0),
-            num_tokens=num_tokens,
-            query_len=rows.max_query_len,
-            row_capacity=MAX_TOKENS,
-            scale=scale,
-            softcap=softcap,
-            has_softcap=softcap > 0,
-            window=window,
-            group=group,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            **_columns(rows.columns),
-            block_queries=block_queries,
-            block_columns=max(MIN_BLOCK, min(MERGE_COLUMNS, _power_of_two(rows.columns.num_columns))),
-            block_dim=max(MIN_BLOCK, _power_of_two(head_dim)),
-            widen=interpreting(),
-            num_warps=NUM_WARPS,
-            **_overlapped(query.device),
-        )
 
 
 # What one program holds at a time: more would leave fewer registers than its threads have.
@@ -148,7 +87,7 @@ def assign(
     step: int,
 ) -> None:
     """See `CopyTable.assign`."""
-    block_columns = _power_of_two(columns.num_columns)
+    block_columns = power_of_two(columns.num_columns)
     with torch.cuda.device_of(entries):  # type: ignore[no-untyped-call]
         assign_kernel[(1,)](
             entries=entries,
@@ -167,23 +106,9 @@ def assign(
             table_stride=block_table.stride(0),
             entries_stride=entries.stride(0),
             block_size=block_size,
-            **_columns(columns),
+            **column_counts(columns),
             block_rows=max(1, ASSIGN_ELEMENTS // block_columns),
             block_columns=block_columns,
             block_copies=ASSIGN_ELEMENTS,
             num_warps=ASSIGN_WARPS,
         )
-
-
-def _overlapped(device: torch.device) -> dict[str, bool]:
-    """Start a kernel while the one before it runs, where a card can."""
-    overlap = overlaps(card_of(device))
-    return {"overlap": overlap, **overlapped(overlap)}
-
-
-def _columns(columns: CopyColumns) -> dict[str, int]:
-    return {"num_sinks": columns.sink_tokens, "num_before": columns.num_before, "num_new": columns.num_new}
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()

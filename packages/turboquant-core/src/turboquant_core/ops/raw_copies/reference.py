@@ -123,53 +123,6 @@ def copy_update(
     return CodeRange(starts.int(), ends.int())
 
 
-def merge_copies(
-    query: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    rows: CopyRows,
-    copies: RawCopies,
-    codes: CodeRange,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
-    mean: torch.Tensor | None,
-) -> None:
-    """See `turboquant_core.ops.raw_copies.merge_copies`."""
-    num_tokens, _, head_dim = query.shape
-    num_kv_heads = copies.keys.shape[1]
-    batch = len(rows.seq_lens)
-    if not batch or not num_tokens:
-        return
-    token = torch.arange(num_tokens, dtype=torch.int32, device=query.device)
-    first = rows.first_tokens
-    row = torch.searchsorted(first[1:].contiguous(), token, right=True).clamp(max=batch - 1)
-    own = (rows.seq_lens - first.diff())[row] + token - first[row]
-    position, raw, _ = rows.raw(codes)
-    seen = raw[row] & (position[row] <= own[:, None])
-    if window:
-        seen &= position[row] > own[:, None] - window
-    seen &= (token < first[-1])[:, None]
-    entry = rows.entries.clamp(min=0)[row]
-    keys, values = copies.keys[entry].float(), copies.values[entry].float()
-    if mean is not None:
-        keys = keys - mean
-    grouped = query.float().view(num_tokens, num_kv_heads, -1, head_dim) * scale
-    logits = torch.einsum("thgd,tchd->thgc", grouped, keys)
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~seen[:, None, None], -torch.inf)
-    merged = torch.cat([logits, lse.view(num_tokens, num_kv_heads, -1, 1)], dim=-1)
-    total = merged.logsumexp(-1, keepdim=True)
-    # Where nothing is seen every weight is zero.
-    weights = torch.exp(merged - total).masked_fill(total.isneginf(), 0.0)
-    attended = torch.einsum("thgc,tchd->thgd", weights[..., :-1], values)
-    attended += weights[..., -1:] * out.view(grouped.shape).float()
-    out.copy_(attended.view(out.shape))
-    lse.copy_(total.view(lse.shape))
-
-
 def _place(
     position: torch.Tensor, block_table: torch.Tensor, num_blocks: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

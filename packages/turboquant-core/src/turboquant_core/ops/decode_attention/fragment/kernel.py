@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from turboquant_core.ops._triton.lanes import lane_constant
+from turboquant_core.ops._triton.softcap import softcapped
 from turboquant_core.ops.decode_attention.call import AttendCounts
 from turboquant_core.ops.decode_attention.fragment.hadamard import vector_layout
 from turboquant_core.ops.decode_attention.fragment.operands import (
@@ -38,7 +39,7 @@ from turboquant_core.ops.decode_attention.fragment.tiles import (
     tile_pages,
 )
 from turboquant_core.ops.decode_attention.schedule import row_reach, row_tiles, share_start
-from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale, softcapped
+from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale
 
 LOWEST = gl.constexpr(-1e30)
 

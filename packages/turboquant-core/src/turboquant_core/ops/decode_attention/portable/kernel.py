@@ -5,6 +5,7 @@ import triton.language as tl
 
 from turboquant_core.ops._triton.bounds import existing_block
 from turboquant_core.ops._triton.codes import load_codes, load_halves, load_scales, look_up
+from turboquant_core.ops._triton.softcap import softcapped
 from turboquant_core.ops.decode_attention.call import AttendCounts
 from turboquant_core.ops.decode_attention.portable.lookup import (
     PARTS,
@@ -13,7 +14,7 @@ from turboquant_core.ops.decode_attention.portable.lookup import (
     permute_int8,
 )
 from turboquant_core.ops.decode_attention.schedule import row_reach, share_start
-from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale, softcapped
+from turboquant_core.ops.decode_attention.scores import scale_exponents, score_scale
 
 LOWEST = tl.constexpr(-1e30)
 INT8_FULL = tl.constexpr(PARTS["int8"].full)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from turboquant_core.ops._card import card_of, overlapped
+from turboquant_core.ops._card import card_of, float32_precision, overlapped
 from turboquant_core.ops._dispatch import interpreting
 from turboquant_core.ops._padding import padded_octet
 from turboquant_core.ops.decode_attention.call import AttendCall, AttendEnds, AttendTensors
@@ -76,7 +76,7 @@ def plan(call: AttendCall, *, key_product: str, assembly: bool) -> PortableAtten
         "layout": layout,
         "sizes": sizes,
         "block_dim": sizes.num_positions,
-        "precision": "tf32x3" if card_of(device).capability >= (8, 0) else "ieee",
+        "precision": float32_precision(card_of(device)),
         **overlapped(launch.overlap),
     }
     prepare = partial(
