@@ -11,28 +11,46 @@ from llama_8b import MODEL
 from peers import BLOCK_SIZE, TIMED_PRESETS, copies_beyond_l2, copy_bandwidth, graph_milliseconds
 from results_file import read_result, write_result
 from turboquant_core import KVCacheLayout, TurboQuantConfig
+from turboquant_core.config import preset_bits
 from turboquant_core.key_transform import KeyTransform
 from turboquant_core.ops import cache_update
+from turboquant_core.vector_format import can_split
 
 KV_HEADS, HEAD_DIM = MODEL.num_kv_heads, MODEL.head_dim
 UPDATE_TOKENS = 8192
+# Of decode steps, beside it.
+FEW_TOKENS = (1, 16, 64, 256)
+# What keys go through: nothing, a mean, and all that a calibration file has.
+KINDS = ("plain", "with_mean", "calibrated")
+MOST_CALLS = 200
 
 
-def time_update(preset: str, centred: bool, bandwidth: float) -> dict[str, Any]:
-    """Writing UPDATE_TOKENS tokens: milliseconds, and the share of copy bandwidth over the bytes it must move."""
-    layout = KVCacheLayout(TurboQuantConfig.preset(preset, HEAD_DIM), KV_HEADS, BLOCK_SIZE)
-    shape = (UPDATE_TOKENS, KV_HEADS, HEAD_DIM)
-    mean = torch.randn(KV_HEADS, HEAD_DIM, device="cuda") if centred else None
-    moved = UPDATE_TOKENS * KV_HEADS * (2 * 2 * HEAD_DIM + layout.slot_bytes)
+def transform_of(kind: str) -> KeyTransform:
+    """What keys go through; speed does not depend on its values."""
+    shape = (KV_HEADS, HEAD_DIM)
+    mean = torch.randn(shape, device="cuda")
+    if kind == "calibrated":
+        return KeyTransform(mean, torch.rand(shape, device="cuda") + 0.5, torch.rand(shape, device="cuda").argsort(-1))
+    return KeyTransform(mean if kind == "with_mean" else None)
+
+
+def time_update(preset: str, kind: str, num_tokens: int, bandwidth: float) -> dict[str, Any]:
+    """Writing some tokens: milliseconds, and the share of copy bandwidth over the bytes it must move."""
+    transform = transform_of(kind)
+    config = TurboQuantConfig.preset(preset, HEAD_DIM).fitted_to(transform)
+    layout = KVCacheLayout(config, KV_HEADS, BLOCK_SIZE)
+    shape = (num_tokens, KV_HEADS, HEAD_DIM)
+    moved = num_tokens * KV_HEADS * (2 * 2 * HEAD_DIM + layout.slot_bytes)
 
     def prepare() -> Callable[[], object]:
-        pages = layout.allocate(UPDATE_TOKENS // BLOCK_SIZE, "cuda")
+        pages = layout.allocate(-(-num_tokens // BLOCK_SIZE), "cuda")
         key, value = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        slots = torch.arange(UPDATE_TOKENS, device="cuda")
-        check_update(key, value, pages, slots, layout, mean)
-        return lambda: cache_update(key, value, pages, slots, layout, key_transform=KeyTransform(mean))
+        slots = torch.arange(num_tokens, device="cuda")
+        check_update(key, value, pages, slots, layout, transform)
+        return lambda: cache_update(key, value, pages, slots, layout, key_transform=transform)
 
-    milliseconds = graph_milliseconds([prepare() for _ in range(copies_beyond_l2(moved))])
+    calls = min(MOST_CALLS, copies_beyond_l2(moved))
+    milliseconds = graph_milliseconds([prepare() for _ in range(calls)])
     return {"ms": milliseconds, "bytes": moved, "share_of_copy": moved / milliseconds / 1e-3 / bandwidth}
 
 
@@ -42,12 +60,12 @@ def check_update(
     pages: torch.Tensor,
     slots: torch.Tensor,
     layout: KVCacheLayout,
-    mean: torch.Tensor | None,
+    key_transform: KeyTransform,
 ) -> None:
     """Refuse to go on when more than one byte in ten thousand differs from the reference."""
-    cache_update(key, value, pages, slots, layout, key_transform=KeyTransform(mean))
+    cache_update(key, value, pages, slots, layout, key_transform=key_transform)
     expected = torch.zeros_like(pages)
-    cache_update(key, value, expected, slots, layout, key_transform=KeyTransform(mean), path="reference")
+    cache_update(key, value, expected, slots, layout, key_transform=key_transform, path="reference")
     differing = float((pages != expected).float().mean())
     if differing > 1e-4:
         raise SystemExit(f"not timed: {differing:.1e} of the bytes differ from the reference")
@@ -58,10 +76,25 @@ def times() -> str:
     rows = []
     for name, kinds in read_result("cache_update")["presets"].items():
         cells = [name]
-        for kind in ("plain", "with_mean"):
-            cells += [f"{1000 * kinds[kind]['ms']:.1f} µs", f"{kinds[kind]['share_of_copy']:.0%}"]
+        for kind in KINDS:
+            cells += [microseconds(kinds[kind]), f"{kinds[kind]['share_of_copy']:.0%}"] if kind in kinds else ["", ""]
         rows.append(cells)
-    return table(("preset", "time", "share of copy", "with a key mean", "share of copy"), rows)
+    share = "share of copy"
+    return table(("preset", "time", share, "with a key mean", share, "with a calibration file", share), rows)
+
+
+def times_of_few() -> str:
+    """Times of tq4 for as many tokens as decode steps have."""
+    rows = [
+        [num_tokens, *(microseconds(kinds[kind]) for kind in KINDS)]
+        for num_tokens, kinds in read_result("cache_update")["few_tokens"].items()
+    ]
+    return table(("tokens", "time", "with a key mean", "with a calibration file"), rows)
+
+
+def microseconds(measured: dict[str, Any]) -> str:
+    """Of one measurement."""
+    return f"{1000 * measured['ms']:.1f} µs"
 
 
 def share_of_copy() -> str:
@@ -69,7 +102,7 @@ def share_of_copy() -> str:
     return f"{100 * read_result('cache_update')['presets']['tq4']['plain']['share_of_copy']:.0f}"
 
 
-FIGURES = {"cache-update": times, "update-share": share_of_copy}
+FIGURES = {"cache-update": times, "cache-update-few": times_of_few, "update-share": share_of_copy}
 
 
 def main() -> None:
@@ -84,15 +117,16 @@ def main() -> None:
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     presets: dict[str, dict[str, Any]] = {}
     for preset in TIMED_PRESETS:
-        presets[preset] = {}
-        for name, centred in (("plain", False), ("with_mean", True)):
-            measured = presets[preset][name] = time_update(preset, centred, bandwidth)
-            print(
-                f"{preset} {name}: {measured['ms'] * 1e3:.1f} us, {measured['share_of_copy']:.0%} of copy", flush=True
-            )
+        kinds = KINDS if can_split(HEAD_DIM, preset_bits(preset)[0]) else KINDS[:2]
+        presets[preset] = {kind: time_update(preset, kind, UPDATE_TOKENS, bandwidth) for kind in kinds}
+        print(preset, *(f"{kind}: {microseconds(presets[preset][kind])}" for kind in kinds), flush=True)
+    few = {number: {kind: time_update("tq4", kind, number, bandwidth) for kind in KINDS} for number in FEW_TOKENS}
+    for number, measured in few.items():
+        print(number, *(f"{kind}: {microseconds(measured[kind])}" for kind in KINDS))
     if arguments.json:
         shape = {"num_tokens": UPDATE_TOKENS, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_size": BLOCK_SIZE}
-        print(write_result("cache_update", {"shape": shape, "copy_bytes_per_s": bandwidth, "presets": presets}))
+        data = {"shape": shape, "copy_bytes_per_s": bandwidth, "presets": presets, "few_tokens": few}
+        print(write_result("cache_update", data))
 
 
 if __name__ == "__main__":

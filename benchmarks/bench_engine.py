@@ -26,16 +26,15 @@ CACHES: dict[str, dict[str, Any]] = {
         "attention_backend": "CUSTOM",
         "additional_config": {"turboquant": {"sink_tokens": 0, "recent_tokens": 0}},
     },
+    "tq4, calibration file": {"attention_backend": "CUSTOM"},
     "k8v4": {"attention_backend": "CUSTOM", "additional_config": {"turboquant": {"preset": "k8v4"}}},
 }
+CALIBRATED = ("tq4, calibration file",)
 SHAPES = [(16, 16384), (1, 32768), (32, 4096), (64, 8192), (4, 65536)]
 # 1,152,000 tokens of prefixes: more than an H200 holds beside this model in bf16, less than in the others.
 LOAD = {"conversations": 72, "prefix": 16000, "question": 64, "answer": 64, "rounds": 2, "concurrency": 16}
-# What a part measures, and the name of its results.
-PARTS: dict[str, tuple[dict[str, Any], str]] = {
-    "steps": ({"shapes": SHAPES}, "engine"),
-    "serving": ({"load": LOAD}, "engine_serving"),
-}
+# The names of results.
+PARTS = {"steps": "engine", "serving": "engine_serving"}
 MEMORY = {"gpu_memory_utilization": 0.88}
 GATE = {
     "packages/turboquant-vllm/tests/test_prefill.py": "own_tokens and (mixed or context)",
@@ -60,11 +59,19 @@ def run_gate() -> dict[str, str]:
     return passed
 
 
-def run_engine(cache: str, parts: list[str], folder: Path) -> dict[str, Any] | None:
+def run_engine(cache: str, parts: list[str], shapes: list[tuple[int, int]], folder: Path) -> dict[str, Any] | None:
     """Measure one engine in a process of its own; what it printed, and what it measured till then, if it fails."""
     answer = folder / f"{cache}.json"
     answer.unlink(missing_ok=True)
-    request = json.dumps({"parts": parts, "shapes": SHAPES, "load": LOAD, "engine": {**CACHES[cache], **MEMORY}})
+    request = json.dumps(
+        {
+            "parts": parts,
+            "shapes": shapes,
+            "load": LOAD,
+            "engine": {**CACHES[cache], **MEMORY},
+            "calibrated": cache in CALIBRATED,
+        }
+    )
     script = str(Path(__file__).with_name("engine_run.py"))
     with (folder / f"{cache}.log").open("w+") as log:
         done = subprocess.run([sys.executable, script, request, str(answer)], stdout=log, stderr=log, check=False)
@@ -89,14 +96,15 @@ def describe(cache: str, measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_part(part: str, gate: dict[str, str], caches: dict[str, Any]) -> None:
+def write_part(part: str, suffix: str, gate: dict[str, str], caches: dict[str, Any]) -> None:
     """Write what was measured for one part, of the engines that have it."""
-    measures, name = PARTS[part]
+    name = PARTS[part] + suffix
     rows = {
         cache: {"kv_tokens": measured["kv_tokens"], part: measured[part]}
         for cache, measured in caches.items()
         if part in measured
     }
+    measures = {"load": LOAD} if part == "serving" else {}
     write_result(name, {"gate": gate, **measures, "caches": rows})
 
 
@@ -106,6 +114,8 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=["bf16", "fp8", "tq4"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/engine.json, engine_serving.json")
+    parser.add_argument("--num-shapes", type=int, default=len(SHAPES), help="time steps of the first so many shapes")
+    parser.add_argument("--suffix", default="", help="behind the names of results")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -117,12 +127,12 @@ def main() -> None:
         folder = arguments.logs or Path(temporary)
         folder.mkdir(exist_ok=True)
         for cache in arguments.caches:
-            measured = run_engine(cache, arguments.parts, folder)
+            measured = run_engine(cache, arguments.parts, SHAPES[: arguments.num_shapes], folder)
             if measured is not None:
                 caches[cache] = measured
                 print(describe(cache, measured), flush=True)
             for part in arguments.parts if arguments.json else ():
-                write_part(part, gate, caches)
+                write_part(part, arguments.suffix, gate, caches)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,14 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 import torch
+from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.inputs import TokensPrompt
 
-from llama_8b import ROPE_THETA, SIZES
+from llama_8b import MODEL, ROPE_THETA, SIZES
+from turboquant_core.calibration import Calibration, write_calibration
+from turboquant_core.model_identity import ModelIdentity
+from turboquant_core.pair_transform import pair_transform
 
 CONFIG = {
     **SIZES,
@@ -39,6 +43,24 @@ def model_folder(folder: Path) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return str(folder)
+
+
+def calibration_file(model: str, folder: Path) -> str:
+    """A calibration of arbitrary statistics: nothing is faster or slower for what they are."""
+    generator = torch.Generator().manual_seed(0)
+    half = MODEL.head_dim // 2
+
+    def energy() -> torch.Tensor:
+        return torch.rand(MODEL.num_kv_heads, MODEL.head_dim, generator=generator) + 0.1
+
+    layers = {
+        index: pair_transform(energy(), energy(), energy(), torch.arange(MODEL.head_dim) % half)
+        for index in range(MODEL.num_layers)
+    }
+    identity = ModelIdentity.of(AutoConfig.from_pretrained(model).get_text_config(), CONFIG["architectures"][0])
+    path = folder / "calibration.safetensors"
+    write_calibration(path, Calibration(layers, identity, source="arbitrary statistics", num_tokens=1))
+    return str(path)
 
 
 def random_tokens(count: int, seed: int) -> list[int]:
@@ -139,8 +161,12 @@ def main() -> None:
     request, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     shapes, load = request["shapes"], request["load"]
     longest = max([load["prefix"] + load["question"] + load["answer"], *(context + DECODED for _, context in shapes)])
+    model = model_folder(answer.parent / "llama-3.1-8b-shape")
+    if request["calibrated"]:
+        settings = {"calibration": calibration_file(model, answer.parent)}
+        request["engine"]["additional_config"] = {"turboquant": settings}
     llm = LLM(
-        model_folder(answer.parent / "llama-3.1-8b-shape"),
+        model,
         load_format="dummy",
         skip_tokenizer_init=True,
         enable_prefix_caching=True,

@@ -50,9 +50,6 @@ def update_kernel(
     overlap: tl.constexpr,
 ):
     """Two programs for a row: one sees which copies still are what the pages store, the other copies new tokens."""
-    if overlap:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     num_heads: tl.constexpr = layout.num_kv_heads
     head_dim: tl.constexpr = layout.head_dim
     stored_keys: tl.constexpr = layout.stored_keys
@@ -81,6 +78,13 @@ def update_kernel(
             pages + (block.to(tl.int64) * page_stride)[:, None] + (head.to(tl.int64) * page_head_stride)[None, :]
         )
         remembered = copied_scales + (entry.to(tl.int64)[:, None] * num_heads + head[None, :]) * (key_scales + 1)
+        known = ()
+        for i in tl.static_range(key_scales + 1):
+            known = known + (tl.load(remembered + i, mask=both, other=0),)
+        # What pages store may be of the kernel before this one; all that comes before is of earlier ones.
+        if overlap:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         unlike = tl.zeros([block_columns, block_heads], tl.int32)
         for i in tl.static_range(key_scales + 1):
             if i < key_scales:
@@ -88,7 +92,7 @@ def update_kernel(
             else:
                 at = stored_values.scales + offset * stored_values.scale_stride
             bits = tl.load(_as_bits(scale_rows + at[:, None]), mask=both, other=0)
-            unlike = unlike | (bits != tl.load(remembered + i, mask=both, other=0)).to(tl.int32)
+            unlike = unlike | (bits != known[i]).to(tl.int32)
             tl.store(remembered + i, bits, mask=both & written[:, None])
         tl.store(copied_slots + entry, slot, mask=written)
         valid = written | (same & (tl.max(unlike, axis=1) == 0))
@@ -109,6 +113,9 @@ def update_kernel(
             end = tl.maximum(tl.maximum(end, tl.max(tl.where(read, position + 1, 0), axis=0)), 0)
         tl.store(ends + row, end)
     elif keys is not None:
+        if overlap:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         # A row of one new token has one column of it, and its first tokens are new but once.
         if context < num_sinks:
             for index in range(0, num_sinks):
