@@ -15,6 +15,9 @@ from turboquant_core.ops._triton.bounds import existing_block
 from turboquant_core.ops._triton.codes import scale_pointers
 from turboquant_core.ops.decode_attention.fragment.widths import STREAMS
 
+# What the L2 cache gives at a time.
+SECTOR_BYTES = 32
+
 
 @gluon.constexpr_function
 def packed_bits(stored):
@@ -41,9 +44,18 @@ def stream_words(head_dim, bits, index):
 
 
 @gluon.constexpr_function
-def copy_layout(words):
-    """[16 tokens, words]: up to sixteen bytes a lane, a row in neighbouring lanes."""
-    each = min(4, words)
+def copied_words(bits, row_bytes):
+    """Words that a lane copies at a time.
+
+    Copies of four words pass the L1 cache by. Where both streams have parts of one sector, it is to be fetched once.
+    """
+    return 2 if streams(bits) == 2 and row_bytes % SECTOR_BYTES else 4
+
+
+@gluon.constexpr_function
+def copy_layout(words, most):
+    """[16 tokens, words]: up to `most` words a lane, a row in neighbouring lanes."""
+    each = min(most, words)
     return gl.BlockedLayout([1, each], [32 * each // words, words // each], [1, 1], [1, 0])
 
 
@@ -148,9 +160,10 @@ def _copy_words(pages, page, slot, buffers, at, stored: gl.constexpr, head_dim: 
     row_words: gl.constexpr = stored.code_stride // 4
     rows = pages + stored.codes + page + slot.to(gl.int64) * stored.code_stride
     words = rows.to(gl.pointer_type(gl.int32), bitcast=True)
-    _copy_stream(words, buffers[0], at, row_words)
+    most: gl.constexpr = copied_words(bits, stored.code_stride)
+    _copy_stream(words, buffers[0], at, row_words, most)
     if streams(bits) == 2:
-        _copy_stream(words + stream_words(channels, bits, 0), buffers[1], at, row_words)
+        _copy_stream(words + stream_words(channels, bits, 0), buffers[1], at, row_words, most)
 
 
 @gluon.jit
@@ -166,9 +179,9 @@ def _copy_roots(pages, page, slot, buffer, at, stored: gl.constexpr):
 
 
 @gluon.jit
-def _copy_stream(rows, buffer, at, row_words: gl.constexpr):
+def _copy_stream(rows, buffer, at, row_words: gl.constexpr, most: gl.constexpr):
     words: gl.constexpr = buffer.shape[2]
-    layout: gl.constexpr = copy_layout(words)
+    layout: gl.constexpr = copy_layout(words, most)
     token = gl.arange(0, 16, gl.SliceLayout(1, layout))[:, None]
     word = gl.arange(0, words, gl.SliceLayout(0, layout))[None, :]
     async_load(buffer.index(at), rows + token * row_words + word)
