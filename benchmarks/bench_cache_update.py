@@ -62,34 +62,31 @@ def check_update(
     layout: KVCacheLayout,
     key_transform: KeyTransform,
 ) -> None:
-    """Refuse to go on when more than one byte in ten thousand differs from the reference."""
+    """Refuse to go on when more than one byte in ten thousand differs from the reference, and more than four."""
     cache_update(key, value, pages, slots, layout, key_transform=key_transform)
     expected = torch.zeros_like(pages)
     cache_update(key, value, expected, slots, layout, key_transform=key_transform, path="reference")
-    differing = float((pages != expected).float().mean())
-    if differing > 1e-4:
-        raise SystemExit(f"not timed: {differing:.1e} of the bytes differ from the reference")
+    differing = int((pages != expected).sum())
+    # A code or a scale beside a boundary, also where there are few.
+    if differing > max(4, 1e-4 * pages.numel()):
+        raise SystemExit(f"not timed: {differing:,} of {pages.numel():,} bytes differ from the reference")
+
+
+LABELS = {"plain": "time", "with_mean": "with a key mean", "calibrated": "with a calibration file"}
 
 
 def times() -> str:
     """Times of every preset."""
+    presets = read_result("cache_update")["presets"]
+    shown = [kind for kind in KINDS if any(kind in kinds for kinds in presets.values())]
     rows = []
-    for name, kinds in read_result("cache_update")["presets"].items():
+    for name, kinds in presets.items():
         cells = [name]
-        for kind in KINDS:
+        for kind in shown:
             cells += [microseconds(kinds[kind]), f"{kinds[kind]['share_of_copy']:.0%}"] if kind in kinds else ["", ""]
         rows.append(cells)
-    share = "share of copy"
-    return table(("preset", "time", share, "with a key mean", share, "with a calibration file", share), rows)
-
-
-def times_of_few() -> str:
-    """Times of tq4 for as many tokens as decode steps have."""
-    rows = [
-        [num_tokens, *(microseconds(kinds[kind]) for kind in KINDS)]
-        for num_tokens, kinds in read_result("cache_update")["few_tokens"].items()
-    ]
-    return table(("tokens", "time", "with a key mean", "with a calibration file"), rows)
+    columns = [column for kind in shown for column in (LABELS[kind], "share of copy")]
+    return table(("preset", *columns), rows)
 
 
 def microseconds(measured: dict[str, Any]) -> str:
@@ -102,7 +99,7 @@ def share_of_copy() -> str:
     return f"{100 * read_result('cache_update')['presets']['tq4']['plain']['share_of_copy']:.0f}"
 
 
-FIGURES = {"cache-update": times, "cache-update-few": times_of_few, "update-share": share_of_copy}
+FIGURES = {"cache-update": times, "update-share": share_of_copy}
 
 
 def main() -> None:

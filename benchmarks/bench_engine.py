@@ -49,13 +49,19 @@ def run_gate() -> dict[str, str]:
     Raises:
         SystemExit: If a test fails.
     """
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    running = {
+        path: subprocess.Popen(
+            [*command, path, "-k", chosen], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for path, chosen in GATE.items()
+    }
     passed = {}
-    for path, chosen in GATE.items():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path, "-k", chosen]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"not timed: {path} fails\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
-        passed[path] = done.stdout.strip().splitlines()[-1]
+    for path, process in running.items():
+        printed, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(f"not timed: {path} fails\n{printed[-4000:]}")
+        passed[path] = printed.strip().splitlines()[-1]
     return passed
 
 

@@ -49,9 +49,7 @@ class Layer:
         self.newest = [self._random(batch) for _ in range(COLUMNS.recent_tokens)]
         self._copies = None
         if copies:
-            self._copies = RawCopies.allocate(
-                config, KV_HEADS, batch * COLUMNS.copies_of_row, torch.bfloat16, DEVICE
-            )
+            self._copies = RawCopies.allocate(config, KV_HEADS, batch * COLUMNS.copies_of_row, torch.bfloat16, DEVICE)
             copy_table = CopyTable(
                 COLUMNS,
                 num_slots=self.block_table.numel() * BLOCK_SIZE,
@@ -84,7 +82,9 @@ class Layer:
         out, lse = decode_attention(
             *arguments, key_transform=self.transform, seq_starts=codes.starts, seq_ends=codes.ends, return_lse=True
         )
-        merge_copies(self.query, out, lse, self._rows, self._copies, codes, scale=HEAD_DIM**-0.5)
+        merge_copies(
+            self.query, out, lse, self._rows, self._copies, codes, scale=HEAD_DIM**-0.5, follows_attention=True
+        )
         return out
 
     def check(self) -> dict[str, float]:
@@ -130,7 +130,8 @@ def _attention(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) ->
     """Plain attention of one token [num_heads, head_dim] on [num_kv_heads, num_tokens, head_dim]."""
     grouped = query.view(KV_HEADS, -1, HEAD_DIM)
     weights = (grouped @ keys.transpose(1, 2) * HEAD_DIM**-0.5).softmax(-1)
-    return (weights @ values).view(HEADS, HEAD_DIM)
+    out: torch.Tensor = weights @ values
+    return out.view(HEADS, HEAD_DIM)
 
 
 def time_layer(batch: int, context: int, *, copies: bool, kind: str) -> dict[str, float]:

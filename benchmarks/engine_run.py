@@ -22,9 +22,10 @@ from turboquant_core.calibration import Calibration, write_calibration
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_core.pair_transform import pair_transform
 
+ARCHITECTURE = "LlamaForCausalLM"
 CONFIG = {
     **SIZES,
-    "architectures": ["LlamaForCausalLM"],
+    "architectures": [ARCHITECTURE],
     "model_type": "llama",
     "rms_norm_eps": 1e-5,
     "rope_theta": ROPE_THETA,
@@ -57,7 +58,7 @@ def calibration_file(model: str, folder: Path) -> str:
         index: pair_transform(energy(), energy(), energy(), torch.arange(MODEL.head_dim) % half)
         for index in range(MODEL.num_layers)
     }
-    identity = ModelIdentity.of(AutoConfig.from_pretrained(model).get_text_config(), CONFIG["architectures"][0])
+    identity = ModelIdentity.of(AutoConfig.from_pretrained(model).get_text_config(), ARCHITECTURE)
     path = folder / "calibration.safetensors"
     write_calibration(path, Calibration(layers, identity, source="arbitrary statistics", num_tokens=1))
     return str(path)

@@ -111,6 +111,7 @@ def _kl(engine: str) -> Callable[[], str]:
 FIGURES = {
     "engine-centring": _scores("qwen2.5-coder-1.5b"),
     "engine-raw-tq4": _scores("smollm2"),
+    "engine-raw-tq3": _scores("smollm2_tq3"),
     "engine-raw-kl": _kl("means of the texts that ship"),
     "engine-codes-kl": _kl("codes only, means of the texts that ship"),
 }

@@ -19,6 +19,7 @@ import command_results  # noqa: E402
 import bench_cache_update  # noqa: E402
 import bench_decode_attention  # noqa: E402
 import bench_hf_decode  # noqa: E402
+import bench_raw_copies  # noqa: E402
 import engine_tables  # noqa: E402
 import eval_cache_options  # noqa: E402
 import eval_calibration  # noqa: E402
@@ -39,6 +40,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     **bench_cache_update.FIGURES,
     **bench_decode_attention.FIGURES,
     **bench_hf_decode.FIGURES,
+    **bench_raw_copies.FIGURES,
     **command_results.FIGURES,
     **engine_tables.FIGURES,
     **eval_cache_options.FIGURES,

@@ -9,6 +9,7 @@ from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops.decode_attention.reference import stored_row
+from turboquant_core.ops.merge_attention import merge_copies
 from turboquant_core.ops.merge_attention import reference as merge_reference
 from turboquant_core.ops.raw_copies import CopyTable, copy_update, reference
 from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
@@ -191,6 +192,38 @@ def test_first_and_newest_tokens_are_raw_from_step_to_step(options, sinks, recen
         if sinks and recent > 1 and not options:
             assert codes.starts.tolist() == [sinks] * len(used)
         assert_attends(cache, rows, used, codes, raw, **options)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no launch overlaps another in the interpreter")
+@pytest.mark.parametrize("rows_of_step", [1, 24])
+def test_merging_begins_while_attention_runs_and_gives_the_same_bits(rows_of_step):
+    cache = Cache(CopyColumns(1, 16), rows_of_step)
+    cache.update(*cache.step(dict.fromkeys(range(rows_of_step), 60))[:2], reads_new=False)
+    new, rows, _ = cache.step(dict.fromkeys(range(rows_of_step), 1))
+    query = cache.draw(rows.num_tokens, KV_HEADS * GROUP, HEAD_DIM)
+
+    def step(follows_attention):
+        """One layer's."""
+        codes = copy_update(new, cache.pages, rows, cache.copies, cache.layout)
+        out, lse = decode_attention(
+            query, cache.pages, rows.block_table, rows.seq_lens, cache.layout, seq_starts=codes.starts,
+            seq_ends=codes.ends, return_lse=True,
+        )  # fmt: skip
+        merge_copies(query, out, lse, rows, cache.copies, codes, scale=SCALE, follows_attention=follows_attention)
+        return out, lse
+
+    expected = step(False)
+    step(True)
+    # As engines launch them: one behind the other.
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [step(True) for _ in range(50)]
+    for _ in range(10):
+        graph.replay()
+        for out, lse in found:
+            assert torch.equal(out, expected[0])
+            assert torch.equal(lse, expected[1])
+            out.fill_(torch.nan)
 
 
 @pytest.mark.parametrize("split", [False, True])

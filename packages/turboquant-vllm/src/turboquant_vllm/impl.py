@@ -179,7 +179,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
         out, lse = decode_attention(
             *arguments, **options_of_codes, seq_starts=codes.starts, seq_ends=codes.ends, return_lse=True
         )
-        merge_copies(query, out, lse, rows.copies, copies, codes, **options)
+        merge_copies(query, out, lse, rows.copies, copies, codes, follows_attention=True, **options)
 
     def copies(self, dtype: torch.dtype, device: torch.device) -> RawCopies:
         """The layer's raw copies of keys and values of a type, or those of the layer whose cache it shares."""

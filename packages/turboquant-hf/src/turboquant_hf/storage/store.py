@@ -220,7 +220,7 @@ class Store:
         if full_precision is not None:
             assert seen.places is not None
             raw = (full_precision.keys, full_precision.values, seen.places)
-            merge_attention(tokens, output, lse, *raw, scale=scale, softcap=softcap)
+            merge_attention(tokens, output, lse, *raw, scale=scale, softcap=softcap, follows_attention=seen.has_codes)
         output = output.view(batch_size, query_len, num_heads, head_dim)
         return output if seen.overflow is None else output + seen.overflow.to(output.dtype)
 

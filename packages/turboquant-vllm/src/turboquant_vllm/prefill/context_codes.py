@@ -70,6 +70,7 @@ def attend_on_codes(
             scale=scale,
             softcap=softcap,
             key_mean=of_groups.key_mean,
+            follows_attention=True,
         )
     token = (groups.group, slice(None), groups.place)
     lse = lse.view(gathered.shape[:-1])[token].reshape(num_tokens, num_heads).T.contiguous()

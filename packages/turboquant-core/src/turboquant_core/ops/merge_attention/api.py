@@ -1,5 +1,7 @@
 """Attend on raw tokens, and merge that with what attention on codes gave: one kernel on a GPU."""
 
+from functools import partial
+
 import torch
 
 from turboquant_core.ops.merge_attention import reference
@@ -16,6 +18,7 @@ def merge_attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    follows_attention: bool = False,
 ) -> None:
     """Add attention on raw tokens to attention on codes, in place; one softmax over both, in float32.
 
@@ -33,11 +36,15 @@ def merge_attention(
             ones.
         scale: What logits are multiplied with; None is 1 / sqrt(head_dim).
         softcap: As in `decode_attention`.
+        follows_attention: Whether the operation before this one, on the same stream, is the `decode_attention` that
+            gave `out` and `lse`. Most of this one is done while that one runs.
     """
     merge = reference.merge_attention
     # What torch.compile traces it fuses by itself.
     if query.is_cuda and not torch.compiler.is_compiling():
-        from turboquant_core.ops.merge_attention.launch import merge_attention as merge
+        from turboquant_core.ops.merge_attention.launch import merge_attention as launch
+
+        merge = partial(launch, early=follows_attention)
     scale = query.shape[2] ** -0.5 if scale is None else scale
     merge(query, out, lse, keys, values, seen, scale=scale, softcap=softcap or 0.0)
 
@@ -54,6 +61,7 @@ def merge_copies(
     window: int | None = None,
     softcap: float | None = None,
     key_mean: torch.Tensor | None = None,
+    follows_attention: bool = False,
 ) -> None:
     """The same with the raw copies of a paged cache.
 
@@ -68,10 +76,13 @@ def merge_copies(
         window: As in `decode_attention`.
         softcap: The same.
         key_mean: float32 [num_kv_heads, head_dim] that keys are taken less of, where attention on codes leaves it out.
+        follows_attention: As above.
     """
     merge = reference.merge_copies
     if query.is_cuda:
-        from turboquant_core.ops.merge_attention.launch import merge_copies as merge
+        from turboquant_core.ops.merge_attention.launch import merge_copies as launch
+
+        merge = partial(launch, early=follows_attention)
     merge(
         query, out, lse, rows, copies, codes,
         scale=scale, window=window or 0, softcap=softcap or 0.0, mean=key_mean,

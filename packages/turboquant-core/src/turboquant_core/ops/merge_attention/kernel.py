@@ -46,6 +46,7 @@ def merge_kernel(
     precision: tl.constexpr,
     widen: tl.constexpr,
     overlap: tl.constexpr,
+    early: tl.constexpr,  # whether all but `out` and `lse` is there before the kernel before this one has finished
     # For `_shown`: of dense rows
     seen=None,  # bool [1 or rows, query_len, num_columns]
     seen_row_stride=0,  # 0 where all rows see the same
@@ -67,7 +68,7 @@ def merge_kernel(
     With `widen` products are taken in float32: for types that are not alike, and for the interpreter, which has none of
     bfloat16.
     """
-    if overlap:
+    if overlap and not early:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
@@ -136,6 +137,9 @@ def merge_kernel(
             result = tl.dot(low, value, result, input_precision=precision)
         total = total * rescale + tl.sum(weight, axis=1)
         top = highest
+    if overlap and early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     place = out + (token * out_token_stride + head * out_head_stride)[:, None] + channel[None, :]
     sums = lse + token * (tl.num_programs(1) * group) + head
     logit = tl.load(sums, mask=used, other=float("-inf"))

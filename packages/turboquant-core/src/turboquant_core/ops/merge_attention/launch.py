@@ -20,13 +20,15 @@ def merge_attention(
     *,
     scale: float,
     softcap: float,
+    early: bool = False,
 ) -> None:
     """See `turboquant_core.ops.merge_attention`."""
     num_tables, query_len, num_columns = seen.shape
     row_stride, head_stride, token_stride, _ = keys.stride()
     _launch(
         query, out, lse, (keys, values), (len(keys), query_len, num_columns), (row_stride, token_stride, head_stride),
-        scale=scale, softcap=softcap, seen=seen, seen_row_stride=0 if num_tables == 1 else query_len * num_columns,
+        scale=scale, softcap=softcap, early=early, seen=seen,
+        seen_row_stride=0 if num_tables == 1 else query_len * num_columns,
     )  # fmt: skip
 
 
@@ -42,15 +44,16 @@ def merge_copies(
     window: int,
     softcap: float,
     mean: torch.Tensor | None,
+    early: bool = False,
 ) -> None:
     """See `turboquant_core.ops.merge_attention.merge_copies`."""
     token_stride, head_stride, _ = copies.keys.stride()
     _launch(
         query, out, lse, (copies.keys, copies.values),
         (len(rows.seq_lens), rows.max_query_len, rows.columns.num_columns), (0, token_stride, head_stride),
-        scale=scale, softcap=softcap, mean=mean, entries=rows.entries, entries_stride=rows.entries.stride(0),
-        seq_lens=rows.seq_lens, query_start_loc=rows.query_start_loc, starts=codes.starts, ends=codes.ends,
-        window=window, **column_counts(rows.columns),
+        scale=scale, softcap=softcap, early=early, mean=mean, entries=rows.entries,
+        entries_stride=rows.entries.stride(0), seq_lens=rows.seq_lens, query_start_loc=rows.query_start_loc,
+        starts=codes.starts, ends=codes.ends, window=window, **column_counts(rows.columns),
     )  # fmt: skip
 
 
@@ -63,6 +66,7 @@ def _launch(
     strides: tuple[int, int, int],
     *,
     softcap: float,
+    early: bool,
     **tokens: Any,
 ) -> None:
     """Launch with raw keys and values, of as many rows, query tokens and columns, which lie that far apart."""
@@ -74,7 +78,7 @@ def _launch(
     num_queries = group * query_len
     constants = merge_sizes(head_dim, (query.dtype, keys.dtype), num_queries, num_columns, query.device)
     if query.stride(2) != 1:
-        query = query.contiguous()
+        query, early = query.contiguous(), False
     # Triton launches on the current device, whatever the tensors' is.
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         merge_kernel[(rows, num_kv_heads, -(-num_queries // constants["block_queries"]))](
@@ -96,6 +100,7 @@ def _launch(
             group=group,
             head_dim=head_dim,
             num_columns=num_columns,
+            early=early,
             **constants,
             **tokens,
         )

@@ -80,7 +80,7 @@ def update_kernel(
         remembered = copied_scales + (entry.to(tl.int64)[:, None] * num_heads + head[None, :]) * (key_scales + 1)
         known = ()
         for i in tl.static_range(key_scales + 1):
-            known = known + (tl.load(remembered + i, mask=both, other=0),)
+            known = known + (tl.load(remembered + i, mask=both, other=0),)  # type: ignore[assignment]
         # What pages store may be of the kernel before this one; all that comes before is of earlier ones.
         if overlap:
             tl.extra.cuda.gdc_wait()

@@ -165,24 +165,17 @@ def fragment_kernel(
             if has_ends:
                 seen_by_all = gl.minimum(seen_by_all, token_end)
             full_end = gl.maximum(gl.minimum(end, seen_by_all // tile_tokens), full_begin)
-            last = full_end - 1
-            numbers = (row * 0,) * subtiles
-            if full_end > full_begin:
-                first_numbers = ()
-                for ahead in gl.static_range(stages - 1):
-                    early = gl.minimum(full_begin + ahead, last)
-                    first_numbers = first_numbers + (
-                        tile_pages(early, False, token_end, blocks, last_block, block_size, subtiles),
-                    )
-                numbers = tile_pages(
-                    gl.minimum(full_begin + stages - 1, last), False, token_end, blocks, last_block, block_size,
-                    subtiles,
+            # Those that need one come last.
+            num_full = full_end - full_begin
+            last = end - begin - 1
+            for ahead in gl.static_range(stages - 1):
+                tile_ahead = _nth_tile(gl.minimum(ahead, last), begin, full_begin, num_full)
+                copy_tile(
+                    tile_ahead, ahead, tile_pages(tile_ahead, token_end, blocks, last_block, block_size, subtiles),
+                    token_end, pages, tensors.page_stride, buffers, layout, block_size, subtiles,
                 )  # fmt: skip
-                for ahead in gl.static_range(stages - 1):
-                    copy_tile(
-                        gl.minimum(full_begin + ahead, last), ahead, first_numbers[ahead], False, token_end, pages,
-                        tensors.page_stride, buffers, layout, block_size, subtiles,
-                    )  # fmt: skip
+            next_tile = _nth_tile(gl.minimum(stages - 1, last), begin, full_begin, num_full)
+            numbers = tile_pages(next_tile, token_end, blocks, last_block, block_size, subtiles)
             # While the first tiles are on their way.
             operands, lackings, factor, bias = query_operand(
                 stored, mean, key_scale, signs, scale, score_scale, rounds, swaps, key_offsets
@@ -195,40 +188,35 @@ def fragment_kernel(
             top = gl.full([columns], LOWEST, gl.float32, by_head)
             total = gl.zeros([16, columns], gl.float32, head_layout(columns))
             result = gl.zeros([head_dim, value_columns(columns)], gl.float32, mma)
-            if full_end > full_begin:
-                for full in range(full_begin, full_end):
-                    turn = full - full_begin
-                    async_copy.wait_group(stages - 2)
-                    copy_tile(
-                        gl.minimum(full + stages - 1, last), (turn + stages - 1) % stages, numbers, False, token_end,
-                        pages, tensors.page_stride, buffers, layout, block_size, subtiles,
-                    )  # fmt: skip
-                    numbers = tile_pages(
-                        gl.minimum(full + stages, last), False, token_end, blocks, last_block, block_size, subtiles
-                    )
-                    top, total, result = _attend_tile(
-                        full, turn % stages, buffers, False, token_end, start, position, operands, lackings, factor,
-                        bias, softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits,
-                        key_units, columns, subtiles, window, has_ends, sizes.has_softcap, key_asm, key_constraints,
-                        value_asm, value_constraints,
-                    )  # fmt: skip
-                async_copy.wait_group(0)
-            for n in range(0, end - begin - (full_end - full_begin)):
-                edge = begin + n
-                if edge >= full_begin:
-                    edge += full_end - full_begin
-                edge_numbers = tile_pages(edge, True, token_end, blocks, last_block, block_size, subtiles)
+            for turn in range(0, num_full):
+                async_copy.wait_group(stages - 2)
                 copy_tile(
-                    edge, 0, edge_numbers, True, token_end, pages, tensors.page_stride, buffers, layout, block_size,
-                    subtiles,
+                    next_tile, (turn + stages - 1) % stages, numbers, token_end, pages, tensors.page_stride, buffers,
+                    layout, block_size, subtiles,
                 )  # fmt: skip
-                async_copy.wait_group(0)
+                next_tile = _nth_tile(gl.minimum(turn + stages, last), begin, full_begin, num_full)
+                numbers = tile_pages(next_tile, token_end, blocks, last_block, block_size, subtiles)
                 top, total, result = _attend_tile(
-                    edge, 0, buffers, True, token_end, start, position, operands, lackings, factor, bias,
-                    softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits, key_units,
-                    columns, subtiles, window, has_ends, sizes.has_softcap, key_asm, key_constraints, value_asm,
-                    value_constraints,
+                    full_begin + turn, turn % stages, buffers, False, token_end, start,
+                    position, operands, lackings, factor, bias, softcap, top, total, result, key_table, value_table,
+                    head_dim, keys, values.bits, key_units, columns, subtiles, window, has_ends, sizes.has_softcap,
+                    key_asm, key_constraints, value_asm, value_constraints,
                 )  # fmt: skip
+            for turn in range(num_full, last + 1):
+                async_copy.wait_group(stages - 2)
+                copy_tile(
+                    next_tile, (turn + stages - 1) % stages, numbers, token_end, pages, tensors.page_stride, buffers,
+                    layout, block_size, subtiles,
+                )  # fmt: skip
+                next_tile = _nth_tile(gl.minimum(turn + stages, last), begin, full_begin, num_full)
+                numbers = tile_pages(next_tile, token_end, blocks, last_block, block_size, subtiles)
+                top, total, result = _attend_tile(
+                    _nth_tile(turn, begin, full_begin, num_full), turn % stages, buffers, True, token_end, start,
+                    position, operands, lackings, factor, bias, softcap, top, total, result, key_table, value_table,
+                    head_dim, keys, values.bits, key_units, columns, subtiles, window, has_ends, sizes.has_softcap,
+                    key_asm, key_constraints, value_asm, value_constraints,
+                )  # fmt: skip
+            async_copy.wait_group(0)
 
             slot = ((worker + row).to(gl.int64) * layout.num_kv_heads + head) * num_columns
             partial = tensors.partial + (slot + output_head[None, :]) * head_dim + channel
@@ -246,6 +234,14 @@ def fragment_kernel(
 @gluon.jit
 def _plus(a, b):
     return a + b
+
+
+@gluon.jit
+def _nth_tile(n, begin, full_begin, num_full):
+    """Of the tiles from `begin` on the nth, if the num_full ones from `full_begin` on come first."""
+    edge = begin + n - num_full
+    edge += gl.where(edge >= full_begin, num_full, 0)
+    return gl.where(n < num_full, full_begin + n, edge)
 
 
 @gluon.jit

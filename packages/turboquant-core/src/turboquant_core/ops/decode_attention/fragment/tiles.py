@@ -103,30 +103,28 @@ def allocate_roots(stages: gl.constexpr, subtiles: gl.constexpr, split: gl.const
 
 
 @gluon.jit
-def tile_pages(
-    index, masked: gl.constexpr, length, blocks, last_block, block_size: gl.constexpr, subtiles: gl.constexpr
-):
-    """The page of every sixteen tokens of a tile; page 0 past the end. `blocks` is the page itself without a table."""
+def tile_pages(index, length, blocks, last_block, block_size: gl.constexpr, subtiles: gl.constexpr):
+    """The page of every sixteen tokens of a tile, past the end that of the last token.
+
+    `blocks` is the page itself without a table.
+    """
     # Where one is a multiple of the other, sixteen tokens inside a page lie in the page of those before them.
     aligned: gl.constexpr = block_size > 0 and (block_size % (16 * subtiles) == 0 or 16 * subtiles % block_size == 0)
     numbers = ()
     for j in gl.static_range(subtiles):
-        first = (index * subtiles + j) * 16
         if block_size == 0:
             numbers = numbers + (blocks,)
-        elif masked:
-            block = gl.load(blocks + first // block_size, mask=first < length, other=0)
-            numbers = numbers + (existing_block(block, last_block),)
         elif aligned and j * 16 % block_size != 0:
             numbers = numbers + (numbers[j - 1],)
         else:
-            numbers = numbers + (existing_block(gl.load(blocks + first // block_size), last_block),)
+            token = gl.minimum((index * subtiles + j) * 16, length - 1)
+            numbers = numbers + (existing_block(gl.load(blocks + token // block_size), last_block),)
     return numbers
 
 
 @gluon.jit
 def copy_tile(
-    index, stage, numbers, masked: gl.constexpr, length, pages, page_stride, buffers,
+    index, stage, numbers, length, pages, page_stride, buffers,
     layout: gl.constexpr, block_size: gl.constexpr, subtiles: gl.constexpr,
 ):  # fmt: skip
     """Start to copy a tile of a head's pages into stage `stage` of `buffers`, as one group.
@@ -138,11 +136,10 @@ def copy_tile(
     for j in gl.static_range(subtiles):
         first = (index * subtiles + j) * 16
         page = numbers[j].to(gl.int64) * page_stride
-        slot = first
         if block_size > 0:
             # Sixteen tokens at a time, for the compiler to see that it divides.
             slot = (index * subtiles + j) % (block_size // 16) * 16
-        elif masked:
+        else:
             # Past its end a contiguous row has no memory; what is read there is masked.
             slot = gl.where(first < length, first, 0)
         at = stage * subtiles + j
