@@ -188,34 +188,22 @@ def fragment_kernel(
             top = gl.full([columns], LOWEST, gl.float32, by_head)
             total = gl.zeros([16, columns], gl.float32, head_layout(columns))
             result = gl.zeros([head_dim, value_columns(columns)], gl.float32, mma)
-            for turn in range(0, num_full):
-                async_copy.wait_group(stages - 2)
-                copy_tile(
-                    next_tile, (turn + stages - 1) % stages, numbers, token_end, pages, tensors.page_stride, buffers,
-                    layout, block_size, subtiles,
-                )  # fmt: skip
-                next_tile = _nth_tile(gl.minimum(turn + stages, last), begin, full_begin, num_full)
-                numbers = tile_pages(next_tile, token_end, blocks, last_block, block_size, subtiles)
-                top, total, result = _attend_tile(
-                    full_begin + turn, turn % stages, buffers, False, token_end, start,
-                    position, operands, lackings, factor, bias, softcap, top, total, result, key_table, value_table,
-                    head_dim, keys, values.bits, key_units, columns, subtiles, window, has_ends, sizes.has_softcap,
-                    key_asm, key_constraints, value_asm, value_constraints,
-                )  # fmt: skip
-            for turn in range(num_full, last + 1):
-                async_copy.wait_group(stages - 2)
-                copy_tile(
-                    next_tile, (turn + stages - 1) % stages, numbers, token_end, pages, tensors.page_stride, buffers,
-                    layout, block_size, subtiles,
-                )  # fmt: skip
-                next_tile = _nth_tile(gl.minimum(turn + stages, last), begin, full_begin, num_full)
-                numbers = tile_pages(next_tile, token_end, blocks, last_block, block_size, subtiles)
-                top, total, result = _attend_tile(
-                    _nth_tile(turn, begin, full_begin, num_full), turn % stages, buffers, True, token_end, start,
-                    position, operands, lackings, factor, bias, softcap, top, total, result, key_table, value_table,
-                    head_dim, keys, values.bits, key_units, columns, subtiles, window, has_ends, sizes.has_softcap,
-                    key_asm, key_constraints, value_asm, value_constraints,
-                )  # fmt: skip
+            for masked in gl.static_range(2):
+                for turn in range(num_full if masked else 0, last + 1 if masked else num_full):
+                    async_copy.wait_group(stages - 2)
+                    copy_tile(
+                        next_tile, (turn + stages - 1) % stages, numbers, token_end, pages, tensors.page_stride,
+                        buffers, layout, block_size, subtiles,
+                    )  # fmt: skip
+                    next_tile = _nth_tile(gl.minimum(turn + stages, last), begin, full_begin, num_full)
+                    numbers = tile_pages(next_tile, token_end, blocks, last_block, block_size, subtiles)
+                    top, total, result = _attend_tile(
+                        _nth_tile(turn, begin, full_begin, num_full) if masked else full_begin + turn,
+                        turn % stages, buffers, masked == 1, token_end, start, position, operands, lackings, factor,
+                        bias, softcap, top, total, result, key_table, value_table, head_dim, keys, values.bits,
+                        key_units, columns, subtiles, window, has_ends, sizes.has_softcap, key_asm, key_constraints,
+                        value_asm, value_constraints,
+                    )  # fmt: skip
             async_copy.wait_group(0)
 
             slot = ((worker + row).to(gl.int64) * layout.num_kv_heads + head) * num_columns
