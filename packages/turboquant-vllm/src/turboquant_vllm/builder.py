@@ -10,8 +10,8 @@ from turboquant_vllm._compat.interface import AttentionCGSupport, AttentionMetad
 from turboquant_vllm._compat.worker import split_decodes_and_prefills
 from turboquant_vllm.batch.metadata import DecodeRows, TurboQuantMetadata
 from turboquant_vllm.batch.prefill_rows import PrefillRows
-from turboquant_vllm.key_means.from_file import give_key_means
-from turboquant_vllm.key_means.from_texts import give_text_means
+from turboquant_vllm.key_transforms.from_file import give_transforms
+from turboquant_vllm.key_transforms.from_texts import give_text_means
 from turboquant_vllm.raw_copies import GroupCopies, most_query_tokens
 from turboquant_vllm.refusals import INSTEAD
 from turboquant_vllm.settings import Settings
@@ -40,7 +40,7 @@ class TurboQuantMetadataBuilder(AttentionMetadataBuilder[Any]):
         settings = Settings.of_engine(vllm_config)
         self._copies = GroupCopies(layer_names, vllm_config, settings, device) if settings.keeps_copies else None
         if settings.calibration is not None:
-            give_key_means(settings.calibration, layer_names, vllm_config, codes_only=settings.reads_first_codes)
+            give_transforms(settings.calibration, layer_names, vllm_config, codes_only=settings.reads_first_codes)
         elif settings.center_keys:
             give_text_means(layer_names, vllm_config, device)
         if device.type == "cuda" and vllm_config.kernel_config.enable_jit_warmup:

@@ -10,7 +10,7 @@ import torch
 from turboquant_vllm._compat.engine import all_layers, attention_layers
 from turboquant_vllm._compat.interface import init_logger
 from turboquant_vllm._compat.worker import cached_tokenizer_from_config, model_with, run_on_text
-from turboquant_vllm.key_means.raw_attention import RawAttention
+from turboquant_vllm.key_transforms.raw_attention import RawAttention
 from turboquant_vllm.refusals import MEANS_INSTEAD
 
 logger = init_logger(__name__)

@@ -13,8 +13,8 @@ from turboquant_core.key_transform import KeyTransform
 from turboquant_core.model_identity import ModelIdentity
 from turboquant_vllm._compat.engine import AttentionLayerBase
 from turboquant_vllm.artifacts import calibration_of
-from turboquant_vllm.key_means import from_file
-from turboquant_vllm.key_means.from_file import heads_of_rank
+from turboquant_vllm.key_transforms import from_file
+from turboquant_vllm.key_transforms.from_file import heads_of_rank
 from turboquant_vllm.layer_transform import LayerTransform
 
 
@@ -111,7 +111,7 @@ def test_a_stage_of_two_ranks_gives_its_layers_their_means(monkeypatch, tiny_mod
     config = SimpleNamespace(
         model_config=model_config(folder), compilation_config=SimpleNamespace(static_forward_context=layers)
     )
-    from_file.give_key_means(path, layers, config, codes_only=False)
+    from_file.give_transforms(path, layers, config, codes_only=False)
     for index, layer in zip((2, 3), layers.values(), strict=True):
         expected = read_calibration(path).layers[index].shard(slice(rank, rank + 1))
         for part, of_file in zip(layer.impl.key_transform.settled.parts, expected.parts, strict=True):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from turboquant_vllm.dense_attention import DenseAttention
-from turboquant_vllm.key_means import from_texts
-from turboquant_vllm.key_means.from_texts import give_text_means, shipped_texts, why_none
-from turboquant_vllm.key_means.raw_attention import RawAttention
+from turboquant_vllm.key_transforms import from_texts
+from turboquant_vllm.key_transforms.from_texts import give_text_means, shipped_texts, why_none
+from turboquant_vllm.key_transforms.raw_attention import RawAttention
 from turboquant_vllm.layer_transform import LayerTransform
 
 TOKENS = [{"prompt_token_ids": list(range(start, 400, 3))} for start in (3, 5)]

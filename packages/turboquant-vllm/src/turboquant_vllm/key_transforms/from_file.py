@@ -13,7 +13,7 @@ from turboquant_vllm._compat.worker import (
 from turboquant_vllm.artifacts import calibration_of
 
 
-def give_key_means(path: str, layer_names: Iterable[str], vllm_config: Any, *, codes_only: bool) -> None:
+def give_transforms(path: str, layer_names: Iterable[str], vllm_config: Any, *, codes_only: bool) -> None:
     """Give the layers of one group their transforms, whichever of the model's layers and KV heads they are.
 
     `codes_only` says whether first tokens are read as codes too.
