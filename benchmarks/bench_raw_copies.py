@@ -78,7 +78,7 @@ class Layer:
             out = decode_attention(*arguments, key_transform=self.transform)
             assert isinstance(out, torch.Tensor)
             return out
-        codes = copy_update((key, value), self.pages, self._rows, self._copies, self.layout)
+        codes = copy_update((key, value), self.pages, self._rows, self._copies, self.layout, follows_update=True)
         out, lse = decode_attention(
             *arguments, key_transform=self.transform, seq_starts=codes.starts, seq_ends=codes.ends, return_lse=True
         )

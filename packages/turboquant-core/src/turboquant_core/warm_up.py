@@ -7,15 +7,13 @@ import torch
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops.cache_update import cache_update
+from turboquant_core.ops.cache_update.triton.sizes import few_tokens, input_parts
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN, decode_attention
 from turboquant_core.ops.decode_attention.paths import choose_path
 from turboquant_core.ops.decode_attention.sizes import representative_batches
 from turboquant_core.ops.merge_attention import merge_copies
 from turboquant_core.ops.raw_copies import copy_update
 from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
-
-# One token more than the smallest tile of an update takes, for the other one.
-UPDATE_TOKENS = (1, 17)
 
 
 def warm_up(
@@ -57,7 +55,9 @@ def warm_up(
     num_kv_heads, head_dim = layout.num_kv_heads, layout.config.head_dim
     pages = torch.zeros(1, num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
     sinks = torch.zeros(num_heads, device=device) if has_sinks else None
-    for num_tokens in UPDATE_TOKENS:
+    # One token, and one more than small tiles are for.
+    few = few_tokens(input_parts(dtype, only_centres=key_transform.only_centres))
+    for num_tokens in (1, few + 1):
         vectors = torch.zeros(num_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
         slot_mapping = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
         cache_update(vectors, vectors, pages, slot_mapping, layout, key_transform=key_transform)
@@ -81,9 +81,12 @@ def warm_up(
             rows = CopyRows(copies, entries, lengths, start_loc, block_table, len(query), query_len)
             own = torch.zeros(len(query), num_kv_heads, head_dim, dtype=dtype, device=device)
             kept = RawCopies.allocate(layout.config, num_kv_heads, 1, dtype, device)
+            # As engines call them: one behind the other.
             for reads_new in (True, False):
-                codes = copy_update((own, own), pages, rows, kept, layout, reads_new=reads_new)
-            merge_copies(query, out, lse, rows, kept, codes, scale=1.0, window=window, softcap=softcap)
+                codes = copy_update((own, own), pages, rows, kept, layout, reads_new=reads_new, follows_update=True)
+            merge_copies(
+                query, out, lse, rows, kept, codes, scale=1.0, window=window, softcap=softcap, follows_attention=True
+            )
 
 
 def _batches(

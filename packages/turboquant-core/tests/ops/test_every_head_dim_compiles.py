@@ -94,9 +94,9 @@ def report(head_dim, key_bits, dtypes, paths, arch, shared_bytes, folder, split=
     copies.assign(entries, table.state, lengths, ints, block_table, columns, **options)
     rows = CopyRows(columns, entries, lengths, ints if split else None, block_table, BATCH, columns.max_query_len)
     kept, new = RawCopies.allocate(layout.config, 2, 16, torch.bfloat16), query[:, :2]
-    copies.copy_update((new, new), pages, rows, kept, layout, reads_new=True)
+    copies.copy_update((new, new), pages, rows, kept, layout, reads_new=True, early=True)
     options = {"scale": 1.0, "window": 0, "softcap": 0.0, "mean": means if split else None}
-    merge.merge_copies(query, query, lse, rows, kept, CodeRange(lengths, lengths), **options)
+    merge.merge_copies(query, query, lse, rows, kept, CodeRange(lengths, lengths), early=True, **options)
     for kernel in (*copy_kernels, merge_kernel):
         show(kernel)
 """

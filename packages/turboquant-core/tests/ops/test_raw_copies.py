@@ -196,20 +196,23 @@ def test_first_and_newest_tokens_are_raw_from_step_to_step(options, sinks, recen
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="no launch overlaps another in the interpreter")
 @pytest.mark.parametrize("rows_of_step", [1, 24])
-def test_merging_begins_while_attention_runs_and_gives_the_same_bits(rows_of_step):
+def test_operations_that_begin_while_the_ones_before_run_give_the_same_bits(rows_of_step):
     cache = Cache(CopyColumns(1, 16), rows_of_step)
     cache.update(*cache.step(dict.fromkeys(range(rows_of_step), 60))[:2], reads_new=False)
     new, rows, _ = cache.step(dict.fromkeys(range(rows_of_step), 1))
     query = cache.draw(rows.num_tokens, KV_HEADS * GROUP, HEAD_DIM)
 
-    def step(follows_attention):
-        """One layer's."""
-        codes = copy_update(new, cache.pages, rows, cache.copies, cache.layout)
+    slots = torch.full((len(new[0]),), -1, device=DEVICE)
+
+    def step(overlaps):
+        """One layer's; what it stores is there already."""
+        cache_update(*new, cache.pages, slots, cache.layout)
+        codes = copy_update(new, cache.pages, rows, cache.copies, cache.layout, follows_update=overlaps)
         out, lse = decode_attention(
             query, cache.pages, rows.block_table, rows.seq_lens, cache.layout, seq_starts=codes.starts,
             seq_ends=codes.ends, return_lse=True,
         )  # fmt: skip
-        merge_copies(query, out, lse, rows, cache.copies, codes, scale=SCALE, follows_attention=follows_attention)
+        merge_copies(query, out, lse, rows, cache.copies, codes, scale=SCALE, follows_attention=overlaps)
         return out, lse
 
     expected = step(False)

@@ -50,23 +50,26 @@ def test_attention_on_ranges_is_launched_where_there_are_copies(monkeypatch, cop
         assert bool(name in call) is (copies is not None)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, centred):
+@pytest.mark.parametrize("kind", ["plain", "centred", "scaled"])
+def test_every_update_is_launched_with_a_kernel_that_was_warmed_up(monkeypatch, kind):
+    scaled = kind == "scaled"
+    transform = KeyTransform(scale=torch.ones(2, 128)) if scaled else centring("cpu") if kind == "centred" else IDENTITY
+
     def kernel_of(num_tokens):
-        plan = update_launch.plan(LAYOUT, torch.bfloat16, num_tokens, torch.device("cpu"), True)
-        # Where warpgroups can run, they take all from so many tokens on.
+        plan = update_launch.plan(LAYOUT, torch.bfloat16, num_tokens, torch.device("cpu"), not scaled)
+        # Where warpgroups can run, they take all from so many tokens on, but scaled ones.
         constants = frozenset((name, x) for name, x in plan.keywords.items() if name != "tables")
-        return num_tokens >= WARPGROUP.least_tokens, constants
+        return num_tokens >= WARPGROUP.least_tokens and not scaled, constants
 
     launched = []
 
     def update(key, value, pages, slot_mapping, layout, *, key_transform):
         assert layout is LAYOUT
-        assert (key_transform.mean is not None) is centred
+        assert key_transform is transform
         launched.append(kernel_of(len(key)))
 
     monkeypatch.setattr(sys.modules["turboquant_core.warm_up"], "cache_update", update)
-    warm_up(LAYOUT, **options("cpu"), key_transform=centring("cpu") if centred else IDENTITY)
+    warm_up(LAYOUT, **options("cpu"), key_transform=transform)
     assert len(launched) == len(set(launched)), "two of them compile the same"
     assert set(launched) == {kernel_of(num_tokens) for num_tokens in range(1, 300)}
 

@@ -145,7 +145,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
             raw = None
             if rows.copies is not None:
                 copies = self.copies(query.dtype, query.device)
-                codes = copy_update(own, pages, rows.copies, copies, layout, reads_new=False)
+                codes = copy_update(own, pages, rows.copies, copies, layout, reads_new=False, follows_update=True)
                 raw = RawContext(rows.copies, copies, codes)
             prefill = Prefill(self.dense_attention, layout, self.sinks)
             prefill(query[tokens], own, pages, rows, self.key_transform.settled, output[tokens], raw)
@@ -175,7 +175,7 @@ class TurboQuantImpl(AttentionImpl[Any]):
             decode_attention(*arguments, **options_of_codes)
             return
         copies = self.copies(query.dtype, query.device)
-        codes = copy_update(own, pages, rows.copies, copies, layout)
+        codes = copy_update(own, pages, rows.copies, copies, layout, follows_update=True)
         out, lse = decode_attention(
             *arguments, **options_of_codes, seq_starts=codes.starts, seq_ends=codes.ends, return_lse=True
         )

@@ -1,5 +1,7 @@
 """Copy a step's tokens beside their codes, and see which copies still stand."""
 
+from functools import partial
+
 import torch
 
 from turboquant_core.layout import KVCacheLayout
@@ -15,6 +17,7 @@ def copy_update(
     layout: KVCacheLayout,
     *,
     reads_new: bool = True,
+    follows_update: bool = False,
 ) -> CodeRange:
     """Copy the new tokens of rows, which the pages store already, and see which copies of others still stand.
 
@@ -30,11 +33,15 @@ def copy_update(
         copies: Of the layer.
         layout: Of the pages.
         reads_new: Whether the new tokens are read from the cache too, not only what came before them.
+        follows_update: Whether the operation before this one, on the same stream, wrote nothing that is read here but
+            pages, as the `cache_update` of the new tokens. Part of this one is done while that one runs.
 
     Returns:
         What is read as codes.
     """
     update = reference.copy_update
     if pages.is_cuda:
-        from turboquant_core.ops.raw_copies.launch import copy_update as update
+        from turboquant_core.ops.raw_copies.launch import copy_update as launch
+
+        update = partial(launch, early=follows_update)
     return update(new, pages, rows, copies, layout, reads_new=reads_new)

@@ -48,8 +48,12 @@ def update_kernel(
     block_heads: tl.constexpr,
     block_dim: tl.constexpr,
     overlap: tl.constexpr,
+    early: tl.constexpr,  # whether all but the pages is there before the kernel before this one has finished
 ):
     """Two programs for a row: one sees which copies still are what the pages store, the other copies new tokens."""
+    if overlap and not early:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_heads: tl.constexpr = layout.num_kv_heads
     head_dim: tl.constexpr = layout.head_dim
     stored_keys: tl.constexpr = layout.stored_keys
@@ -81,8 +85,7 @@ def update_kernel(
         known = ()
         for i in tl.static_range(key_scales + 1):
             known = known + (tl.load(remembered + i, mask=both, other=0),)  # type: ignore[assignment]
-        # What pages store may be of the kernel before this one; all that comes before is of earlier ones.
-        if overlap:
+        if overlap and early:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         unlike = tl.zeros([block_columns, block_heads], tl.int32)
@@ -113,7 +116,7 @@ def update_kernel(
             end = tl.maximum(tl.maximum(end, tl.max(tl.where(read, position + 1, 0), axis=0)), 0)
         tl.store(ends + row, end)
     elif keys is not None:
-        if overlap:
+        if overlap and early:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         # A row of one new token has one column of it, and its first tokens are new but once.

@@ -24,6 +24,7 @@ def copy_update(
     layout: KVCacheLayout,
     *,
     reads_new: bool,
+    early: bool = False,
 ) -> CodeRange:
     """See `turboquant_core.ops.raw_copies.copy_update`."""
     batch = len(rows.seq_lens)
@@ -60,6 +61,7 @@ def copy_update(
             layout=page_layout(layout),
             **column_counts(rows.columns),
             reads_new=reads_new,
+            early=early,
             block_columns=power_of_two(rows.columns.num_columns),
             block_heads=power_of_two(layout.num_kv_heads),
             block_dim=power_of_two(layout.config.head_dim),

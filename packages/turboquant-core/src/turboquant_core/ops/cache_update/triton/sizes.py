@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
+
 ELEMENT_BYTES = 2
 # The least rows that a product takes: a tile's where there are no more tokens.
 FEW_ROWS = 16
-# Vectors that are scaled or ordered first go through registers before they are multiplied: up to so many, small tiles
-# side by side are faster. On an H200 64 of 8 heads take 5.4 us, not 8.0.
-FEW_TRANSFORMED = 256
+# Vectors that are multiplied in halves go through registers first: up to so many, small tiles side by side are faster.
+# On an H200 64 scaled keys of 8 heads take 5.4 us, not 8.0.
+FEW_IN_HALVES = 256
 # One program waits for its input or the tensor cores while another quantizes. Three find room at 128 channels where one
 # matrix is the rotation, if a thread keeps to 168 registers. On an H200 8,192 tokens of 8 heads then take 22.5 us, not
 # 26.4; with one code path for keys and another for values those registers spill: 36 us, not 31.
@@ -62,6 +64,16 @@ class UpdateLaunch:
         return {} if self.max_registers is None else {"maxnreg": self.max_registers}
 
 
+def input_parts(dtype: torch.dtype, *, only_centres: bool) -> int:
+    """Parts of keys that are multiplied: halves of what no 16-bit type holds."""
+    return 2 if dtype == torch.float32 or not only_centres else 1
+
+
+def few_tokens(input_parts: int) -> int:
+    """Up to so many tokens tiles are small."""
+    return FEW_ROWS if input_parts == 1 else FEW_IN_HALVES
+
+
 def update_launch(
     num_tokens: int,
     num_kv_heads: int,
@@ -79,8 +91,7 @@ def update_launch(
     """
     # 64 rows are one warpgroup's tensor-core tile; few waste less when decoding. More warps, 8 that share 64 rows
     # or have 128, take longer.
-    few = FEW_ROWS if input_parts == 1 else FEW_TRANSFORMED
-    block_rows, num_warps = (64 if num_tokens > few else FEW_ROWS), 4
+    block_rows, num_warps = (64 if num_tokens > few_tokens(input_parts) else FEW_ROWS), 4
     block_k, num_stages, depth = channels, 1, 2
     # The rotation, and next to it the input of two tiles: the pipeline has a buffer for each of its stages.
     resident_bytes = ELEMENT_BYTES * channels * (num_parts * channels + 2 * input_parts * block_rows)
