@@ -5,6 +5,7 @@ import triton.language as tl
 
 from turboquant_core.ops._bounds import MAX_TOKENS
 from turboquant_core.ops._triton.columns import column_position, row_of_step
+from turboquant_core.ops._triton.overlap import wait_for_previous_kernel
 from turboquant_core.ops._triton.softcap import softcapped
 
 # The lowest that is finite: a block that is hidden altogether must not give minus infinity less itself.
@@ -69,8 +70,7 @@ def merge_kernel(
     bfloat16.
     """
     if overlap and not early:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_previous_kernel()
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     if seen is None:
@@ -138,8 +138,7 @@ def merge_kernel(
         total = total * rescale + tl.sum(weight, axis=1)
         top = highest
     if overlap and early:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_previous_kernel()
     place = out + (token * out_token_stride + head * out_head_stride)[:, None] + channel[None, :]
     sums = lse + token * (tl.num_programs(1) * group) + head
     logit = tl.load(sums, mask=used, other=float("-inf"))

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from turboquant_core.ops._triton.codes import scale_pointers
 from turboquant_core.ops._triton.columns import column_position, row_of_step
+from turboquant_core.ops._triton.overlap import wait_for_previous_kernel
 from turboquant_core.ops.raw_copies.slots import slot_of
 
 
@@ -52,8 +53,7 @@ def update_kernel(
 ):
     """Two programs for a row: one sees which copies still are what the pages store, the other copies new tokens."""
     if overlap and not early:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_previous_kernel()
     num_heads: tl.constexpr = layout.num_kv_heads
     head_dim: tl.constexpr = layout.head_dim
     stored_keys: tl.constexpr = layout.stored_keys
@@ -86,8 +86,7 @@ def update_kernel(
         for i in tl.static_range(key_scales + 1):
             known = known + (tl.load(remembered + i, mask=both, other=0),)  # type: ignore[assignment]
         if overlap and early:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+            wait_for_previous_kernel()
         unlike = tl.zeros([block_columns, block_heads], tl.int32)
         for i in tl.static_range(key_scales + 1):
             if i < key_scales:
@@ -117,8 +116,7 @@ def update_kernel(
         tl.store(ends + row, end)
     elif keys is not None:
         if overlap and early:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+            wait_for_previous_kernel()
         # A row of one new token has one column of it, and its first tokens are new but once.
         if context < num_sinks:
             for index in range(0, num_sinks):

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from turboquant_core.ops._triton.overlap import wait_for_previous_kernel
 from turboquant_core.ops.decode_attention.schedule import owner, query_heads
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -32,8 +33,7 @@ def combine_kernel(
     # What no kernel before this one writes comes while it waits for them.
     matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
     if sizes.overlap:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_previous_kernel()
     row, head, column, token, used = query_heads(
         tl.program_id(0) * block_heads + tl.arange(0, block_heads),
         tensors.query_start_loc, batch, num_heads, num_tokens, query_len, sizes.group,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from turboquant_core.ops._triton.bounds import existing_block
 from turboquant_core.ops._triton.codes import load_codes, load_halves, load_scales, look_up
+from turboquant_core.ops._triton.overlap import wait_for_previous_kernel
 from turboquant_core.ops._triton.softcap import softcapped
 from turboquant_core.ops.decode_attention.call import AttendCounts
 from turboquant_core.ops.decode_attention.portable.lookup import (
@@ -55,8 +56,7 @@ def portable_kernel(
     tile: tl.constexpr = sizes.tile
     window: tl.constexpr = sizes.window
     if sizes.overlap:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_previous_kernel()
     worker = tl.program_id(0)
     num_workers = tl.num_programs(0)
     head = tl.program_id(1) // (num_columns // columns)

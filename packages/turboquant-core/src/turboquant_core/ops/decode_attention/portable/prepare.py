@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from turboquant_core.ops._triton.overlap import wait_for_previous_kernel
 from turboquant_core.ops.decode_attention.schedule import query_heads, row_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,8 +37,7 @@ def prepare_kernel(
     # What no kernel before this one writes comes while it waits for them.
     matrix = _load_rotation(rotation, position, 0, head_dim, block_channels)
     if sizes.overlap:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_previous_kernel()
     first_program = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     if first_program:
         _write_cu_tiles(
