@@ -7,7 +7,7 @@ import torch
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops.cache_update import cache_update
-from turboquant_core.ops.cache_update.triton.sizes import few_tokens, input_parts
+from turboquant_core.ops.cache_update.triton.sizes import representative_tokens
 from turboquant_core.ops.decode_attention import MAX_QUERY_LEN, decode_attention
 from turboquant_core.ops.decode_attention.paths import choose_path
 from turboquant_core.ops.decode_attention.sizes import representative_batches
@@ -55,9 +55,7 @@ def warm_up(
     num_kv_heads, head_dim = layout.num_kv_heads, layout.config.head_dim
     pages = torch.zeros(1, num_kv_heads, layout.head_bytes, dtype=torch.uint8, device=device)
     sinks = torch.zeros(num_heads, device=device) if has_sinks else None
-    # One token, and one more than small tiles are for.
-    few = few_tokens(input_parts(dtype, only_centres=key_transform.only_centres))
-    for num_tokens in (1, few + 1):
+    for num_tokens in representative_tokens(dtype, only_centres=key_transform.only_centres):
         vectors = torch.zeros(num_tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
         slot_mapping = torch.full((num_tokens,), -1, dtype=torch.int64, device=device)
         cache_update(vectors, vectors, pages, slot_mapping, layout, key_transform=key_transform)

@@ -14,7 +14,7 @@ from turboquant_core.ops._page_layout import page_layout
 from turboquant_core.ops.cache_update.grid_table import grid_table
 from turboquant_core.ops.cache_update.split_rotation import split_halves_rotation, split_rotation
 from turboquant_core.ops.cache_update.triton.kernel import update_kernel
-from turboquant_core.ops.cache_update.triton.sizes import INTERPRETER, Processor, input_parts, update_launch
+from turboquant_core.ops.cache_update.triton.sizes import INTERPRETER, Processor, num_input_parts, update_launch
 
 
 class UpdateTables(NamedTuple):
@@ -47,15 +47,15 @@ def plan(
     """The kernel with its grid, tables and options: what `UpdatePath.plan` gives."""
     config, compiled = layout.config, page_layout(layout)
     octet = padded_octet(config.head_dim)
-    parts_of_input = input_parts(dtype, only_centres=only_centres)
-    key_parts, value_parts = _rotations(config, torch.float16 if parts_of_input == 2 else dtype, device)
+    input_parts = num_input_parts(dtype, only_centres=only_centres)
+    key_parts, value_parts = _rotations(config, torch.float16 if input_parts == 2 else dtype, device)
     first, second, values = config.key_format.groups[0], config.key_format.groups[-1], config.value_format.groups[0]
     sizes = update_launch(
         num_tokens,
         layout.num_kv_heads,
         8 * octet,
         len(value_parts),
-        parts_of_input,
+        input_parts,
         _processor(device),
         one_path=(first, second) == (values, values),
     )

@@ -64,12 +64,17 @@ class UpdateLaunch:
         return {} if self.max_registers is None else {"maxnreg": self.max_registers}
 
 
-def input_parts(dtype: torch.dtype, *, only_centres: bool) -> int:
+def num_input_parts(dtype: torch.dtype, *, only_centres: bool) -> int:
     """Parts of keys that are multiplied: halves of what no 16-bit type holds."""
     return 2 if dtype == torch.float32 or not only_centres else 1
 
 
-def few_tokens(input_parts: int) -> int:
+def representative_tokens(dtype: torch.dtype, *, only_centres: bool) -> tuple[int, int]:
+    """Numbers of tokens that between them launch the kernel of small tiles and that of large ones."""
+    return 1, _few_tokens(num_input_parts(dtype, only_centres=only_centres)) + 1
+
+
+def _few_tokens(input_parts: int) -> int:
     """Up to so many tokens tiles are small."""
     return FEW_ROWS if input_parts == 1 else FEW_IN_HALVES
 
@@ -91,7 +96,7 @@ def update_launch(
     """
     # 64 rows are one warpgroup's tensor-core tile; few waste less when decoding. More warps, 8 that share 64 rows
     # or have 128, take longer.
-    block_rows, num_warps = (64 if num_tokens > few_tokens(input_parts) else FEW_ROWS), 4
+    block_rows, num_warps = (64 if num_tokens > _few_tokens(input_parts) else FEW_ROWS), 4
     block_k, num_stages, depth = channels, 1, 2
     # The rotation, and next to it the input of two tiles: the pipeline has a buffer for each of its stages.
     resident_bytes = ELEMENT_BYTES * channels * (num_parts * channels + 2 * input_parts * block_rows)
