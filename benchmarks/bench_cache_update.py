@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from figure_text import table
+from gate import needs_gpu
 from llama_8b import MODEL
 from peers import BLOCK_SIZE, TIMED_PRESETS, copies_beyond_l2, copy_bandwidth, graph_milliseconds
 from results_file import read_result, write_result
@@ -20,8 +21,8 @@ KV_HEADS, HEAD_DIM = MODEL.num_kv_heads, MODEL.head_dim
 UPDATE_TOKENS = 8192
 # Of decode steps, beside it.
 FEW_TOKENS = (1, 16, 64, 256)
-# What keys go through: nothing, a mean, and all that a calibration file has.
-KINDS = ("plain", "with_mean", "calibrated")
+# What keys go through: nothing, a mean, and all that a calibration file has; with the columns of their times.
+KINDS = {"plain": "time", "with_mean": "with a key mean", "calibrated": "with a calibration file"}
 MOST_CALLS = 200
 
 
@@ -72,9 +73,6 @@ def check_update(
         raise SystemExit(f"not timed: {differing:,} of {pages.numel():,} bytes differ from the reference")
 
 
-LABELS = {"plain": "time", "with_mean": "with a key mean", "calibrated": "with a calibration file"}
-
-
 def times() -> str:
     """Times of every preset."""
     presets = read_result("cache_update")["presets"]
@@ -85,7 +83,7 @@ def times() -> str:
         for kind in shown:
             cells += [microseconds(kinds[kind]), f"{kinds[kind]['share_of_copy']:.0%}"] if kind in kinds else ["", ""]
         rows.append(cells)
-    columns = [column for kind in shown for column in (LABELS[kind], "share of copy")]
+    columns = [column for kind in shown for column in (KINDS[kind], "share of copy")]
     return table(("preset", *columns), rows)
 
 
@@ -107,14 +105,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/cache_update.json")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU: this benchmark times kernels on one")
+    needs_gpu()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"copy {bandwidth / 1e12:.2f} TB/s")
     presets: dict[str, dict[str, Any]] = {}
     for preset in TIMED_PRESETS:
-        kinds = KINDS if can_split(HEAD_DIM, preset_bits(preset)[0]) else KINDS[:2]
+        splits = can_split(HEAD_DIM, preset_bits(preset)[0])
+        kinds = [kind for kind in KINDS if splits or kind != "calibrated"]
         presets[preset] = {kind: time_update(preset, kind, UPDATE_TOKENS, bandwidth) for kind in kinds}
         print(preset, *(f"{kind}: {microseconds(presets[preset][kind])}" for kind in kinds), flush=True)
     few = {number: {kind: time_update("tq4", kind, number, bandwidth) for kind in KINDS} for number in FEW_TOKENS}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from figure_text import shape, table
+from gate import checked_errors, needs_gpu
 from llama_8b import MODEL
 from peers import (
     BLOCK_SIZE,
@@ -97,9 +98,7 @@ def check(cache: Cache, query: torch.Tensor) -> dict[str, float]:
         eager += float((bfloat16_attention(part, cache, row).double() - exact).square().sum())
         norm += float(exact.square().sum())
     error, bound = (ours / norm) ** 0.5, (eager / norm) ** 0.5
-    if not error <= bound:
-        raise SystemExit(f"not timed: relative error {error:.2e}, a bf16 attention makes {bound:.2e}")
-    return {"relative_error": error, "bf16_relative_error": bound}
+    return checked_errors(error, bound)
 
 
 def bfloat16_attention(query: torch.Tensor, cache: Cache, row: int) -> torch.Tensor:
@@ -133,8 +132,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the shapes that the goals name")
     parser.add_argument("--xqa", type=Path, default=default_sources(), help="the folder csrc/xqa of flashinfer-python")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU: this benchmark times kernels on one")
+    needs_gpu()
     torch.manual_seed(0)
     peers = find_spec("vllm") is not None
     shapes = [

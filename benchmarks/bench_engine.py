@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from gate import needs_gpu
 from results_file import write_result
 
 ROOT = Path(__file__).parent.parent
@@ -124,8 +123,7 @@ def main() -> None:
     parser.add_argument("--suffix", default="", help="behind the names of results")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU: this benchmark times engines on one")
+    needs_gpu("engines")
     gate = run_gate()
     print(gate, flush=True)
     caches: dict[str, Any] = {}

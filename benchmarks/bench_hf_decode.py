@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from figure_text import shape, table
+from gate import needs_gpu
 from llama_8b import ROPE_THETA, SIZES
 from results_file import read_result, write_result
 from turboquant_hf import TurboQuantCache
@@ -272,8 +273,7 @@ def main() -> None:
     contestants = [c for c in known if any(part in c.name for part in arguments.only)]
     if not contestants:
         parser.error(f"no contestant is named like {arguments.only}: {', '.join(c.name for c in known)}")
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a GPU")
+    needs_gpu("decoding")
 
     model = llama_8b()
     weights_nbytes = torch.cuda.memory_allocated()

@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from bench_cache_update import transform_of
 from figure_text import shape, table
+from gate import checked_errors, needs_gpu
 from llama_8b import MODEL
 from peers import BLOCK_SIZE, copies_beyond_l2, graph_milliseconds, shuffled_table
 from results_file import read_result, write_result
@@ -17,7 +17,7 @@ from turboquant_core.ops import cache_update, decode_attention
 from turboquant_core.ops.decode_attention.reference import stored_row
 from turboquant_core.ops.merge_attention import merge_copies
 from turboquant_core.ops.raw_copies import CopyTable, copy_update
-from turboquant_core.raw_copies import CopyColumns, CopyRows, RawCopies
+from turboquant_core.raw_copies import CodeRange, CopyColumns, CopyRows, RawCopies
 
 HEADS, KV_HEADS, HEAD_DIM = MODEL.num_heads, MODEL.num_kv_heads, MODEL.head_dim
 SHAPES = ((16, 16_384), (1, 32_768), (32, 4_096), (64, 8_192), (4, 65_536))
@@ -63,22 +63,17 @@ class Layer:
             if copies:
                 entries = copy_table.assign(lengths, start_loc, self.block_table, BLOCK_SIZE)
                 self._rows = CopyRows(COLUMNS, entries, lengths, None, self.block_table, batch, 1)
-            self._store(self.newest[step], lengths)
-        if copies:
-            self._rows = replace(self._rows, seq_lens=self.lengths)
-        position = self.lengths.long() - 1
-        self._slots = self._slots_of(position)
+            self._slots = self._slots_of(lengths.long() - 1)
+            self._store(self.newest[step])
 
     def step(self) -> torch.Tensor:
         """Store the newest token of every row and attend for it."""
-        key, value = self.newest[-1]
-        cache_update(key, value, self.pages, self._slots, self.layout, key_transform=self.transform)
+        codes = self._store(self.newest[-1])
         arguments = self.query, self.pages, self.block_table, self.lengths, self.layout
-        if self._copies is None:
+        if self._copies is None or codes is None:
             out = decode_attention(*arguments, key_transform=self.transform)
             assert isinstance(out, torch.Tensor)
             return out
-        codes = copy_update((key, value), self.pages, self._rows, self._copies, self.layout, follows_update=True)
         out, lse = decode_attention(
             *arguments, key_transform=self.transform, seq_starts=codes.starts, seq_ends=codes.ends, return_lse=True
         )
@@ -105,15 +100,13 @@ class Layer:
             for dtype in (torch.float64, torch.bfloat16)
         )
         error, bound = (float((x.double() - exact).norm() / exact.norm()) for x in (out[row], eager))
-        if not error <= bound:
-            raise SystemExit(f"not timed: relative error {error:.2e}, a bf16 attention makes {bound:.2e}")
-        return {"relative_error": error, "bf16_relative_error": bound}
+        return checked_errors(error, bound)
 
-    def _store(self, new: tuple[torch.Tensor, torch.Tensor], lengths: torch.Tensor) -> None:
-        slots = self._slots_of(lengths.long() - 1)
-        cache_update(*new, self.pages, slots, self.layout, key_transform=self.transform)
-        if self._copies is not None:
-            copy_update(new, self.pages, self._rows, self._copies, self.layout)
+    def _store(self, new: tuple[torch.Tensor, torch.Tensor]) -> CodeRange | None:
+        cache_update(*new, self.pages, self._slots, self.layout, key_transform=self.transform)
+        if self._copies is None:
+            return None
+        return copy_update(new, self.pages, self._rows, self._copies, self.layout, follows_update=True)
 
     def _slots_of(self, position: torch.Tensor) -> torch.Tensor:
         block = self.block_table.gather(1, position[:, None] // BLOCK_SIZE)[:, 0]
@@ -161,8 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/raw_copies.json")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU: this benchmark times kernels on one")
+    needs_gpu()
     torch.manual_seed(0)
     rows = []
     for batch, context in SHAPES:
