@@ -156,8 +156,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts": 1, "num_experts_per_tok": 1, "router_hidden_size": 16},
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), MLA | LINEAR_FIRST),
-    **dict.fromkeys(("deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa"), SPARSE),
-    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MLA),
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "glm_moe_dsa", "hy_v4"), SPARSE),
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), MLA),
+    "longcat_flash": MLA | {"head_dim": 16},
 }
 # Given the text from its beginning at every call, of which the cache spares the computation.
 WHOLE_TEXT = ("cpmant",)
@@ -285,8 +286,9 @@ def try_family(family: str) -> Row:
             if attention != "turboquant":
                 results.append("not offered")
                 continue
+        cache = TurboQuantCache(config, **CACHE)
         try:
-            found = error(step_logits(model, TurboQuantCache(config, **CACHE)), expected)
+            found = error(step_logits(model, cache), expected)
         except (ValueError, RuntimeError) as refusal:
             if attention != "turboquant":
                 raise AssertionError(f"{family} under {attention}: {refusal}") from refusal
@@ -294,16 +296,20 @@ def try_family(family: str) -> Row:
             results.append("refused")
             continue
         assert found < bound, f"{family} under {attention} is {found:.4f} off, and noise explains {bound:.4f}"
+        served = cache
         results.append("right")
-    found_paths = _doctor(config)
-    assert ("fused" in found_paths) == (results[-1] == "right"), (
-        f"doctor says {found_paths} of {family}, which is {results[-1]}"
-    )
     shapes = {layer.index: layer for layer in model_attention(config).layers}
-    for index, layer in enumerate(cache.layers):
-        store = getattr(layer, "store", None)
-        if store is not None:
-            assert (shapes[index].head_dim, shapes[index].num_kv_heads) == (store.config.head_dim, store.num_kv_heads)
+    stores = {index: layer.store for index, layer in enumerate(served.layers) if hasattr(layer, "store")}
+    assert stores, f"no layer of {family} stores codes"
+    for index, store in stores.items():
+        shape = shapes[index]
+        assert (shape.head_dim, shape.value_head_dim) == store.config.head_dims, f"layer {index} of {family}"
+        assert shape.num_kv_heads == store.num_kv_heads, f"layer {index} of {family}"
+    expected_paths = {
+        "fused" if results[-1] == "right" and store.pages.has_kernel else "dequantised" for store in stores.values()
+    }
+    found_paths = _doctor(config)
+    assert found_paths == expected_paths, f"doctor says {found_paths} of {family}, which is {results[-1]}"
     return Row(family, tuple(results), reason)
 
 

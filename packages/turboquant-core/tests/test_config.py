@@ -112,3 +112,24 @@ def test_a_config_is_a_value():
     assert len({TurboQuantConfig(64), TurboQuantConfig(64), TurboQuantConfig(64, 3)}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         TurboQuantConfig(64).key_bits = 3
+
+
+def test_values_may_have_a_head_dim_of_their_own():
+    config = TurboQuantConfig.preset("tq4", 512, value_head_dim=64)
+    assert config.head_dims == (512, 64)
+    assert (config.key_format, config.value_format) == (VectorFormat(512, 4), VectorFormat(64, 4))
+    assert config.slot_bytes == 512 // 2 + 2 + 64 // 2 + 2
+    assert not config.has_kernels
+
+
+def test_the_head_dim_of_keys_is_none_of_their_own():
+    assert TurboQuantConfig(64, value_head_dim=64) == TurboQuantConfig(64)
+    assert TurboQuantConfig(64).head_dims == (64, 64)
+    assert TurboQuantConfig(64, value_head_dim=64).has_kernels
+    assert not TurboQuantConfig(64, 2.5, 2.5).has_kernels
+
+
+@pytest.mark.parametrize("value_head_dim", [0, 20, 1024, 64.0, "64"])
+def test_a_head_dim_of_values_that_no_codebook_has_is_refused(value_head_dim):
+    with pytest.raises(ValueError, match=f"value_head_dim is {value_head_dim}; it must be a multiple of 8"):
+        TurboQuantConfig(64, value_head_dim=value_head_dim)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from transformers import (
     BertConfig,
-    DeepseekV3Config,
     DynamicCache,
     FalconMambaConfig,
     Gemma3ForCausalLM,
@@ -196,7 +195,6 @@ def test_max_cache_len_is_max_length(tiny_config):
         (LlamaConfig(head_dim=20), "head_dim is 20; it must be a multiple of 8"),
         (BertConfig(), "bert model is an encoder, which keeps no KV cache"),
         (T5Config(), "t5 model is an encoder-decoder"),
-        (DeepseekV3Config(), r"multi-head latent attention \(kv_lora_rank 512\)"),
         (FalconMambaConfig(), "falcon_mamba model names no num_attention_heads"),
     ],
     ids=lambda value: type(value).__name__,

@@ -7,15 +7,15 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 8, 512
 MIN_BITS, MAX_BITS = 1, 8
 
 
-def check_head_dim(head_dim: int) -> int:
-    """Return `head_dim` when the codec covers it.
+def check_head_dim(head_dim: int, name: str = "head_dim") -> int:
+    """Return `head_dim`, called `name` in errors, when the codec covers it.
 
     Raises:
         ValueError: If it is not a multiple of 8 from 8 to 512.
     """
     if not is_int(head_dim) or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim % 8:
         raise ValueError(
-            f"head_dim is {head_dim}; it must be a multiple of 8 from {MIN_HEAD_DIM} to "
+            f"{name} is {head_dim}; it must be a multiple of 8 from {MIN_HEAD_DIM} to "
             f"{MAX_HEAD_DIM}. Leave layers of another size uncompressed."
         )
     return head_dim

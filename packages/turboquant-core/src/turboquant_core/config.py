@@ -32,7 +32,7 @@ class TurboQuantConfig:
     """How the keys and values of one head are stored.
 
     Args:
-        head_dim: Dimension of keys and values, a multiple of 8 from 8 to 512.
+        head_dim: Dimension of keys, and of values if these have none of their own; a multiple of 8 from 8 to 512.
         key_bits: Bits per key coordinate: 2, 2.5, 3, 3.5, 4, 5, 6 or 8.
         value_bits: The same for values.
         key_scale: Stored scale of keys: "norm", "unbiased" or "least_squares". Unbiased keys cost a third less KL than
@@ -43,6 +43,8 @@ class TurboQuantConfig:
         key_split: Whether the first half of a key's channels gets one bit more than `key_bits`, and the second one
             less; at 2, 3 and 4 bits. It pays where channels come in the order of what an error in them costs, and takes
             two bytes a key.
+        value_head_dim: Dimension of values where it is another, as in models with latent attention, which are stored so
+            and have no kernels; None for that of keys.
     """
 
     head_dim: int
@@ -52,9 +54,15 @@ class TurboQuantConfig:
     value_scale: ScaleRule = "least_squares"
     center_keys: bool = True
     key_split: bool = False
+    value_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
+        if self.value_head_dim is not None:
+            check_head_dim(self.value_head_dim, "value_head_dim")
+            if self.value_head_dim == self.head_dim:
+                # What is stored alike is equal.
+                object.__setattr__(self, "value_head_dim", None)
         check_bool("key_split", self.key_split)
         for name in ("key_bits", "value_bits"):
             check_cache_bits(name, getattr(self, name))
@@ -79,6 +87,11 @@ class TurboQuantConfig:
         return replace(self, key_split=split)
 
     @cached_property
+    def head_dims(self) -> tuple[int, int]:
+        """Dimension of keys, and of values."""
+        return self.head_dim, self.value_head_dim or self.head_dim
+
+    @cached_property
     def key_format(self) -> VectorFormat:
         """The bytes of one stored key."""
         return VectorFormat(self.head_dim, self.key_bits, self.key_split)
@@ -86,7 +99,12 @@ class TurboQuantConfig:
     @cached_property
     def value_format(self) -> VectorFormat:
         """The bytes of one stored value."""
-        return VectorFormat(self.head_dim, self.value_bits)
+        return VectorFormat(self.head_dims[1], self.value_bits)
+
+    @cached_property
+    def has_kernels(self) -> bool:
+        """Whether operations on pages take it: bits are whole, and keys and values of one head_dim."""
+        return self.value_head_dim is None and not {self.key_bits, self.value_bits} & OUTLIER_BITS.keys()
 
     @cached_property
     def slot_bytes(self) -> int:

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import (
     CacheLayerMixin,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -41,7 +42,9 @@ CACHE_ARGUMENT = "cache" if tuple(map(int, transformers.__version__.split(".")[:
 """How a model and `generate` take a cache; from transformers 5.24 on the other name gives a warning."""
 
 _OWN_CODE = "does not attend through transformers' AttentionInterface"
+_CHOSEN = "gives other attentions than eager and sdpa the tokens that its indexer chooses, in place of a mask"
 CODES_NOT_READ = {
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "hy_v4"), _CHOSEN),
     "bigbird_pegasus": "says that its self-attention is not causal",
     "cpmant": _OWN_CODE,
     "diffllama": "splits values after it has stored them",
@@ -51,6 +54,9 @@ CODES_NOT_READ = {
     "jetmoe": "repeats keys and values after it has stored them",
 }
 """Model types that transformers lets name any attention and that still cannot attend on codes, each with the reason."""
+
+KV_HEADS_DOUBLED_IN_WINDOWS = frozenset({"mimo_v2_flash"})
+"""Model types whose layers with a window have twice the KV heads that their configuration names."""
 
 HAS_FP8_CACHE = hasattr(cache_utils, "Fp8QuantizedLayer")
 """Whether `QuantizedCache` has the backend "fp8", as from transformers 5.21 on."""
@@ -62,6 +68,7 @@ HYBRID_LAYERS: tuple[type, ...] = (
 """Layers with the keys and values of attention and the state of linear attention in one."""
 
 KNOWN_LAYERS: tuple[type, ...] = (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -150,11 +157,13 @@ __all__ = [
     "HAS_FP8_CACHE",
     "HYBRID_LAYERS",
     "KNOWN_LAYERS",
+    "KV_HEADS_DOUBLED_IN_WINDOWS",
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
     "DynamicCache",
+    "DynamicIndexedLayer",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "LinearAttentionAndFullAttentionLayer",

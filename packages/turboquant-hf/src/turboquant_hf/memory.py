@@ -157,7 +157,7 @@ def _measure(index: int, layer: object) -> LayerMemory:
         kept_nbytes=kept_nbytes,
         reserved_nbytes=pages.nbytes - store.used_nbytes,
         fixed_nbytes=allocated - pages.nbytes - kept_nbytes,
-        bf16_nbytes=2 * UNCOMPRESSED_ITEMSIZE * num_tokens * store.num_kv_heads * config.head_dim,
+        bf16_nbytes=UNCOMPRESSED_ITEMSIZE * num_tokens * store.num_kv_heads * sum(config.head_dims),
     )
 
 

@@ -9,6 +9,8 @@ from turboquant_hf._compat import (
     ENCODER_MODEL_TYPES,
     HYBRID_LAYERS,
     KNOWN_LAYERS,
+    KV_HEADS_DOUBLED_IN_WINDOWS,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -22,6 +24,7 @@ LayerKind = Literal[
     "full attention",
     "sliding window",
     "chunked attention",
+    "sparse attention",
     "linear attention",
     "linear and full attention",
     "linear attention and a window",
@@ -35,6 +38,7 @@ WITH_HEADS: tuple[LayerKind, ...] = (
     "full attention",
     "sliding window",
     "chunked attention",
+    "sparse attention",
     "linear and full attention",
     "linear attention and a window",
 )
@@ -46,27 +50,31 @@ REMEDY = "Use DynamicCache for it."
 class LayerAttention:
     """How one layer attends.
 
+    With multi-head latent attention (MLA) what is stored is one latent, in the place of a key, and the part of the key
+    that is rotated by positions, in the place of a value.
+
     Attributes:
         index: Layer index.
         kind: What its cache is like; "shared KV" layers read another layer's.
-        head_dim: Dimension of a key.
-        value_dim: Dimension of a value.
+        head_dim: Dimension of a stored key.
+        value_head_dim: Dimension of a stored value.
         num_heads: Query heads.
-        num_kv_heads: Key and value heads.
+        num_kv_heads: Stored key and value heads.
         window: Tokens that a token sees, itself included; None for all.
-        latent_dim: Width of MLA's latent; None without MLA.
-        rope_dim: Width of the key that MLA stores beside a latent.
     """
 
     index: int
     kind: LayerKind
     head_dim: int
-    value_dim: int
+    value_head_dim: int
     num_heads: int
     num_kv_heads: int
     window: int | None = None
-    latent_dim: int | None = None
-    rope_dim: int = 0
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether `TurboQuantCache` stores what the tokens of the text leave."""
+        return self.has_heads or self.kind == "MLA"
 
     @property
     def has_heads(self) -> bool:
@@ -98,31 +106,19 @@ def held_layers(config: PreTrainedConfig, max_length: int | None) -> list[object
 
     Raises:
         TypeError: If `config` is no model configuration.
-        ValueError: If the model is no decoder, uses MLA, has keys and values of different sizes, or a layer of unknown
-            kind.
+        ValueError: If the model is no decoder, or has a layer of unknown kind.
     """
     if not isinstance(config, PreTrainedConfig):
         raise TypeError(f"config is {type(config).__name__}; pass the model's configuration, model.config")
     check_decoder(config)
     layers = transformers_layers(config, max_length)
     attention = tuple(_layers(config))
-    for held in attention:
-        if held.kind == "MLA":
-            raise ValueError(
-                f"layer {held.index} of this {config.model_type} model uses multi-head latent attention (kv_lora_rank "
-                f"{held.latent_dim}), which caches latents instead of heads; TurboQuantCache does not hold those yet. "
-                f"{REMEDY}"
-            )
-        if held.has_heads and held.value_dim != held.head_dim:
-            raise ValueError(
-                f"layer {held.index} of this {config.model_type} model has keys of {held.head_dim} channels and values "
-                f"of {held.value_dim}; TurboQuantCache holds keys and values of one size. {REMEDY}"
-            )
     for index, layer in enumerate(layers):
         if type(layer) not in KNOWN_LAYERS:
+            remedy = "Leave max_length out." if type(layer).__name__ == "StaticIndexedLayer" else REMEDY
             raise ValueError(
                 f"layer {index} of this {config.model_type} model is a {type(layer).__name__}, which TurboQuantCache "
-                f"does not know. {REMEDY}"
+                f"does not know. {remedy}"
             )
     for held in attention:
         if held.kind == "cross-attention":
@@ -166,33 +162,57 @@ def _layers(config: PreTrainedConfig) -> Iterator[LayerAttention]:
         is_chunked = named == "chunked_attention" or (not kinds and bool(getattr(layer, "attention_chunk_size", None)))
         latent_dim = getattr(layer, "kv_lora_rank", None) or None
         kind = "cross-attention" if index in crossing else _kind(cache, named, is_chunked)
-        if latent_dim is not None and kind in ("full attention", "sliding window", "other"):
+        if latent_dim is not None and kind in ("full attention", "sliding window", "sparse attention"):
             kind = "MLA"
         if not getattr(layer, "num_attention_heads", None):
             raise ValueError(
                 f"this {config.model_type} model names no num_attention_heads; TurboQuantCache needs a model with "
                 f"attention layers. {REMEDY}"
             )
-        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        num_heads = _of_window(layer, kind, "num_attention_heads") or _num_heads(layer)
+        head_dim = (
+            _of_window(layer, kind, "head_dim")
+            or getattr(layer, "head_dim", None)
+            or layer.hidden_size // _num_heads(layer)
+        )
+        value_head_dim, num_kv_heads = getattr(layer, "v_head_dim", None) or head_dim, _num_kv_heads(layer, kind)
+        if kind == "MLA":
+            head_dim, value_head_dim, num_kv_heads = latent_dim, layer.qk_rope_head_dim, 1
         yield LayerAttention(
             index=index,
             kind=kind,
             head_dim=head_dim,
-            value_dim=getattr(layer, "v_head_dim", None) or head_dim,
-            num_heads=layer.num_attention_heads,
-            num_kv_heads=_num_kv_heads(layer),
+            value_head_dim=value_head_dim,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             window=cache.sliding_window if isinstance(cache, DynamicSlidingWindowLayer) else None,
-            latent_dim=latent_dim,
-            rope_dim=getattr(layer, "qk_rope_head_dim", None) or 0,
         )
 
 
-def _num_kv_heads(layer: PreTrainedConfig) -> int:
+def _of_window(layer: PreTrainedConfig, kind: LayerKind, size: str) -> int | None:
+    """A size that layers with a window have for themselves, as Inkling's do."""
+    has_window = kind in ("sliding window", "linear attention and a window")
+    return getattr(layer, f"swa_{size}", None) if has_window else None
+
+
+def _num_heads(layer: PreTrainedConfig) -> int:
+    return _decoder_heads(layer) or layer.num_attention_heads
+
+
+def _decoder_heads(layer: PreTrainedConfig) -> int | None:
+    """Heads of a decoder that comes with an encoder, as Whisper's does: the usual names are the encoder's."""
+    return getattr(layer, "decoder_attention_heads", None)
+
+
+def _num_kv_heads(layer: PreTrainedConfig, kind: LayerKind) -> int:
+    if named := _of_window(layer, kind, "num_key_value_heads") or _decoder_heads(layer):
+        return named
     # Falcon and GPTBigCode say it in other words.
     if getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False):
         return 1
-    named = (getattr(layer, name, None) for name in ("num_key_value_heads", "num_kv_heads"))
-    return next((count for count in named if count), layer.num_attention_heads)
+    names = (getattr(layer, name, None) for name in ("num_key_value_heads", "num_kv_heads"))
+    count = next((count for count in names if count), _num_heads(layer))
+    return 2 * count if kind == "sliding window" and layer.model_type in KV_HEADS_DOUBLED_IN_WINDOWS else count
 
 
 def _kind(cache: Any, named: str | None, is_chunked: bool) -> LayerKind:
@@ -206,4 +226,6 @@ def _kind(cache: Any, named: str | None, is_chunked: bool) -> LayerKind:
         return "linear attention and a window" if cache.is_sliding else "linear and full attention"
     if type(cache) is DynamicLayer:
         return "full attention"
+    if type(cache) is DynamicIndexedLayer:
+        return "sparse attention"
     return "linear attention" if type(cache) is LinearAttentionLayer else "other"

@@ -52,10 +52,16 @@ def not_traced(operation: Callable[P, T]) -> Callable[P, T]:
     return called
 
 
-def check_whole_bits(layout: KVCacheLayout) -> None:
-    """Raise ValueError for a layout with fractional bits."""
+def check_has_kernels(layout: KVCacheLayout) -> None:
+    """Raise ValueError for a layout with fractional bits, or with keys and values of different sizes."""
+    config = layout.config
+    if config.value_head_dim is not None:
+        raise ValueError(
+            f"keys have {config.head_dim} channels and values {config.value_head_dim}; cache operations take one "
+            "head_dim. Quantise them by `turboquant_core.split.quantizer_of` instead."
+        )
     for name in ("key_bits", "value_bits"):
-        bits = getattr(layout.config, name)
+        bits = getattr(config, name)
         if bits != int(bits):
             known = ", ".join(map(str, WHOLE_BITS))
             raise ValueError(f"{name} is {bits}; cache operations store whole bits. Use one of {known}.")

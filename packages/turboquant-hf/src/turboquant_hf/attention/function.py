@@ -26,6 +26,7 @@ from turboquant_hf.storage.tables import MAX_STEP_TOKENS
 _REFUSED = {
     "output_attentions": "forms no weights that could be given",
     "head_mask": "has no mask of heads",
+    "indices": "takes a mask, and no tokens that an indexer chose",
     "sinks": "knows sinks of heads (s_aux), and none of each token",
 }
 

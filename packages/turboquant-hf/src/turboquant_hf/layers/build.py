@@ -15,6 +15,7 @@ from turboquant_core.layer_bits import read_layer_bits
 from turboquant_core.model_identity import ModelIdentity, architecture_of
 from turboquant_core.vector_format import OUTLIER_BITS
 from turboquant_hf._compat import (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -26,6 +27,7 @@ from turboquant_hf._compat import (
 )
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.layers.hybrid import TurboQuantHybridLayer, TurboQuantHybridSlidingLayer
+from turboquant_hf.layers.indexed import TurboQuantIndexedLayer
 from turboquant_hf.layers.single import layer_index, of_layers
 from turboquant_hf.layers.sliding import TurboQuantSlidingLayer
 from turboquant_hf.layers.static import StaticWindowLayer, TurboQuantStaticLayer, TurboQuantStaticSlidingLayer
@@ -38,6 +40,7 @@ DEFAULT_RECENT_TOKENS = 8
 MAX_KEPT_TOKENS = 2**20
 
 COMPRESSED_KINDS = (
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -107,9 +110,10 @@ def build_layers(
         if index in bits:
             options |= _bits_options(index, bits[index])
         # A preset or bits that do not exist are found here, not at the first token.
-        layer_config = TurboQuantConfig.preset(preset, attention[index].head_dim, **options)
+        held = attention[index]
+        layer_config = TurboQuantConfig.preset(preset, held.head_dim, value_head_dim=held.value_head_dim, **options)
         if index in transforms:
-            _check_transform(transforms[index], attention[index], layer_config, codes["center_keys"])
+            _check_transform(transforms[index], held, layer_config, codes["center_keys"])
             # The layer's own: neither a change of the caller's tensors nor a layer that shares them reaches it.
             options["key_transform"] = transforms[index].map(torch.clone)
         built.append(
@@ -166,6 +170,8 @@ def compressed_layer(layer: Any, preset: str, options: Mapping[str, Any]) -> Any
     """
     if type(layer) is DynamicLayer:
         return TurboQuantLayer(preset, **options)
+    if type(layer) is DynamicIndexedLayer:
+        return TurboQuantIndexedLayer(preset, **options)
     if type(layer) is DynamicSlidingWindowLayer:
         return TurboQuantSlidingLayer(layer.sliding_window, preset, **options)
     if type(layer) is LinearAttentionAndFullAttentionLayer:

@@ -15,7 +15,6 @@ from turboquant_hf.attention.gradients import without_gradient
 from turboquant_hf.attention.handover import Prompt, Stored, hand_over
 from turboquant_hf.inference_mode import outside_inference_mode
 from turboquant_hf.layers.rows import picked, reordered, repeated
-from turboquant_hf.storage.codec import has_whole_bits
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.store import Store
 from turboquant_hf.storage.tables import MAX_STEP_TOKENS, FullPrecisionSizes
@@ -103,7 +102,9 @@ class TurboQuantLayer(CacheLayerMixin):
         """A layer with this store of keys and values in `dtype`; the other arguments are those of a new one."""
         config, sizes = store.config, store.length.sizes
         codes: dict[str, Any] = {
-            field.name: getattr(config, field.name) for field in fields(config) if field.name != "head_dim"
+            field.name: getattr(config, field.name)
+            for field in fields(config)
+            if field.name not in ("head_dim", "value_head_dim")
         }
         codes |= {"sink_tokens": sizes.first, "recent_tokens": sizes.recent, "key_transform": key_transform}
         layer = cls(text_config=text_config, **codes)
@@ -146,20 +147,16 @@ class TurboQuantLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take shape, type and device from key and value states [batch_size, num_kv_heads, num_tokens, head_dim]."""
-        if key_states.shape[-1] != value_states.shape[-1]:
+        head_dim, value_head_dim = key_states.shape[-1], value_states.shape[-1]
+        if self._head_dim is not None and not head_dim == value_head_dim == self._head_dim:
             raise ValueError(
-                f"keys have {key_states.shape[-1]} channels and values {value_states.shape[-1]}; attention with "
-                "different sizes (such as MLA) is not supported. Use DynamicCache for this model."
+                f"keys have {head_dim} channels, values {value_head_dim}, and the cache was made for head_dim "
+                f"{self._head_dim}; pass the model's head_dim"
             )
-        if self._head_dim not in (None, key_states.shape[-1]):
-            raise ValueError(
-                f"keys have {key_states.shape[-1]} channels and the cache was made for head_dim {self._head_dim}; pass "
-                "the model's head_dim"
-            )
-        config = TurboQuantConfig.preset(self._preset, key_states.shape[-1], **self._codes)
+        config = TurboQuantConfig.preset(self._preset, head_dim, value_head_dim=value_head_dim, **self._codes)
         if "key_split" not in self._codes:
             config = config.fitted_to(self.key_transform)
-        if key_states.dtype not in VECTOR_DTYPES and has_whole_bits(config):
+        if key_states.dtype not in VECTOR_DTYPES and config.has_kernels:
             raise ValueError(
                 f"keys are {key_states.dtype}; a cache of {config.key_bits} and {config.value_bits} bits holds "
                 f"{', '.join(map(str, VECTOR_DTYPES))}. Load the model with dtype=torch.float32, or one of the others."
@@ -181,7 +178,9 @@ class TurboQuantLayer(CacheLayerMixin):
         self._check(key_states, value_states)
         wants_gradient = self._wants_gradient(key_states, value_states)
         config = self._text_config
-        reads_codes = config is not None and config._attn_implementation == ATTENTION
+        # With latents, models compute in between, and no kernel reads them.
+        is_asked = config is not None and config._attn_implementation == ATTENTION
+        reads_codes = is_asked and self.config.value_head_dim is None
         num_read, _ = self.get_mask_sizes(num_new)
         if store.length.is_empty:
             store.append(key_states, value_states)
@@ -320,12 +319,14 @@ class TurboQuantLayer(CacheLayerMixin):
                 "autocast out."
             )
         pages = self.store.pages
-        expected = (pages.batch_size, pages.num_kv_heads, key_states.shape[-2], self.config.head_dim)
-        for name, given in (("key_states", key_states), ("value_states", value_states)):
-            if given.shape != expected:
+        heads = (pages.batch_size, pages.num_kv_heads, key_states.shape[-2])
+        for name, given, head_dim in zip(
+            ("key_states", "value_states"), (key_states, value_states), self.config.head_dims, strict=True
+        ):
+            if given.shape != (*heads, head_dim):
                 raise ValueError(
                     f"{name} are {list(given.shape)}; this cache holds [batch_size, num_kv_heads, num_tokens, "
-                    f"head_dim] = {list(expected)}. Use a new cache, or reset() this one, for another batch."
+                    f"head_dim] = {[*heads, head_dim]}. Use a new cache, or reset() this one, for another batch."
                 )
             if given.dtype != self.dtype or given.device != self.device:
                 raise ValueError(

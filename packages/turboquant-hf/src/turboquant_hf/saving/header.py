@@ -20,7 +20,7 @@ from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.tables import FullPrecisionSizes
 
 HEADER = "turboquant-hf cache"
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 
 # What a model's identity leaves out, for calibration does not ask for it.
 HEAD_FIELDS = ("num_key_value_heads", "head_dim")
@@ -92,16 +92,17 @@ class SavedLayer:
             dtype, size = (SCALE_DTYPE, form.num_scales) if "scales" in field else (torch.uint8, form.code_bytes)
             tensors[name] = (dtype, (num_heads, self.num_tokens, size))
         if self.kept is not None:
-            kept = (self.batch_size, self.num_kv_heads, self.kept.num_kept, config.head_dim)
-            tensors |= dict.fromkeys(KEPT_TENSORS, (DTYPES[self.dtype], kept))
+            kept = (self.batch_size, self.num_kv_heads, self.kept.num_kept)
+            for name, head_dim in zip(KEPT_TENSORS, config.head_dims, strict=True):
+                tensors[name] = (DTYPES[self.dtype], (*kept, head_dim))
         types = tensor_types(self.num_kv_heads, config.head_dim)
         tensors |= {name: types[name] for name in self.given}
         if self.has_codes(is_padded):
             if config.center_keys and "key_mean" not in self.given:
                 tensors["key_mean"] = tensor_types(num_heads, config.head_dim)["key_mean"]
-            for name, bits in (("key_order", config.key_bits), ("value_order", config.value_bits)):
-                if bits in OUTLIER_BITS:
-                    tensors[name] = (torch.int64, (num_heads, config.head_dim))
+            for name, form in (("key_order", config.key_format), ("value_order", config.value_format)):
+                if form.bits in OUTLIER_BITS:
+                    tensors[name] = (torch.int64, (num_heads, form.head_dim))
         return tensors
 
     def check(self, context: int) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -30,7 +29,7 @@ class LayerCodec:
         config: What is stored for one head.
         key_transform: What keys go through first, of tensors [heads, ...].
         key_order: int64 [heads, head_dim], the channels of keys, outliers first; None for whole bits.
-        value_order: The same for values.
+        value_order: The same for values, [heads, value_head_dim].
     """
 
     config: TurboQuantConfig
@@ -53,7 +52,7 @@ class LayerCodec:
         Args:
             config: What is stored for one head.
             keys: [num_tokens, heads, head_dim].
-            values: The same for values.
+            values: The same for values, [num_tokens, heads, value_head_dim].
             counts: bool [num_tokens, heads], which of them to take it from, some of each head; None for all. Vectors
                 that do not come back finite never count.
             key_transform: What keys go through first, of tensors [heads, ...]; without a mean they are stored less that
@@ -86,13 +85,8 @@ class LayerCodec:
         orders = {name: getattr(self, name) for name in _ORDERS}
         return self.key_transform.tensors() | {name: order for name, order in orders.items() if order is not None}
 
-    @cached_property
-    def has_whole_bits(self) -> bool:
-        """Whether core's kernels can store and read the codes."""
-        return has_whole_bits(self.config)
-
     def write(self, views: PageViews, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store keys and values [num_tokens, heads, head_dim] as codes at slots int64 [num_tokens] of pages."""
+        """Store keys and values [num_tokens, heads, ...] as codes at slots int64 [num_tokens] of pages."""
         stored_keys, stored_values = self.quantize(keys, values)
         _put(views.key_codes, slots, stored_keys.codes)
         _put(views.key_scales, slots, stored_keys.scales)
@@ -100,11 +94,13 @@ class LayerCodec:
         _put(views.value_scales, slots, stored_values.scales)
 
     def read(self, views: PageViews, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `count` pages, [heads, count * block_size, head_dim]."""
+        """Keys and values of the first `count` pages, [heads, count * block_size, ...]."""
         _, num_heads, block_size, _ = views.key_codes.shape
-        shape = (num_heads, count * block_size, self.config.head_dim)
-        keys, values = (torch.empty(shape, dtype=dtype, device=views.key_codes.device) for _ in range(2))
-        step = max(1, DEQUANTIZED_AT_ONCE // (num_heads * block_size * self.config.head_dim))
+        keys, values = (
+            torch.empty(num_heads, count * block_size, head_dim, dtype=dtype, device=views.key_codes.device)
+            for head_dim in self.config.head_dims
+        )
+        step = max(1, DEQUANTIZED_AT_ONCE // (num_heads * block_size * max(self.config.head_dims)))
         for first in range(0, count, step):
             blocks = slice(first, min(first + step, count))
             tokens = slice(first * block_size, blocks.stop * block_size)
@@ -113,7 +109,7 @@ class LayerCodec:
         return keys, values
 
     def quantize(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[QuantizedTensor, QuantizedTensor]:
-        """Keys and values [num_tokens, heads, head_dim] as codes."""
+        """Keys and values [num_tokens, heads, ...] as codes."""
         return self._keys().quantize(self.key_transform.of_keys(keys)), self._values().quantize(values)
 
     def dequantize_keys(self, stored: QuantizedTensor) -> torch.Tensor:
@@ -122,7 +118,7 @@ class LayerCodec:
         return self.key_transform.restored(keys.transpose(0, 1)).transpose(0, 1)
 
     def dequantize_values(self, stored: QuantizedTensor) -> torch.Tensor:
-        """Values float32 [heads, num_tokens, head_dim]."""
+        """Values float32 [heads, num_tokens, value_head_dim]."""
         return _heads_first(self._values()).dequantize(stored)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerCodec":
@@ -150,11 +146,6 @@ class LayerCodec:
 def of_equal_rows(key_transform: KeyTransform, batch_size: int, device: torch.device) -> KeyTransform:
     """A transform of tensors [num_kv_heads, ...] for the heads of every row, [batch_size * num_kv_heads, ...]."""
     return key_transform.map(lambda part: part.detach().to(device).repeat(batch_size, *[1] * (part.ndim - 1)))
-
-
-def has_whole_bits(config: TurboQuantConfig) -> bool:
-    """Whether core's kernels can store and read codes of that configuration."""
-    return config.key_bits not in OUTLIER_BITS and config.value_bits not in OUTLIER_BITS
 
 
 def _put(field: torch.Tensor, slots: torch.Tensor, new: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ class FullPrecision:
         sizes: How many tokens there are.
         keys: [batch_size, num_kv_heads, first + ring + 1, head_dim]: the first tokens, the ring, and a place that
             nobody reads for what is not kept.
-        values: The same for values.
+        values: The same for values, of their head_dim.
     """
 
     def __init__(self, sizes: FullPrecisionSizes, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -30,13 +30,19 @@ class FullPrecision:
 
     @classmethod
     def empty(
-        cls, sizes: FullPrecisionSizes, heads: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+        cls,
+        sizes: FullPrecisionSizes,
+        heads: tuple[int, int],
+        head_dims: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Self:
-        """Room for the tokens of (batch_size, num_kv_heads, head_dim)."""
-        batch_size, num_kv_heads, head_dim = heads
-        shape = (batch_size, num_kv_heads, sizes.first + sizes.ring + 1, head_dim)
+        """Room for the tokens of (batch_size, num_kv_heads), whose keys and values have these head_dims."""
         # Zeroed: what nobody has written is multiplied with a weight of zero.
-        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        keys, values = (
+            torch.zeros(*heads, sizes.first + sizes.ring + 1, head_dim, dtype=dtype, device=device)
+            for head_dim in head_dims
+        )
         return cls(sizes, keys, values)
 
     @classmethod
@@ -44,8 +50,9 @@ class FullPrecision:
         cls, sizes: FullPrecisionSizes, keys: torch.Tensor, values: torch.Tensor, num_first: int, held_from: int
     ) -> Self:
         """What `in_order` gave."""
-        batch_size, num_kv_heads, _, head_dim = keys.shape
-        held = cls.empty(sizes, (batch_size, num_kv_heads, head_dim), keys.dtype, keys.device)
+        batch_size, num_kv_heads = keys.shape[:2]
+        head_dims = keys.shape[3], values.shape[3]
+        held = cls.empty(sizes, (batch_size, num_kv_heads), head_dims, keys.dtype, keys.device)
         for states, stored in ((held.keys, keys), (held.values, values)):
             states[:, :, :num_first] = stored[:, :, :num_first]
         held.fill(keys[:, :, num_first:], values[:, :, num_first:], held_from)

@@ -17,7 +17,7 @@ import torch
 from turboquant_core import KVCacheLayout, TurboQuantConfig
 from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.ops import cache_update, decode_attention
-from turboquant_hf.storage.codec import LayerCodec, has_whole_bits, of_equal_rows
+from turboquant_hf.storage.codec import LayerCodec, of_equal_rows
 from turboquant_hf.storage.length import Length
 from turboquant_hf.storage.tables import Seen, Written
 from turboquant_hf.storage.traced import operation
@@ -65,7 +65,7 @@ class Pages(ABC):
         self._key_transform = IDENTITY
         # Of the codec beside it.
         self._row_transform: tuple[LayerCodec, KeyTransform] | None = None
-        self.has_kernel = has_whole_bits(config)
+        self.has_kernel = config.has_kernels
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +101,7 @@ class Pages(ABC):
 
         Args:
             keys: [batch_size, num_kv_heads, num_new, head_dim].
-            values: The same for values.
+            values: The same for values, of their head_dim.
             written: Where they go.
             length: The tokens that are stored already.
             row_starts: With the first tokens of all, which of them is the first of every row that is no padding, int32
@@ -118,7 +118,7 @@ class Pages(ABC):
             self._put(keys, values, written.slots)
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the slots start to stop - 1, [batch_size, num_kv_heads, stop - start, head_dim].
+        """Keys and values of the slots start to stop - 1, [batch_size, num_kv_heads, stop - start, ...].
 
         Raises:
             RuntimeError: If nothing is stored.
@@ -126,13 +126,12 @@ class Pages(ABC):
         first = start // BLOCK_SIZE
         if self.codec is None and stop:
             # First tokens and padding alone.
-            shape = (2, self.tensor.shape[1], stop - first * BLOCK_SIZE, self.config.head_dim)
-            read = self.tensor.new_zeros(shape, dtype=dtype).unbind()
+            read = _zeros(self.tensor, stop - first * BLOCK_SIZE, self.config, dtype)
         else:
             call = _traced_read if torch.compiler.is_compiling() else read_pages
             read = call(self.tensor[first:], num_blocks(stop) - first, dtype, self._codec())
-        shape = (self.batch_size, self.num_kv_heads, -1, self.config.head_dim)
-        keys, values = (x.view(shape)[:, :, start - first * BLOCK_SIZE : stop - first * BLOCK_SIZE] for x in read)
+        rows, slots = (self.batch_size, self.num_kv_heads), slice(start - first * BLOCK_SIZE, stop - first * BLOCK_SIZE)
+        keys, values = (torch.unflatten(x, 0, rows)[:, :, slots] for x in read)
         return keys, values
 
     def attend(
@@ -165,8 +164,8 @@ class Pages(ABC):
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """Write a token to no slot and read one, as a step does: kernels and tables of long calls are others."""
-        vectors = self.tensor.new_zeros(1, self.tensor.shape[1], self.config.head_dim, dtype=dtype)
-        self._put(vectors, vectors, self.tensor.new_full((1,), -1, dtype=torch.int64))
+        keys, values = (x.transpose(0, 1) for x in _zeros(self.tensor, 1, self.config, dtype))
+        self._put(keys, values, self.tensor.new_full((1,), -1, dtype=torch.int64))
         self.read(0, 1, dtype)
 
     @abstractmethod
@@ -265,12 +264,12 @@ def write_pages(
     Args:
         pages: Written in place.
         keys: [num_tokens, batch_size * num_kv_heads, head_dim].
-        values: The same for values.
+        values: The same for values, of their head_dim.
         slots: int64 [num_tokens]; negative ones are not stored.
         codec: The layer's.
     """
     layout = page_layout(codec.config, pages.shape[1])
-    if codec.has_whole_bits:
+    if codec.config.has_kernels:
         cache_update(keys, values, pages, slots, layout, key_transform=codec.key_transform)
         return
     codec.write(layout.views(pages), slots, keys, values)
@@ -279,7 +278,7 @@ def write_pages(
 def read_pages(
     pages: torch.Tensor, count: int, dtype: torch.dtype, codec: LayerCodec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of the first `count` pages, [batch_size * num_kv_heads, count * 64, head_dim]."""
+    """Keys and values of the first `count` pages, [batch_size * num_kv_heads, count * 64, ...]."""
     return codec.read(page_layout(codec.config, pages.shape[1]).views(pages), count, dtype)
 
 
@@ -344,8 +343,15 @@ def attend_pages(
 def _read_shapes(
     pages: torch.Tensor, count: int, dtype: torch.dtype, codec: LayerCodec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (pages.shape[1], count * BLOCK_SIZE, codec.config.head_dim)
-    return pages.new_empty(shape, dtype=dtype), pages.new_empty(shape, dtype=dtype)
+    return _zeros(pages, count * BLOCK_SIZE, codec.config, dtype)
+
+
+def _zeros(
+    pages: torch.Tensor, num_tokens: int, config: TurboQuantConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of so many tokens, heads first, that are zeros."""
+    keys, values = (pages.new_zeros(pages.shape[1], num_tokens, head_dim, dtype=dtype) for head_dim in config.head_dims)
+    return keys, values
 
 
 def _attend_shapes(query: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from turboquant_hf.storage.codec import LayerCodec
 
 _CODEC = (
     "Tensor?[] key_transform, Tensor? key_order, Tensor? value_order, int head_dim, float key_bits, float value_bits, "
-    "str key_scale, str value_scale, bool key_split"
+    "str key_scale, str value_scale, bool key_split, int? value_head_dim"
 )
 _NUM_PARTS = len(_CODEC.split(", "))
 Codec = tuple[
@@ -29,6 +29,7 @@ Codec = tuple[
     ScaleRule,
     ScaleRule,
     bool,
+    int | None,
 ]
 _library = torch.library.Library("turboquant_hf", "DEF")  # type: ignore[no-untyped-call]
 
@@ -76,10 +77,13 @@ def _pack(codec: LayerCodec) -> Codec:
         config.key_scale,
         config.value_scale,
         config.key_split,
+        config.value_head_dim,
     )
 
 
 def _unpack(codec: Codec) -> LayerCodec:
-    key_parts, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale, key_split = codec
-    config = TurboQuantConfig(head_dim, key_bits, value_bits, key_scale, value_scale, key_split=key_split)
+    key_parts, key_order, value_order, head_dim, key_bits, value_bits, key_scale, value_scale, split, value_dim = codec
+    config = TurboQuantConfig(
+        head_dim, key_bits, value_bits, key_scale, value_scale, key_split=split, value_head_dim=value_dim
+    )
     return LayerCodec(config, KeyTransform.of_parts(*key_parts), key_order, value_order)

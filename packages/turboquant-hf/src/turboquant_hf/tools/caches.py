@@ -10,9 +10,11 @@ from typing import Any
 from transformers import QuantizedCache
 
 from turboquant_core import PRESETS
+from turboquant_core.command_output import REFUSED, CommandError
 from turboquant_hf._compat import HAS_FP8_CACHE, Cache, DynamicCache, PreTrainedConfig
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.layers.growing import TurboQuantLayer
+from turboquant_hf.support import layer_attention
 
 WINDOW = 128
 """Newest tokens that QuantizedCache keeps as they are before it quantises them: its default `residual_length`."""
@@ -117,6 +119,23 @@ def find_cache(name: str) -> NamedCache:
     if cache.missing:
         raise ValueError(f"the cache {name} needs {cache.missing}, which is not installed here")
     return cache
+
+
+def check_heads(config: PreTrainedConfig, command: str, remedy: str) -> None:
+    """Refuse a model for a command that knows keys and values of one size, as attention reads them.
+
+    Raises:
+        CommandError: If a layer stores others.
+    """
+    for layer in layer_attention(config):
+        if layer.is_compressed and layer.head_dim != layer.value_head_dim:
+            raise CommandError(
+                f"layer {layer.index} of this {config.model_type} model ({layer.describe()}) stores keys of "
+                f"{layer.head_dim} channels and values of {layer.value_head_dim}, and {command} takes one size. "
+                f"{remedy}",
+                REFUSED,
+                "refused",
+            )
 
 
 def compressed_layers(config: PreTrainedConfig) -> frozenset[int]:

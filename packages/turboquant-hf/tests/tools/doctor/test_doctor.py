@@ -66,7 +66,7 @@ def test_core_finds_the_command():
         ("gemma3n", {"sliding window": 5, "full attention": 1, "shared KV": 4}, True, True),
         ("qwen3next", {"linear attention": 6, "full attention": 2}, True, True),
         ("gpt-oss", {"sliding window": 2, "full attention": 2}, True, True),
-        ("deepseek", {"MLA": 2}, False, False),
+        ("deepseek", {"MLA": 2}, False, True),
     ],
 )
 def test_kinds_of_layers_and_who_serves_them(model, name, kinds, vllm, transformers):
@@ -93,7 +93,10 @@ def test_what_is_special_about_a_model_is_said(model):
     data = found(model("deepseek"))[1]
     assert data["kv_lora_rank"] == 512
     assert data["bytes_per_token"]["growing"]["bf16"] == 2 * 2 * (512 + 64)
-    assert "latent attention" in data["engines"]["transformers"]["refusals"][0]
+    assert data["bytes_per_token"]["growing"]["tq4"] == 2 * (512 // 2 + 2 + 64 // 2 + 2)
+    assert "latent attention" in data["engines"]["vllm"]["refusals"][0]
+    reasons = {(path["path"], path["reason"]) for path in data["engines"]["transformers"]["layers"]}
+    assert reasons == {("dequantised", "keys of 512 channels and values of 64, and the kernels take one size")}
 
 
 def test_linear_layers_stay_the_engines_own(model):

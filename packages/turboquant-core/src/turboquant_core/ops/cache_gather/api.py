@@ -7,13 +7,13 @@ from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS, row_capacity
 from turboquant_core.ops._dispatch import (
+    check_has_kernels,
     check_is_key_transform,
     check_key_transform,
     check_one_device,
     check_pages,
     check_tensor,
     check_vector_dtype,
-    check_whole_bits,
     not_traced,
 )
 from turboquant_core.ops._values import checks_values
@@ -70,7 +70,7 @@ def cache_gather(
         ValueError: If a type, shape, stride or device does not fit, bits are fractional, or the path cannot run.
     """
     check_is_key_transform(key_transform)
-    check_whole_bits(layout)
+    check_has_kernels(layout)
     check_pages(pages, layout)
     check_tensor("block_table", block_table, torch.int32, (-1, -1))
     batch = block_table.shape[0]

@@ -6,6 +6,7 @@ from turboquant_core.key_transform import IDENTITY, KeyTransform
 from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._dispatch import (
     KnownCalls,
+    check_has_kernels,
     check_is_key_transform,
     check_key_transform,
     check_one_device,
@@ -13,7 +14,6 @@ from turboquant_core.ops._dispatch import (
     check_rows,
     check_tensor,
     check_vector_dtype,
-    check_whole_bits,
     not_traced,
 )
 from turboquant_core.ops._values import checks_values
@@ -95,7 +95,7 @@ def _plan(
     path: str,
 ) -> Launch | None:
     """Check the arguments of a call, and plan it; None for the reference."""
-    check_whole_bits(layout)
+    check_has_kernels(layout)
     check_vector_dtype("key", key.dtype)
     check_tensor("key", key, key.dtype, (-1, layout.num_kv_heads, layout.config.head_dim))
     check_tensor("value", value, key.dtype, tuple(key.shape))

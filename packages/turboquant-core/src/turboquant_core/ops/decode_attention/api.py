@@ -13,6 +13,7 @@ from turboquant_core.layout import KVCacheLayout
 from turboquant_core.ops._bounds import MAX_TOKENS
 from turboquant_core.ops._dispatch import (
     KnownCalls,
+    check_has_kernels,
     check_is_key_transform,
     check_key_transform,
     check_one_device,
@@ -20,7 +21,6 @@ from turboquant_core.ops._dispatch import (
     check_rows,
     check_tensor,
     check_vector_dtype,
-    check_whole_bits,
     not_traced,
 )
 from turboquant_core.ops._overlap import check_no_overlap, extent, overlap
@@ -219,7 +219,7 @@ def _plan(
     numbers: Mapping[str, Any],
 ) -> _Plan:
     """Check the arguments of a call, and plan it."""
-    check_whole_bits(layout)
+    check_has_kernels(layout)
     check_pages(pages, layout)
     _check_query("query", query, layout)
     num_tokens, num_heads, _ = query.shape

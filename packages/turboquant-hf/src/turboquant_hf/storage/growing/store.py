@@ -32,7 +32,8 @@ def growing_store(
         window: Tokens that a token sees, itself included, at least as many as `sizes.recent`, where those before may be
             dropped; None to keep all.
     """
-    heads = (batch_size, num_kv_heads, config.head_dim)
-    full_precision = None if sizes == CODES_ONLY else FullPrecision.empty(sizes, heads, dtype, device)
+    full_precision = None
+    if sizes != CODES_ONLY:
+        full_precision = FullPrecision.empty(sizes, (batch_size, num_kv_heads), config.head_dims, dtype, device)
     pages = GrowingPages.empty(config, batch_size, num_kv_heads, device)
     return Store(pages, GrowingLength(sizes, window), full_precision)

@@ -20,7 +20,8 @@ def static_store(
     sizes: FullPrecisionSizes = CODES_ONLY,
 ) -> Store:
     """A store of at most `max_length` tokens a row, in tensors that keep their addresses; see `growing_store`."""
-    heads = (batch_size, num_kv_heads, config.head_dim)
-    full_precision = None if sizes == CODES_ONLY else StaticFullPrecision.empty(sizes, heads, dtype, device)
+    full_precision = None
+    if sizes != CODES_ONLY:
+        full_precision = StaticFullPrecision.empty(sizes, (batch_size, num_kv_heads), config.head_dims, dtype, device)
     pages = StaticPages(config, batch_size, num_kv_heads, max_length, device)
     return Store(pages, StaticLength(sizes, max_length, device), full_precision)

@@ -32,6 +32,7 @@ def calibrate(
 ) -> None:
     """Write how keys are stored best to a file that vLLM and TurboQuantCache load: their mean, scale and order."""
     from turboquant_core.calibration import FORMAT, write_calibration
+    from turboquant_hf.tools.caches import check_heads
     from turboquant_hf.tools.calibrate.measure import measure, num_forwards
     from turboquant_hf.tools.calibrate.render import summary, to_dict
     from turboquant_hf.tools.calibrate.texts import shipped_texts
@@ -43,6 +44,7 @@ def calibrate(
     check_outputs(outputs, {"MODEL": model, "--text": text}, force=force)
     texts = shipped_texts() if text is None else (read_text(text),)
     loaded = load(model, chosen_device(device), errors)
+    check_heads(loaded.model.config, "calibrate", "TurboQuantCache needs no file for it.")
     measured, held_out = _encode(loaded, texts, tokens)
     with Steps(errors, "running the model", num_forwards(measured.shape[1], held_out.shape[1])) as steps:
         found = measure(loaded, measured, held_out, on_forward=steps.done)

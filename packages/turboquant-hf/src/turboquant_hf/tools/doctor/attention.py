@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.support import LayerAttention, LayerKind, layer_attention
 
-GROWING_KINDS: tuple[LayerKind, ...] = ("full attention", "linear and full attention", "MLA")
+GROWING_KINDS: tuple[LayerKind, ...] = ("full attention", "sparse attention", "linear and full attention", "MLA")
 """Kinds whose cache grows with every token."""
 
 
@@ -34,7 +34,7 @@ class ModelAttention:
     @property
     def kv_lora_rank(self) -> int | None:
         """Largest width of MLA's latents; None without MLA."""
-        return max((layer.latent_dim for layer in self.layers if layer.latent_dim), default=None)
+        return max((layer.head_dim for layer in self.layers if layer.kind == "MLA"), default=None)
 
     def groups(self) -> list[tuple[LayerAttention, int]]:
         """One layer of each sort, and how many there are, in the order of the model."""

@@ -95,7 +95,9 @@ def cut_into_blocks(
     """
     _check_parallel(attention, tensor_parallel)
     pages = [_pages(layer, cache, tensor_parallel, split) for layer in attention.layers if layer.has_heads]
-    unknown = [layer for layer in attention.layers if layer.kind in ("MLA", "chunked attention", "other")]
+    unknown = [
+        layer for layer in attention.layers if layer.kind in ("MLA", "chunked attention", "sparse attention", "other")
+    ]
     if unknown or not pages:
         kind = unknown[0].kind if unknown else "a model without attention layers"
         raise ValueError(f"the cache of {kind} is not planned: TurboQuant for vLLM does not serve it")

@@ -200,12 +200,10 @@ def diagnose(checkpoint: Checkpoint, attention: ModelAttention, card: Card | Non
 
 
 def _bytes_or_none(cache: str, layer: LayerAttention) -> int | None:
-    if layer.kind == "MLA" and cache == "bf16" and layer.latent_dim:
-        return 2 * (layer.latent_dim + layer.rope_dim)
-    if not layer.has_heads:
+    if not layer.is_compressed:
         return None
     try:
-        return token_bytes(cache, layer.num_kv_heads, layer.head_dim)
+        return token_bytes(cache, layer.num_kv_heads, layer.head_dim, value_head_dim=layer.value_head_dim)
     except ValueError:
         return None
 

@@ -29,10 +29,13 @@ GGUF_REFUSAL = (
     "safetensors files"
 )
 
+_FRACTIONAL = "fractional bits, which the kernels do not read"
+
 # What vLLM's TurboQuant backend does with kinds other than attention to all tokens or to a window.
 _REFUSED_BY_VLLM = {
     "MLA": "multi-head latent attention caches latents instead of heads",
     "chunked attention": "chunked local attention is not served",
+    "sparse attention": "attention to tokens that an indexer chooses is not served",
     "other": "a layer of a kind that is not known",
 }
 
@@ -77,22 +80,21 @@ def by_transformers(
         cache = TurboQuantCache(config, preset)
     except ValueError as error:
         return Verdict((str(error),), ())
-    fallback = _no_fused_attention(config, preset)
+    fallback = own_attention(config)
     paths = []
     for layer in attention.layers:
         held = cache.layers[layer.index] if layer.index < len(cache.layers) else None
         if not isinstance(held, TurboQuantLayer):
             paths.append(_uncompressed(layer))
-        elif layer.value_dim != layer.head_dim:
-            return Verdict((_unequal(layer),), ())
         else:
             try:
-                layout = page_layout(TurboQuantConfig.preset(preset, layer.head_dim), layer.num_kv_heads)
+                config = TurboQuantConfig.preset(preset, layer.head_dim, value_head_dim=layer.value_head_dim)
             except ValueError as error:
                 return Verdict((f"layer {layer.index}: {error}",), ())
-            paths.append(
-                LayerPath("dequantised", fallback) if fallback else LayerPath("fused", _kernel(layout, capability))
-            )
+            if why := fallback or _no_kernel(config):
+                paths.append(LayerPath("dequantised", why))
+            else:
+                paths.append(LayerPath("fused", _kernel(page_layout(config, layer.num_kv_heads), capability)))
     return Verdict((), tuple(paths))
 
 
@@ -105,14 +107,17 @@ def by_vllm(checkpoint: Checkpoint, attention: ModelAttention, preset: str, capa
         have, needed = ("sm_{}{}".format(*version) for version in (capability, MIN_CAPABILITY))
         refusals.append(f"the card is {have}, and prefill needs {needed}")
     if not has_whole_bits(preset):
-        refusals.append(f"{preset} has fractional bits, which the kernels do not read")
+        refusals.append(f"{preset} has {_FRACTIONAL}")
     if attention.has_alibi:
         refusals.append("ALiBi is not served")
     for layer, _ in attention.groups():
         if layer.kind in _REFUSED_BY_VLLM:
             refusals.append(f"layer {layer.index}: {_REFUSED_BY_VLLM[layer.kind]}")
-        elif layer.has_heads and layer.value_dim != layer.head_dim:
-            refusals.append(_unequal(layer))
+        elif layer.has_heads and layer.value_head_dim != layer.head_dim:
+            refusals.append(
+                f"layer {layer.index}: keys have {layer.head_dim} channels and values {layer.value_head_dim}; "
+                "they must be equal"
+            )
         elif layer.has_heads and layer.head_dim not in HEAD_DIMS:
             known = ", ".join(map(str, HEAD_DIMS))
             refusals.append(f"layer {layer.index}: head_dim is {layer.head_dim}; the backend takes {known}")
@@ -146,11 +151,13 @@ def _kernel(layout: KVCacheLayout, capability: tuple[int, int]) -> str:
     raise AssertionError("one path runs on every card")
 
 
-def _no_fused_attention(config: PreTrainedConfig, preset: str) -> str | None:
-    """Why transformers cannot attend on the codes; None if it can."""
-    if not has_whole_bits(preset):
-        return f"{preset} has fractional bits, which the kernels do not read"
-    return own_attention(config)
+def _no_kernel(config: TurboQuantConfig) -> str | None:
+    """Why no kernel reads codes of a layer; None if one does."""
+    if config.has_kernels:
+        return None
+    if config.value_head_dim is None:
+        return _FRACTIONAL
+    return f"keys of {config.head_dim} channels and values of {config.value_head_dim}, and the kernels take one size"
 
 
 def _uncompressed(layer: LayerAttention) -> LayerPath:
@@ -162,7 +169,3 @@ def _uncompressed(layer: LayerAttention) -> LayerPath:
         "chunked attention": "bounded by its chunk",
     }
     return LayerPath("uncompressed", why.get(layer.kind, f"{layer.kind} is left to the engine"))
-
-
-def _unequal(layer: LayerAttention) -> str:
-    return f"layer {layer.index}: keys have {layer.head_dim} channels and values {layer.value_dim}; they must be equal"

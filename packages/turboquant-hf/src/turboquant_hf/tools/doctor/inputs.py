@@ -13,7 +13,7 @@ from turboquant_hf.tools.models import default_model
 MAX_SIZE = 1 << 31
 """More than any size of a model."""
 
-_SIZES = ("head_dim", "value_dim", "num_heads", "num_kv_heads", "window")
+_SIZES = ("head_dim", "value_head_dim", "num_heads", "num_kv_heads", "window")
 
 
 def open_model(name: str | None, errors: Console) -> tuple[Checkpoint, ModelAttention]:
@@ -46,7 +46,7 @@ def _check_sizes(name: str, attention: ModelAttention) -> None:
     """Refuse sizes that no model has."""
     sizes: dict[str, object] = {"the longest context": attention.max_length}
     for layer, _ in attention.groups():
-        if layer.has_heads:
+        if layer.is_compressed:
             sizes |= {f"{field} of layer {layer.index}": getattr(layer, field) for field in _SIZES}
     for what, size in sizes.items():
         if size is not None and not (isinstance(size, int) and 1 <= size <= MAX_SIZE):

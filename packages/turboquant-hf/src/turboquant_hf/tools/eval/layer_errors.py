@@ -22,6 +22,7 @@ from turboquant_hf.attention.handover import Stored, hand_over
 from turboquant_hf.layers.build import kept_tokens
 from turboquant_hf.storage.growing.store import growing_store
 from turboquant_hf.storage.tables import FullPrecisionSizes
+from turboquant_hf.support import layer_attention
 from turboquant_hf.tools.caches import compressed_layers
 from turboquant_hf.tools.eval.results import LayerError
 
@@ -53,7 +54,9 @@ def layer_errors(
     Returns:
         The errors by name, in the order of the layers.
     """
-    probe = _Probe(compressed_layers(model.config), bits, key_transforms)
+    # What attention reads with latents is not what the cache stores.
+    latent = {layer.index for layer in layer_attention(model.config) if layer.kind == "MLA"}
+    probe = _Probe(compressed_layers(model.config) - latent, bits, key_transforms)
     AttentionInterface.register(PROBE, probe.attend)
     AttentionMaskInterface.register(PROBE, sdpa_mask)
     with attending(model, PROBE):
@@ -99,7 +102,9 @@ class _Probe:
         if index in self._layers:
             transform = self._key_transforms.get(index, IDENTITY)
             for name, (key_bits, value_bits) in self._bits.items():
-                config = TurboQuantConfig(key.shape[-1], key_bits, value_bits).fitted_to(transform)
+                value_head_dim = value.shape[-1]
+                config = TurboQuantConfig(key.shape[-1], key_bits, value_bits, value_head_dim=value_head_dim)
+                config = config.fitted_to(transform)
                 store = growing_store(config, key.shape[0], key.shape[1], key.dtype, key.device, _KEPT)
                 store.pages.settle(transform)
                 given = Stored(store, store.append_parts(key, value))

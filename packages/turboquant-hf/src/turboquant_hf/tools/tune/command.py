@@ -70,6 +70,7 @@ def tune(
     2 for what cannot be read or measured; 130 when interrupted, and the same command goes on from there.
     """
     from turboquant_core.layer_bits import FORMAT, write_layer_bits
+    from turboquant_hf.tools.caches import check_heads
     from turboquant_hf.tools.inputs import chosen_device, load, read_text
     from turboquant_hf.tools.run_files.continuing import (
         begin,
@@ -101,6 +102,7 @@ def tune(
     begun = has_begun(run_path, TUNE, force=force)
     run = go_on(run_path, TUNE, header, "--run", check_results) if begun else None
     loaded = load(model, device, errors)
+    check_heads(loaded.model.config, "tune", "Use a preset for all layers.")
     identity = model_identity(loaded)
     if run is None:
         whole = {"command": typed_command(), **header, "model": identity}
