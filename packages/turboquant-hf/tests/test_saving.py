@@ -179,8 +179,8 @@ def with_more(tensors):
     [
         ({"marker": "pt"}, "no cache that TurboQuantCache.save wrote"),
         (
-            {"change_header": lambda header: header.update(version=9)},
-            "format version is 9, and .* reads 10.* save it again",
+            {"change_header": lambda header: header.update(version=10)},
+            "format version is 10, and .* reads 11.* save it again",
         ),
         ({"change_header": lambda header: header.update(storage_format=1)}, "of storage format 1, and .* reads 2"),
         ({"change_header": lambda header: header["model"].clear()}, "the fields of the model must be"),

@@ -55,7 +55,7 @@ def test_nothing_else_is_touched(tiny_model, prompt):
 def test_a_wrong_head_dim_is_an_error(tiny_model, prompt):
     cache = DynamicCache()
     CompressedDynamicCache(cache, head_dim=128, bits=4)
-    with pytest.raises(ValueError, match="keys have 64 channels and the cache was made for head_dim 128"):
+    with pytest.raises(ValueError, match="keys have 64 channels, values 64, and the cache was made for head_dim 128"):
         generate(tiny_model, prompt, cache)
 
 
