@@ -111,6 +111,25 @@ def test_where_no_raw_token_is_seen_all_stays(merge, lse):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", ["keys", "values"])
+@pytest.mark.parametrize("has_codes", [True, False])
+def test_a_raw_token_that_is_no_number_is_carried_into_its_own_row_and_head(merge, bad, which, has_codes):
+    query, out, lse, keys, values, seen = arguments(2, 64, 2 * MAX_COLUMNS, torch.float32)
+    {"keys": keys, "values": values}[which][1, 1, MAX_COLUMNS + 3, 5] = bad
+    seen[1, :, MAX_COLUMNS + 3] = True
+    query[..., 5] = query[..., 5].abs() + 1
+    if not has_codes:
+        out[:], lse[:] = 0.0, -torch.inf
+    merge(query, out, lse, keys, values, seen, scale=0.125, softcap=0.0)
+    group = HEADS // KV_HEADS
+    carried = ~out.isfinite().all(-1)
+    expected = torch.zeros(2 * ROWS, HEADS, dtype=torch.bool, device=DEVICE)
+    expected[2:, group : 2 * group] = True
+    assert torch.equal(carried, expected)
+
+
 LAUNCHES = """
 import os
 os.environ.pop("TRITON_INTERPRET", None)

@@ -400,6 +400,27 @@ def test_a_table_says_how_many_rows_it_has_room_for():
         cache.table.assign(lens, starts, torch.ones(2, 4, dtype=torch.int32, device=DEVICE), BLOCK_SIZE)
 
 
+@pytest.mark.parametrize("merge", [merge_launch.merge_copies, merge_reference.merge_copies])
+def test_what_is_no_number_in_a_copy_stays_in_its_row(merge):
+    """Rows that lack tokens for some columns have no copy there, and must not read that of another row."""
+    cache = Cache(CopyColumns(2, 8), 2)
+    new, rows, _ = cache.step({0: 12, 1: 1})
+    cache.update(new, rows)
+    new, rows, _ = cache.step({0: 1, 1: 1})
+    codes = cache.update(new, rows)
+    first = rows.entries[0][rows.entries[0] >= 0].long()
+    for copied in (cache.copies.keys, cache.copies.values):
+        copied[first] = torch.nan
+        # What columns without a copy would name.
+        copied[0] = torch.nan
+    assert not (rows.entries[1] == 0).any()
+    query = cache.draw(2, KV_HEADS * GROUP, HEAD_DIM)
+    out, lse = torch.zeros_like(query), torch.full(query.shape[:2], -torch.inf, device=DEVICE)
+    merge(query, out, lse, rows, cache.copies, codes, scale=SCALE, window=0, softcap=0.0, mean=None)
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
 @pytest.mark.parametrize("sizes", [(-1, 4), (1, -1), (300, 0), (0, 200), (1, 4, 0)])
 def test_columns_that_cannot_be(sizes):
     with pytest.raises(ValueError, match=r"tokens|max_query_len"):

@@ -137,6 +137,8 @@ def merge_kernel(
             result = tl.dot(low, value, result, input_precision=precision)
         total = total * rescale + tl.sum(weight, axis=1)
         top = highest
+    # Where nothing is seen, what attention on codes gave stays. The weight of what is no number is none either.
+    written = used & (total != 0)
     if overlap and early:
         wait_for_previous_kernel()
     place = out + (token * out_token_stride + head * out_head_stride)[:, None] + channel[None, :]
@@ -146,8 +148,6 @@ def merge_kernel(
     weight = tl.exp(logit - highest)
     rescale = tl.exp(top - highest)
     total = total * rescale + weight
-    # Where nothing is seen, what attention on codes gave stays.
-    written = used & (total > 0) & (top > LOWEST)
     total = tl.where(written, total, 1.0)
     codes = tl.load(place, mask=written[:, None] & real_channel, other=0.0).to(tl.float32)
     result = (result * rescale[:, None] + codes * weight[:, None]) / total[:, None]

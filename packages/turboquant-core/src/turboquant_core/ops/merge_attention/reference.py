@@ -63,7 +63,10 @@ def merge_copies(
         seen &= position[row] > own[:, None] - window
     seen &= (token < first[-1])[:, None]
     entry = rows.entries.clamp(min=0)[row]
-    keys, values = (x[entry].transpose(1, 2) for x in (copies.keys, copies.values))
+    # A column without a token would bring in another row's, and a weight of zero does not hide what is no number.
+    keys, values = (
+        x[entry].masked_fill(~raw[row][..., None, None], 0.0).transpose(1, 2) for x in (copies.keys, copies.values)
+    )
     if mean is not None:
         keys = keys.float() - mean[:, None]
     # Every token as a row of its own.
