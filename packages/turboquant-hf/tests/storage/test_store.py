@@ -283,3 +283,33 @@ def test_attention_sees_a_mean_that_moves_logits_unalike(option):
     expected = logits.softmax(-1)[..., :10] @ values
     actual = stored.attend(query, scale=None, **option)
     torch.testing.assert_close(actual, expected.transpose(1, 2), rtol=1e-3, atol=1e-3)
+
+
+def finite(store, num_tokens):
+    """Whether the last of so many tokens, and a store read whole, give numbers."""
+    attended = store.attend(random_states(2, 4, 1, 64), scale=None)
+    keys, values = store.dequantize(torch.float32)
+    assert store.length.num_seen == num_tokens
+    return all(bool(x.isfinite().all()) for x in (attended, keys, values))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("max_length", [None, 200])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("kept", "num_tokens"), [(0, 9), (1, 9), (20, 30), (20, 70), (64, 70), (65, 70)])
+def test_tokens_that_were_no_numbers_are_forgotten_once_they_are_taken_back(bad, max_length, padded, kept, num_tokens):
+    store = new_store(max_length, "cpu")
+    keys, values = random_states(2, 2, num_tokens, 64), random_states(2, 2, num_tokens, 64, seed=1)
+    keys[:, :, kept:], values[:, :, kept:] = bad, bad
+    starts = torch.tensor([0, min(kept, 2)], dtype=torch.int32) if padded else None
+    if kept:
+        store.append(keys[:, :, :kept], values[:, :, :kept], starts)
+        store.append(keys[:, :, kept:], values[:, :, kept:])
+        store.crop(kept)
+        assert store.length.num_seen == kept
+    else:
+        store.append(keys, values, starts)
+        store.clear()
+    for count in (1, 2):
+        store.append(random_states(2, 2, 1, 64), random_states(2, 2, 1, 64))
+        assert finite(store, kept + count)

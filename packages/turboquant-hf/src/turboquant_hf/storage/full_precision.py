@@ -129,6 +129,31 @@ class FullPrecision:
         )
         return keys, values
 
+    def forget(self, start: int, stop: int, row_starts: torch.Tensor | None) -> None:
+        """Put zeros where the positions start to stop - 1 are.
+
+        What nobody sees is multiplied with a weight of zero all the same, which hides no infinity.
+
+        Args:
+            start: The first that is forgotten; of first tokens, those after it too.
+            stop: One past the last token that there is.
+            row_starts: int32 [batch_size], the first token of every row that is no padding; None where no row is
+                padded.
+        """
+        places = self._ring_places(torch.arange(max(start, stop - self.sizes.ring), stop, device=self.keys.device))
+        nth = torch.arange(self.sizes.first, device=self.keys.device)
+        is_left = (nth if row_starts is None else nth + row_starts[:, None, None]) < start
+        for held in (self.keys, self.values):
+            if self.sizes.ring:
+                held.index_fill_(2, places, 0.0)
+            first = held[:, :, : self.sizes.first]
+            first.copy_(torch.where(is_left[..., None], first, 0.0))
+
+    def clear(self) -> None:
+        """Put zeros everywhere."""
+        for held in self.tensors():
+            held.zero_()
+
     def in_order(self, num_first: int, held_from: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first tokens, and of the positions that the ring holds."""
         recent = self.recent(held_from, num_tokens)

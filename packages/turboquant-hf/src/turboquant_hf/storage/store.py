@@ -238,14 +238,19 @@ class Store:
 
     def crop(self, num_tokens: int) -> None:
         """Keep the first `num_tokens` tokens."""
-        if num_tokens >= self.length.num_seen:
+        num_seen = self.length.num_seen
+        if num_tokens >= num_seen:
             return
+        if self.full_precision is not None:
+            self.full_precision.forget(num_tokens, num_seen, self.length.row_starts)
         self._fill(self.length.missing(num_tokens))
         self.length.crop(num_tokens)
         self.pages.crop(self.length)
 
     def clear(self) -> None:
         """Forget every token; the next ones are the first."""
+        if self.full_precision is not None:
+            self.full_precision.clear()
         self.length.clear()
         self.pages.crop(self.length)
 

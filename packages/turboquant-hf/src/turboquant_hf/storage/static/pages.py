@@ -7,7 +7,7 @@ import torch
 from turboquant_core import TurboQuantConfig
 from turboquant_hf.storage.codec import LayerCodec
 from turboquant_hf.storage.length import Length
-from turboquant_hf.storage.pages import Pages, block_table, num_blocks, page_layout
+from turboquant_hf.storage.pages import BLOCK_SIZE, Pages, block_table, num_blocks, page_layout
 from turboquant_hf.storage.static.addresses import copy_into, keep_addresses
 
 
@@ -27,7 +27,17 @@ class StaticPages(Pages):
         """Nothing: there is all the room that there will be."""
 
     def crop(self, length: Length) -> None:
-        """Nothing: there is all the room that there will be."""
+        """Put zeros past what is left: that is read, and masked, and a weight of zero hides no infinity."""
+        if length.is_empty:
+            # Whoever forgets all does not wait for the device, and may be traced.
+            self.tensor.zero_()
+            return
+        num_tokens = length.num_tokens
+        self.tensor[num_blocks(num_tokens) :].zero_()
+        last = slice(num_tokens // BLOCK_SIZE, num_blocks(num_tokens))
+        views = page_layout(self.config, self.tensor.shape[1]).views(self.tensor)
+        for scales in (views.key_scales, views.value_scales):
+            scales[last, :, num_tokens % BLOCK_SIZE :] = 0.0
 
     def drop(self, blocks: int) -> None:
         """Nothing: masks hide what has left a window."""
