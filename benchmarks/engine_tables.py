@@ -9,6 +9,13 @@ from results_file import read_result
 LABELS = {"bf16": "bf16, FlashAttention 3", "fp8": "fp8, FlashAttention 3", "tq4": "`tq4`"}
 """Cache to what it is called."""
 
+FIDELITY = {
+    "tq4, codes only": "codes alone",
+    "tq4": "with raw tokens",
+    "tq4, calibration file": "with raw tokens and a calibration file",
+}
+"""Cache to what it is called among `tq4`'s own."""
+
 Shape = tuple[int, int]
 BUSY: Shape = (64, 8192)
 LONG: Shape = (16, 16_384)
@@ -56,6 +63,17 @@ def capacity() -> str:
     return table(("", *LABELS), [["KV tokens that vLLM reports", *counts], ["against bf16", *ratios]])
 
 
+def fidelity() -> str:
+    """Decode steps with raw tokens and a calibration file, beside codes alone."""
+    caches = read_result("engine_fidelity")["caches"]
+    plain = {_at(row): row["decode_step_ms"] for row in caches["tq4, codes only"]["steps"]}
+    rows = []
+    for name, measured in caches.items():
+        steps = {_at(row): row["decode_step_ms"] for row in measured["steps"]}
+        rows.append([FIDELITY[name], *(f"{steps[at]:.2f} ms, {steps[at] / plain[at]:.2f}x" for at in plain)])
+    return table(("`tq4`", *(f"decode step, {shape(*at)}" for at in plain)), rows)
+
+
 def serving(name: str, caches: Iterable[str]) -> Callable[[], str]:
     """Conversations that come back, under load."""
 
@@ -99,10 +117,12 @@ def tokens(name: str) -> int:
 
 def shapes_of_all() -> list[Shape]:
     """Those that every cache was measured at."""
-    measured = [
-        {(row["batch"], row["context"]) for row in read_result("engine")["caches"][name]["steps"]} for name in LABELS
-    ]
+    measured = [{_at(row) for row in read_result("engine")["caches"][name]["steps"]} for name in LABELS]
     return sorted(set.intersection(*measured), key=lambda at: step("tq4", at))
+
+
+def _at(row: Any) -> Shape:
+    return row["batch"], row["context"]
 
 
 def _is_fastest(name: str, at: Shape) -> bool:
@@ -115,13 +135,14 @@ def _step_text(name: str, at: Shape) -> str:
 
 def _measured(name: str, at: Shape) -> Any:
     measured = read_result("engine")["caches"][name]["steps"]
-    return next(step for step in measured if (step["batch"], step["context"]) == at)
+    return next(step for step in measured if _at(step) == at)
 
 
 FIGURES = {
     "engine": overview,
     "engine-steps": steps,
     "engine-prefill": prefills,
+    "engine-fidelity": fidelity,
     "engine-tokens": capacity,
     "engine-serving": serving("engine_serving", LABELS),
     "engine-serving-tq4": serving("engine_serving_tq4", ["tq4"]),
