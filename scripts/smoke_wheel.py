@@ -35,7 +35,7 @@ def check_hf() -> None:
         prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=4, pad_token_id=0
     )
     require(output.shape == (1, 24), f"generating gave {list(output.shape)} tokens")
-    require("turboquant 4/4 bits" in str(cache.memory_report()), f"the cache reports {cache.memory_report()}")
+    require("turboquant 4/4 bits" in cache.memory_report().table(), f"the cache reports {cache.memory_report()}")
     require_extra("doctor", "no-model")
 
 

@@ -1,11 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig
 
 from turboquant_hf import TurboQuantCache
 from turboquant_hf.memory import memory_report
+
+README = Path(__file__).parents[3] / "README.md"
 
 
 @pytest.fixture
@@ -52,7 +55,8 @@ def test_linear_attention_states_count():
 def test_an_empty_cache_reports_nothing(tiny_config):
     report = TurboQuantCache(tiny_config()).memory_report()
     assert report.nbytes == 0
-    assert "nan" not in str(report)
+    assert str(report) == "KV cache: empty"
+    assert "nan" not in report.table()
     assert set(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == {"nbytes", "bf16_nbytes", "layers"}
 
 
@@ -62,9 +66,61 @@ def test_json(cache):
     assert len(data["layers"]) == 2
 
 
-def test_table_in_terminal_text_and_notebook(cache):
+def test_a_report_is_one_line(cache):
     report = cache.memory_report()
-    for rendered in (str(report), report._repr_html_()):
-        assert "turboquant 4/4 bits" in rendered
-        assert f"{cache.nbytes:,}" in rendered
-    assert report._repr_html_().startswith("<pre")
+    (line,) = str(report).splitlines()
+    allocated = f"KV cache: {cache.nbytes / 2**10:.2f} KiB"
+    room = f"{sum(layer.reserved_nbytes for layer in report.layers) / 2**10:.2f} KiB room for tokens to come"
+    assert line.startswith(f"{allocated}, of which ")
+    assert room in line
+    assert f"bf16 takes {report.bf16_nbytes / 2**10:.2f} KiB ({report.compression:.2f}x)." in line
+    assert line.endswith(f" At 8,192 tokens: {report.compression_at(8192):.2f}x.")
+
+
+def test_the_readme_shows_what_its_first_cache_prints(tiny_config):
+    # Of SmolLM2-135M's shape: the prompt's six tokens and 99 of the hundred that follow, one by one.
+    cache = TurboQuantCache(
+        tiny_config(num_hidden_layers=30, num_key_value_heads=3, num_attention_heads=3, hidden_size=192)
+    )
+    for num_tokens in [6] + [1] * 99:
+        for layer_idx in range(30):
+            cache.update(*torch.zeros(2, 1, 3, num_tokens, 64), layer_idx)
+    assert f"\n{cache.memory_report()}\n" in README.read_text(encoding="utf-8")
+
+
+def test_layers_that_are_equal_share_a_row(cache, tiny_config):
+    title, _, *rows = cache.memory_report().table().splitlines()
+    assert title == "Allocated bytes of every layer"
+    assert [row.split("  ")[0] for row in rows] == ["0 to 1, each", rows[1].split("  ")[0]]
+    assert f"{cache.nbytes:,}" in rows[1]
+    other = TurboQuantCache(tiny_config(), layer_bits={1: (8, 3)})
+    for layer_idx in range(2):
+        other.update(*torch.randn(2, 1, 2, 100, 64), layer_idx)
+    assert [row.split()[0] for row in other.memory_report().table().splitlines()[2:]] == ["0", "1", "all"]
+
+
+def test_the_compression_of_a_longer_prompt_is_that_which_it_has(tiny_config):
+    caches = [TurboQuantCache(tiny_config(num_hidden_layers=3), skip_layers=[1]) for _ in range(2)]
+    for cache, num_tokens in zip(caches, (100, 1024), strict=True):
+        for layer_idx in range(3):
+            cache.update(*torch.randn(2, 2, 2, num_tokens, 64, dtype=torch.bfloat16), layer_idx)
+    short, long = (cache.memory_report() for cache in caches)
+    assert short.compression_at(1024) == pytest.approx(long.compression)
+    assert short.compression < long.compression
+
+
+@pytest.mark.parametrize("options", [{"max_length": 128}, {"sliding_window": 16}])
+def test_nothing_is_said_of_a_longer_prompt_where_layers_do_not_grow(tiny_config, options):
+    window = {"sliding_window": options.pop("sliding_window")} if "sliding_window" in options else {}
+    cache = TurboQuantCache(tiny_config(MistralConfig, **window) if window else tiny_config(), **options)
+    for layer_idx in range(2):
+        cache.update(*torch.randn(2, 1, 2, 100, 64), layer_idx)
+    assert "At 8,192 tokens" not in str(cache.memory_report())
+
+
+def test_a_notebook_shows_line_and_table(cache):
+    report = cache.memory_report()
+    rendered = report._repr_html_()
+    assert rendered.startswith("<pre")
+    assert str(report) in rendered
+    assert "turboquant 4/4 bits" in rendered
