@@ -99,6 +99,17 @@ def test_what_is_special_about_a_model_is_said(model):
     assert reasons == {("dequantised", "keys of 512 channels and values of 64, and the kernels take one size")}
 
 
+def test_no_file_is_recommended_where_none_can_be_made(model):
+    data = found(model("deepseek"))[1]
+    assert data["recommended"]["preset"] == "tq4"
+    assert "head_dim is 512" in data["recommended"]["reason"]
+    code = data["engines"]["transformers"]["command"]
+    assert "calibrate" not in code
+    assert 'TurboQuantCache(model.config, "tq4")' in code
+    assert "calibration file" not in " ".join(run(model("deepseek")).output.split())
+    assert "turboquant calibrate" in found(model("llama"))[1]["engines"]["transformers"]["command"]
+
+
 def test_linear_layers_stay_the_engines_own(model):
     for verdict in found(model("qwen3next"))[1]["engines"].values():
         assert [path["path"] for path in verdict["layers"]] == [*["uncompressed"] * 3, "fused"] * 2

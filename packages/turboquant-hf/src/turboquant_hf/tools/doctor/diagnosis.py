@@ -94,6 +94,11 @@ class Diagnosis:
         return f"turboquant eval {shlex.quote(self.checkpoint.name)} --cache tq4 --cache k6v4 --measure quality"
 
     @property
+    def can_be_calibrated(self) -> bool:
+        """Whether `turboquant calibrate` takes the model; see `turboquant_hf.tools.caches.check_heads`."""
+        return all(layer.head_dim == layer.value_head_dim for layer in self.attention.layers if layer.is_compressed)
+
+    @property
     def splits_keys(self) -> bool:
         """Whether a calibration file splits keys, if it orders their channels."""
         key_bits, _ = preset_bits(self.preset)
@@ -106,7 +111,8 @@ class Diagnosis:
         if self.verdicts["vllm"].is_served:
             commands["vllm"] = f"{calibrate}\n{self._vllm_command()}"
         if self.verdicts["transformers"].is_served:
-            commands["transformers"] = f"# First, in a shell: {calibrate}\n{self._transformers_code()}"
+            first = f"# First, in a shell: {calibrate}\n" if self.can_be_calibrated else ""
+            commands["transformers"] = f"{first}{self._transformers_code()}"
         return commands
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,11 +168,12 @@ class Diagnosis:
             arguments.append("quantization_config=GgufConfig(dequantize=True)")
         if any(path.path == "fused" for path in self.verdicts["transformers"].layers):
             arguments.append('attn_implementation="turboquant"')
+        options = f', key_transforms="{CALIBRATION_FILE}"' if self.can_be_calibrated else ""
         return (
             f"from transformers import {', '.join(imported)}\n"
             "from turboquant_hf import TurboQuantCache\n\n"
             f"model = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
-            f'cache = TurboQuantCache(model.config, "{self.preset}", key_transforms="{CALIBRATION_FILE}")\n'
+            f'cache = TurboQuantCache(model.config, "{self.preset}"{options})\n'
             f"model.generate(**inputs, {CACHE_ARGUMENT}=cache)"
         )
 
@@ -209,7 +216,7 @@ def _bytes_or_none(cache: str, layer: LayerAttention) -> int | None:
 
 
 def _recommend(attention: ModelAttention) -> tuple[str, str]:
-    head_dim = min((layer.head_dim for layer in attention.layers if layer.has_heads), default=FINE_KEYS_BELOW)
+    head_dim = min((layer.head_dim for layer in attention.layers if layer.is_compressed), default=FINE_KEYS_BELOW)
     if head_dim >= FINE_KEYS_BELOW:
         return "tq4", f"head_dim is {head_dim}, where 4 bits are a start and no promise: {_HAS_TO_BE_MEASURED}"
     return "k6v4", (

@@ -26,8 +26,7 @@ def render(diagnosis: Diagnosis, console: Console) -> None:
         console.print(
             Text.assemble(
                 ("recommended: ", "bold"),
-                f"{diagnosis.preset} and a calibration file, with which keys lose less"
-                f"{', for two bytes each' if diagnosis.splits_keys else ''}. {diagnosis.reason}.",
+                f"{diagnosis.preset}{_with_a_file(diagnosis)}. {diagnosis.reason}.",
             )
         )
     titled = {ENGINE_NAMES[engine]: command for engine, command in commands.items()}
@@ -60,6 +59,13 @@ def _layers(diagnosis: Diagnosis) -> Table:
 
 def _path(verdict: Verdict, index: int) -> str:
     return f"{verdict.layers[index].path}: {verdict.layers[index].reason}" if verdict.is_served else "refused"
+
+
+def _with_a_file(diagnosis: Diagnosis) -> str:
+    if not diagnosis.can_be_calibrated:
+        return ""
+    bytes_more = ", for two bytes each" if diagnosis.splits_keys else ""
+    return f" and a calibration file, with which keys lose less{bytes_more}"
 
 
 def _extras(attention: ModelAttention) -> str | None:
