@@ -21,6 +21,7 @@ def test_commands_that_know_one_size_refuse_two(command):
 def test_errors_of_what_attention_does_not_read_are_not_measured(tiny_config):
     sizes = {
         "head_dim": 16,
+        "num_key_value_heads": 4,
         "kv_lora_rank": 32,
         "q_lora_rank": 32,
         "qk_nope_head_dim": 16,
