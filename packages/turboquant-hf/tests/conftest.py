@@ -60,6 +60,25 @@ def tiny_config():
 
 
 @pytest.fixture(scope="session")
+def tiny_latent_config():
+    """Makes the configuration of a small model of DeepSeek's kind, with latent attention and four experts."""
+
+    def make(kind, **overrides):
+        sizes = {
+            "kv_lora_rank": 64,
+            "q_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+        }
+        experts = {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+        heads = {"num_key_value_heads": 4, "head_dim": 16, "vocab_size": 300, "moe_intermediate_size": 32}
+        return make_tiny_config(kind, **{**sizes, **experts, **heads, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_model():
     torch.manual_seed(20260101)
     return LlamaForCausalLM(make_tiny_config()).eval()

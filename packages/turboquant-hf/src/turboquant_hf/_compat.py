@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    StaticIndexedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -171,6 +172,7 @@ __all__ = [
     "LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer",
     "PreTrainedConfig",
+    "StaticIndexedLayer",
     "StaticLayer",
     "StaticSlidingWindowLayer",
     "decoder_class",

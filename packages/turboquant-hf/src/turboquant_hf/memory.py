@@ -17,7 +17,7 @@ UNCOMPRESSED_ITEMSIZE = 2
 LONG_CONTEXT = 8192
 """Tokens of which a report tells the compression beside that of what is held."""
 
-_COLUMNS = ("layer", "kind", "tokens", "codes and scales", "kept", "reserved", "fixed", "bf16", "compression")
+_COLUMNS = ("layer", "kind", "tokens", "codes and scales", "raw tokens", "room", "fixed", "bf16", "compression")
 
 
 @dataclass(frozen=True)

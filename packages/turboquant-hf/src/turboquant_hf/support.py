@@ -15,6 +15,7 @@ from turboquant_hf._compat import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
     PreTrainedConfig,
+    StaticIndexedLayer,
     takes_dynamic_cache,
     transformers_layers,
 )
@@ -115,7 +116,7 @@ def held_layers(config: PreTrainedConfig, max_length: int | None) -> list[object
     attention = tuple(_layers(config))
     for index, layer in enumerate(layers):
         if type(layer) not in KNOWN_LAYERS:
-            remedy = "Leave max_length out." if type(layer).__name__ == "StaticIndexedLayer" else REMEDY
+            remedy = "Leave max_length out." if type(layer) is StaticIndexedLayer else REMEDY
             raise ValueError(
                 f"layer {index} of this {config.model_type} model is a {type(layer).__name__}, which TurboQuantCache "
                 f"does not know. {remedy}"

@@ -15,34 +15,10 @@ EXACT = {"key_bits": 8, "value_bits": 8}
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(tiny_latent_config):
     torch.manual_seed(0)
-    config = DeepseekV32Config(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=4,
-        n_group=1,
-        topk_group=1,
-        kv_lora_rank=32,
-        q_lora_rank=32,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=16,
-        v_head_dim=16,
-        head_dim=16,
-        index_head_dim=16,
-        index_n_heads=2,
-        index_topk=16,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return DeepseekV32ForCausalLM(config).eval()
+    indexer = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 16}
+    return DeepseekV32ForCausalLM(tiny_latent_config(DeepseekV32Config, **indexer)).eval()
 
 
 def filled(num_tokens=20, batch_size=2):

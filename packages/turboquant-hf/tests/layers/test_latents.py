@@ -28,30 +28,9 @@ def filled(shapes, num_tokens=100, **options):
 
 
 @pytest.fixture(scope="module")
-def deepseek():
+def deepseek(tiny_latent_config):
     torch.manual_seed(0)
-    config = DeepseekV3Config(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=4,
-        n_group=1,
-        topk_group=1,
-        kv_lora_rank=64,
-        q_lora_rank=32,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return DeepseekV3ForCausalLM(config).eval()
+    return DeepseekV3ForCausalLM(tiny_latent_config(DeepseekV3Config)).eval()
 
 
 @pytest.mark.parametrize("shapes", SHAPES)

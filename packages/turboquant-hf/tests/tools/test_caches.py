@@ -18,18 +18,7 @@ def test_commands_that_know_one_size_refuse_two(command):
         check_heads(DeepseekV3Config(), command, "Do without.")
 
 
-def test_errors_of_what_attention_does_not_read_are_not_measured(tiny_config):
-    sizes = {
-        "head_dim": 16,
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 32,
-        "q_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 16,
-    }
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-    config = tiny_config(DeepseekV3Config, **sizes, **experts, moe_intermediate_size=32)
-    model = DeepseekV3ForCausalLM(config).eval()
+def test_errors_of_what_attention_does_not_read_are_not_measured(tiny_latent_config):
+    model = DeepseekV3ForCausalLM(tiny_latent_config(DeepseekV3Config)).eval()
     with torch.no_grad():
         assert layer_errors(model, torch.ones(1, 20, dtype=torch.int64), {"tq4": (4, 4)}) == {"tq4": []}
