@@ -58,6 +58,17 @@ def test_the_file_of_another_model_is_refused(tiny_model, means_of):
         calibration_of(model_config(tiny_model("GptOss")), means_of(tiny_model("Llama")))
 
 
+def test_a_file_that_was_written_again_is_refused(tiny_model, means_of):
+    folder = tiny_model("Llama")
+    config, path = model_config(folder), means_of(folder)
+    first = calibration_of(config, path)
+    assert calibration_of(config, path) is first
+    other = Calibration({0: KeyTransform(torch.ones(2, 64))}, identity(folder), str(folder), num_tokens=7)
+    write_calibration(Path(path), other)
+    with pytest.raises(ValueError, match=r"was written again since this process read it.*Start a new process, or give"):
+        calibration_of(config, path)
+
+
 def test_a_missing_a_truncated_and_a_foreign_file_are_refused(tiny_model, means_of, tmp_path):
     folder = tiny_model("Llama")
     config = model_config(folder)
