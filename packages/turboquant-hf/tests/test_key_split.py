@@ -216,4 +216,4 @@ def test_memory_counts_both_scales(tiny_model, prompt, text):
     for with_halves, without in zip(split.layers, whole.layers, strict=True):
         assert with_halves.token_nbytes - without.token_nbytes == 2 * HEADS * num_tokens
     assert "turboquant 3/3 bits, keys split" in split.table()
-    assert "split" not in str(whole)
+    assert "split" not in whole.table()
