@@ -140,12 +140,16 @@ class FullPrecision:
             row_starts: int32 [batch_size], the first token of every row that is no padding; None where no row is
                 padded.
         """
-        places = self._ring_places(torch.arange(max(start, stop - self.sizes.ring), stop, device=self.keys.device))
+        if self.sizes.ring:
+            places = self._ring_places(torch.arange(max(start, stop - self.sizes.ring), stop, device=self.keys.device))
+            for held in self.tensors():
+                held.index_fill_(2, places, 0.0)
+        if row_starts is None and start >= self.sizes.first:
+            # Drafts that are taken back are not among the first.
+            return
         nth = torch.arange(self.sizes.first, device=self.keys.device)
         is_left = (nth if row_starts is None else nth + row_starts[:, None, None]) < start
-        for held in (self.keys, self.values):
-            if self.sizes.ring:
-                held.index_fill_(2, places, 0.0)
+        for held in self.tensors():
             first = held[:, :, : self.sizes.first]
             first.copy_(torch.where(is_left[..., None], first, 0.0))
 

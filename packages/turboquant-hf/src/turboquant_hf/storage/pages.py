@@ -173,8 +173,13 @@ class Pages(ABC):
         """Make room for so many tokens of a row, of which `length` are stored."""
 
     @abstractmethod
-    def crop(self, length: Length) -> None:
-        """Keep what is left of a row."""
+    def crop(self, length: Length, taken_back: tuple[int, int] | None) -> None:
+        """Keep what is left of a row.
+
+        Args:
+            length: What is left.
+            taken_back: The first position that is not, and one past the last; None for all, whatever there was.
+        """
 
     @abstractmethod
     def drop(self, blocks: int) -> None:

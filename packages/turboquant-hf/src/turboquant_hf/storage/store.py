@@ -245,14 +245,14 @@ class Store:
             self.full_precision.forget(num_tokens, num_seen, self.length.row_starts)
         self._fill(self.length.missing(num_tokens))
         self.length.crop(num_tokens)
-        self.pages.crop(self.length)
+        self.pages.crop(self.length, (num_tokens, num_seen))
 
     def clear(self) -> None:
         """Forget every token; the next ones are the first."""
         if self.full_precision is not None:
             self.full_precision.clear()
         self.length.clear()
-        self.pages.crop(self.length)
+        self.pages.crop(self.length, None)
 
     def trim(self) -> None:
         """Drop the blocks that no later token sees."""

@@ -58,7 +58,7 @@ class GrowingPages(Pages):
         grown[:used] = self.tensor[:used]
         self.tensor = grown
 
-    def crop(self, length: Length) -> None:
+    def crop(self, length: Length, taken_back: tuple[int, int] | None) -> None:
         """Keep what is left of a row; what that leaves unused beyond twice a growth is freed."""
         if length.num_seen <= length.num_uncoded:
             self.codec = None

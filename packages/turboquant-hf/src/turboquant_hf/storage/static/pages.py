@@ -26,18 +26,19 @@ class StaticPages(Pages):
     def reserve(self, num_tokens: int, length: Length) -> None:
         """Nothing: there is all the room that there will be."""
 
-    def crop(self, length: Length) -> None:
-        """Put zeros past what is left: that is read, and masked, and a weight of zero hides no infinity."""
-        if length.is_empty:
+    def crop(self, length: Length, taken_back: tuple[int, int] | None) -> None:
+        """Put zeros where tokens were: that is read, and masked, and a weight of zero hides no infinity."""
+        if taken_back is None:
             # Whoever forgets all does not wait for the device, and may be traced.
             self.tensor.zero_()
             return
-        num_tokens = length.num_tokens
-        self.tensor[num_blocks(num_tokens) :].zero_()
-        last = slice(num_tokens // BLOCK_SIZE, num_blocks(num_tokens))
+        start, stop = taken_back
+        first, last = start // BLOCK_SIZE, num_blocks(stop)
         views = page_layout(self.config, self.tensor.shape[1]).views(self.tensor)
+        # Codes are numbers, whatever they stand for.
         for scales in (views.key_scales, views.value_scales):
-            scales[last, :, num_tokens % BLOCK_SIZE :] = 0.0
+            scales[first : first + 1, :, start % BLOCK_SIZE :] = 0.0
+            scales[first + 1 : last] = 0.0
 
     def drop(self, blocks: int) -> None:
         """Nothing: masks hide what has left a window."""
