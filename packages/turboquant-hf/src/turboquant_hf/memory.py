@@ -32,7 +32,7 @@ class LayerMemory:
         token_nbytes: Bytes of the tokens held: codes and scales, or native keys and values.
         kept_nbytes: Allocated bytes of sinks and recent tokens that are kept as they are beside their codes.
         reserved_nbytes: Bytes allocated for tokens to come.
-        fixed_nbytes: Allocated bytes that do not grow with tokens: means, scales and orders of channels.
+        fixed_nbytes: Allocated bytes of all else: means, scales and orders of channels, and the keys of an indexer.
         bf16_nbytes: Bytes that the same keys and values take in bfloat16.
         grows: Whether it holds tokens, and takes more bytes for every one that comes.
     """

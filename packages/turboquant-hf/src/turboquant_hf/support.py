@@ -78,6 +78,11 @@ class LayerAttention:
         return self.has_heads or self.kind == "MLA"
 
     @property
+    def has_one_head_dim(self) -> bool:
+        """Whether stored keys and values are of one size."""
+        return self.head_dim == self.value_head_dim
+
+    @property
     def has_heads(self) -> bool:
         """Whether keys and values of heads are stored."""
         return self.kind in WITH_HEADS

@@ -128,7 +128,7 @@ def check_heads(config: PreTrainedConfig, command: str, remedy: str) -> None:
         CommandError: If a layer stores others.
     """
     for layer in layer_attention(config):
-        if layer.is_compressed and layer.head_dim != layer.value_head_dim:
+        if layer.is_compressed and not layer.has_one_head_dim:
             raise CommandError(
                 f"layer {layer.index} of this {config.model_type} model ({layer.describe()}) stores keys of "
                 f"{layer.head_dim} channels and values of {layer.value_head_dim}, and {command} takes one size. "

@@ -10,6 +10,7 @@ from turboquant_hf._compat import PreTrainedConfig
 from turboquant_hf.support import LayerAttention
 from turboquant_hf.tools.doctor.attention import ModelAttention
 from turboquant_hf.tools.doctor.cards import GIB
+from turboquant_hf.tools.doctor.engines import REFUSED_BY_VLLM
 from turboquant_hf.tools.doctor.sizes import UNCOMPRESSED_ITEMSIZES, token_bytes
 
 BLOCK_SIZE = BLOCK_SIZE_MULTIPLE
@@ -95,9 +96,7 @@ def cut_into_blocks(
     """
     _check_parallel(attention, tensor_parallel)
     pages = [_pages(layer, cache, tensor_parallel, split) for layer in attention.layers if layer.has_heads]
-    unknown = [
-        layer for layer in attention.layers if layer.kind in ("MLA", "chunked attention", "sparse attention", "other")
-    ]
+    unknown = [layer for layer in attention.layers if layer.kind in REFUSED_BY_VLLM]
     if unknown or not pages:
         kind = unknown[0].kind if unknown else "a model without attention layers"
         raise ValueError(f"the cache of {kind} is not planned: TurboQuant for vLLM does not serve it")

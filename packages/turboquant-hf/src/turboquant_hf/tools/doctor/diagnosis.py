@@ -96,7 +96,7 @@ class Diagnosis:
     @property
     def can_be_calibrated(self) -> bool:
         """Whether `turboquant calibrate` takes the model; see `turboquant_hf.tools.caches.check_heads`."""
-        return all(layer.head_dim == layer.value_head_dim for layer in self.attention.layers if layer.is_compressed)
+        return all(layer.has_one_head_dim for layer in self.attention.layers if layer.is_compressed)
 
     @property
     def splits_keys(self) -> bool:

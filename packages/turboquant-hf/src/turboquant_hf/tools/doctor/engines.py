@@ -17,7 +17,7 @@ from turboquant_hf.attention.dispatch import own_attention
 from turboquant_hf.cache import TurboQuantCache
 from turboquant_hf.layers.growing import TurboQuantLayer
 from turboquant_hf.storage.pages import page_layout
-from turboquant_hf.support import LayerAttention
+from turboquant_hf.support import LayerAttention, LayerKind
 from turboquant_hf.tools.doctor.attention import ModelAttention
 from turboquant_hf.tools.doctor.checkpoint import Checkpoint
 from turboquant_hf.tools.doctor.sizes import has_whole_bits
@@ -31,13 +31,13 @@ GGUF_REFUSAL = (
 
 _FRACTIONAL = "fractional bits, which the kernels do not read"
 
-# What vLLM's TurboQuant backend does with kinds other than attention to all tokens or to a window.
-_REFUSED_BY_VLLM = {
+REFUSED_BY_VLLM: dict[LayerKind, str] = {
     "MLA": "multi-head latent attention caches latents instead of heads",
     "chunked attention": "chunked local attention is not served",
     "sparse attention": "attention to tokens that an indexer chooses is not served",
     "other": "a layer of a kind that is not known",
 }
+"""Kinds that vLLM's TurboQuant backend does not serve, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def by_transformers(
             paths.append(_uncompressed(layer))
         else:
             try:
-                config = TurboQuantConfig.preset(preset, layer.head_dim, value_head_dim=layer.value_head_dim)
+                stored = TurboQuantConfig.preset(preset, layer.head_dim, value_head_dim=layer.value_head_dim)
             except ValueError as error:
                 return Verdict((f"layer {layer.index}: {error}",), ())
-            if why := fallback or _no_kernel(config):
+            if why := fallback or _no_kernel(stored):
                 paths.append(LayerPath("dequantised", why))
             else:
-                paths.append(LayerPath("fused", _kernel(page_layout(config, layer.num_kv_heads), capability)))
+                paths.append(LayerPath("fused", _kernel(page_layout(stored, layer.num_kv_heads), capability)))
     return Verdict((), tuple(paths))
 
 
@@ -111,9 +111,9 @@ def by_vllm(checkpoint: Checkpoint, attention: ModelAttention, preset: str, capa
     if attention.has_alibi:
         refusals.append("ALiBi is not served")
     for layer, _ in attention.groups():
-        if layer.kind in _REFUSED_BY_VLLM:
-            refusals.append(f"layer {layer.index}: {_REFUSED_BY_VLLM[layer.kind]}")
-        elif layer.has_heads and layer.value_head_dim != layer.head_dim:
+        if layer.kind in REFUSED_BY_VLLM:
+            refusals.append(f"layer {layer.index}: {REFUSED_BY_VLLM[layer.kind]}")
+        elif layer.has_heads and not layer.has_one_head_dim:
             refusals.append(
                 f"layer {layer.index}: keys have {layer.head_dim} channels and values {layer.value_head_dim}; "
                 "they must be equal"
